@@ -1,0 +1,51 @@
+"""Attention over packed rows: sequences of unequal length lie end to end, none sees another.
+
+Shapes: T tokens of all sequences together, H heads (G for key/value heads), K head size, B sequences, M the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Sequences of unequal length are computed as one right-padded block while less than this share of it is padding,
+# else one by one. On two AVX-512 cores the block is faster up to about a third (32 rows of 150 to 250 tokens).
+MAX_PADDING = 0.33
+
+
+def attention(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Sequence[int], causal: bool, scale: float | None = None
+) -> Tensor:
+    """softmax(q k^T * scale) v within each sequence; returns [T, H, K].
+
+    `cu_seqlens` holds the B + 1 boundaries, from 0 to T, as Python integers. Heads of q come in groups of H / G that
+    share a key/value head. The scale defaults to K ** -0.5.
+    """
+    lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
+    if not lengths or cu_seqlens[0] != 0 or cu_seqlens[-1] != q_THK.shape[0]:
+        raise ValueError(f"cu_seqlens {tuple(cu_seqlens)} do not cover {q_THK.shape[0]} tokens")
+    B, M, T = len(lengths), max(lengths), q_THK.shape[0]
+    if min(lengths) == M:
+        o_BMHK = _sdpa(q_THK.unflatten(0, (B, M)), k_TGK.unflatten(0, (B, M)), v_TGK.unflatten(0, (B, M)), causal, scale)
+        return o_BMHK.flatten(0, 1)
+    if causal and B * M - T < MAX_PADDING * B * M:
+        # Right padding needs no mask: with causal attention no real query comes after a padded key.
+        where_T = torch.cat([torch.arange(row * M, row * M + length) for row, length in enumerate(lengths)]).to(q_THK.device)
+        q, k, v = (_scatter_rows(x, where_T, B, M) for x in (q_THK, k_TGK, v_TGK))
+        return _sdpa(q, k, v, causal, scale).flatten(0, 1).index_select(0, where_T)
+    parts = zip(q_THK.split(lengths), k_TGK.split(lengths), v_TGK.split(lengths))
+    return torch.cat([_sdpa(q[None], k[None], v[None], causal, scale)[0] for q, k, v in parts])
+
+
+def _scatter_rows(x_THK: Tensor, where_T: Tensor, B: int, M: int) -> Tensor:
+    x = x_THK.new_zeros(B * M, *x_THK.shape[1:]).index_copy(0, where_T, x_THK)
+    return x.unflatten(0, (B, M))
+
+
+def _sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, causal: bool, scale: float | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped).transpose(1, 2)

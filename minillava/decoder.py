@@ -1,0 +1,171 @@
+"""The decoder: LLaMA (arXiv 2302.13971, 2307.09288) with grouped-query attention, and the cache that it writes to.
+
+It works on packed rows: the tokens of all sequences lie end to end in one [T, D] matrix, `cu_seqlens` holds the
+boundaries, positions restart at each, and attention never crosses one. There is no padding and no mask.
+
+Letters: T tokens, B sequences (cache rows), D width, H heads, G key/value heads, K head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillava.config import DecoderConfig
+from minillava.kernels.attention import attention
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, back to x's dtype, and only then times the weight (the order matters in bf16)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+def rotary_tables(positions_T: Tensor, config: DecoderConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, K] of the rotary embedding, angles computed in float32 (arXiv 2104.09864)."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions_T.device, dtype=torch.float32) / config.head_dim
+    angles_TK = torch.outer(positions_T.float(), config.rope_theta**-exponents).repeat(1, 2)
+    return angles_TK.cos().to(dtype)[:, None], angles_TK.sin().to(dtype)[:, None]
+
+
+def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
+    """Rotary embedding in the half-split convention: pairs are (i, i + K/2)."""
+    a, b = x_THK.chunk(2, dim=-1)
+    return x_THK * cos_T1K + torch.cat((-b, a), dim=-1) * sin_T1K
+
+
+class KVCache:
+    """Keys and values of `rows` sequences with room for `capacity` tokens each, allocated once.
+
+    `lengths[b]` is how many tokens row b holds; it lives on the host, so no step has to ask the device.
+    """
+
+    def __init__(self, config: DecoderConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
+        self.k_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
+        self.v_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = [0] * rows
+
+    @property
+    def capacity(self) -> int:
+        return self.k_LBGSK.shape[3]
+
+    def write(self, layer: int, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Sequence[int]) -> None:
+        """Append each sequence to its row. `lengths` moves on only in `advance`, once all layers have written."""
+        for row, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
+            at, n = self.lengths[row], end - start
+            self.k_LBGSK[layer, row, :, at : at + n] = k_TGK[start:end].transpose(0, 1)
+            self.v_LBGSK[layer, row, :, at : at + n] = v_TGK[start:end].transpose(0, 1)
+
+    def attend(self, layer: int, q_THK: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
+        """Attention of new queries, already written to the cache, over all that their row holds."""
+        out = []
+        for row, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
+            before, n = self.lengths[row], end - start
+            q = q_THK[start:end].transpose(0, 1)[None]
+            k, v = (x[layer, row, :, : before + n][None] for x in (self.k_LBGSK, self.v_LBGSK))
+            mask = None
+            if n > 1:  # query i sees the `before` old tokens and the new ones up to itself
+                mask = torch.ones(n, before + n, dtype=torch.bool, device=q.device).tril(before)
+            grouped = q.shape[1] != k.shape[1]
+            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)[0].transpose(0, 1))
+        return torch.cat(out)
+
+    def advance(self, cu_seqlens: Sequence[int]) -> None:
+        for row, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
+            self.lengths[row] += end - start
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        D, K, bias = config.hidden_size, config.head_dim, config.qkv_bias
+        self.q = nn.Linear(D, config.num_heads * K, bias=bias)
+        self.k = nn.Linear(D, config.num_kv_heads * K, bias=bias)
+        self.v = nn.Linear(D, config.num_kv_heads * K, bias=bias)
+        self.out = nn.Linear(config.num_heads * K, D, bias=False)
+        self.q_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], cu_seqlens: Sequence[int], cache: KVCache | None, layer: int
+    ) -> Tensor:
+        q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))
+        q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+        if cache is not None:
+            cache.write(layer, k, v, cu_seqlens)
+        if cache is not None and any(cache.lengths):
+            o_THK = cache.attend(layer, q, cu_seqlens)
+        else:
+            o_THK = attention(q, k, v, cu_seqlens, causal=True)
+        return self.out(o_THK.flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
+
+
+class Block(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_TD: Tensor, *context) -> Tensor:
+        x_TD = x_TD + self.attn(self.attn_norm(x_TD), *context)
+        return x_TD + self.mlp(self.mlp_norm(x_TD))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]; the embedding matrix itself where the two are tied."""
+        return self.embed.weight if self.config.tie_embeddings else self.head.weight
+
+    def forward(self, x_TD: Tensor, cu_seqlens: Sequence[int], cache: KVCache | None = None) -> Tensor:
+        """Embeddings [T, D] of B packed sequences -> hidden states [T, D] after the last norm.
+
+        With a cache, sequence b continues row b of it: its positions start at `cache.lengths[b]`.
+        """
+        starts = cache.lengths if cache is not None else [0] * (len(cu_seqlens) - 1)
+        spans = zip(starts, cu_seqlens, cu_seqlens[1:])
+        positions_T = torch.cat([torch.arange(at, at + end - start) for at, start, end in spans]).to(x_TD.device)
+        rotary = rotary_tables(positions_T, self.config, x_TD.dtype)
+        for layer, block in enumerate(self.blocks):
+            x_TD = block(x_TD, rotary, cu_seqlens, cache, layer)
+        if cache is not None:
+            cache.advance(cu_seqlens)
+        return self.norm(x_TD)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD, self.head_weight)

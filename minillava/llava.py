@@ -1,0 +1,109 @@
+"""LLaVA: a vision tower looks, a projector translates, a decoder speaks (Liu et al. 2023, arXiv 2304.08485).
+
+`forward` is the whole model on one screen: embed, see, project, splice, decode. Sequences are packed end to end;
+see `minillava.decoder`. Each picture stands in the ids as as many copies of the placeholder as it has visual tokens.
+
+Letters: T tokens, N images, P visual tokens an image, D width, V vocabulary, S supervised positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minillava.config import ModelConfig, UserError
+from minillava.decoder import Decoder, KVCache
+from minillava.kernels.linear_cross_entropy import linear_cross_entropy
+from minillava.projector import Projector
+from minillava.vit import VisionTower
+
+IGNORE = -100  # label of a position that is not supervised
+
+
+class LLaVA(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(config.vision)
+        self.projector = Projector(config.projector, config.vision.feature_size, config.decoder.hidden_size)
+        self.decoder = Decoder(config.decoder)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        images: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seqlens: Sequence[int] | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits [T, V], or with labels the sum of the losses over the supervised positions, in float32.
+
+        `input_ids` is [T] with boundaries `cu_seqlens` (one sequence if None), or [B, T] for B equally long ones.
+        `images` is pixels [N, 3, S, S] in the order of their placeholders. `labels` holds at each position the id that
+        stands there, or -100; the shift by one happens here. `last_only` keeps the last position of each sequence.
+        Raises UserError if placeholders and visual features disagree in number.
+        """
+        if input_ids.ndim == 2:
+            cu_seqlens = range(0, input_ids.numel() + 1, input_ids.shape[1])
+        ids_T = input_ids.flatten()
+        cu_seqlens = (0, len(ids_T)) if cu_seqlens is None else cu_seqlens
+
+        x_TD = self.embed(ids_T)
+        if images is not None and len(images):
+            x_TD = self.splice(x_TD, ids_T, self.see(images))
+        x_TD = self.decoder(x_TD, cu_seqlens, cache)
+
+        if labels is not None:
+            next_T = next_labels(labels.flatten(), cu_seqlens)
+            where_S = (next_T != IGNORE).nonzero().squeeze(1)
+            return linear_cross_entropy(x_TD[where_S], self.decoder.head_weight, next_T[where_S])
+        if last_only:
+            x_TD = x_TD[torch.tensor(cu_seqlens[1:], device=x_TD.device) - 1]
+        return self.decoder.logits(x_TD)
+
+    def embed(self, ids_T: Tensor) -> Tensor:
+        """Word embeddings [T, D]; a placeholder outside the vocabulary gets those of id 0 until it is replaced."""
+        placeholder = self.config.chat.image_token_id
+        if not 0 <= placeholder < self.config.decoder.vocab_size:
+            ids_T = ids_T.masked_fill(ids_T == placeholder, 0)
+        return self.decoder.embed(ids_T)
+
+    def see(self, images: Tensor) -> Tensor:
+        """Pixels [N, 3, S, S] -> visual tokens [N, P, D]. A frozen tower is run without building a graph."""
+        frozen = not any(p.requires_grad for p in self.vision.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            features_NPD = self.vision(images.to(self.vision.patch_embedding.weight.dtype))
+        return self.projector(features_NPD.to(self.projector.linears[0].weight.dtype))
+
+    def splice(self, x_TD: Tensor, ids_T: Tensor, visual_NPD: Tensor) -> Tensor:
+        """Put the visual tokens where the placeholders are."""
+        where = (ids_T == self.config.chat.image_token_id).nonzero().squeeze(1)
+        visual_TD = visual_NPD.flatten(0, 1)
+        if len(where) != len(visual_TD):
+            raise UserError(f"the prompt has {len(where)} image placeholders, the pictures give {len(visual_TD)} visual tokens")
+        return x_TD.index_copy(0, where, visual_TD.to(x_TD.dtype))
+
+    def init_weights(self, seed: int) -> None:
+        """Random weights for training from nothing: normal(0, 0.02), residual outputs scaled down by depth (GPT-2)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if "norm" in name:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+            else:
+                depth = len(self.vision.blocks) if name.startswith("vision") else len(self.decoder.blocks)
+                is_output = name.endswith(("attn.out.weight", "mlp.down.weight", "mlp.fc2.weight"))
+                std = 0.02 / (2 * depth) ** 0.5 if is_output else 0.02
+                with torch.no_grad():
+                    p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+
+
+def next_labels(labels_T: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
+    """Shift labels so that position t holds the label of t + 1; the last of each sequence predicts nothing."""
+    next_T = torch.cat([labels_T[1:], labels_T.new_full((1,), IGNORE)])
+    next_T[torch.tensor(cu_seqlens[1:], device=labels_T.device) - 1] = IGNORE
+    return next_T
