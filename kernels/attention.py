@@ -29,11 +29,15 @@ def attention(
         raise ValueError(f"cu_seqlens {tuple(cu_seqlens)} do not cover {q_THK.shape[0]} tokens")
     B, M, T = len(lengths), max(lengths), q_THK.shape[0]
     if min(lengths) == M:
-        o_BMHK = _sdpa(q_THK.unflatten(0, (B, M)), k_TGK.unflatten(0, (B, M)), v_TGK.unflatten(0, (B, M)), causal, scale)
+        o_BMHK = _sdpa(
+            q_THK.unflatten(0, (B, M)), k_TGK.unflatten(0, (B, M)), v_TGK.unflatten(0, (B, M)), causal, scale
+        )
         return o_BMHK.flatten(0, 1)
     if causal and B * M - T < MAX_PADDING * B * M:
         # Right padding needs no mask: with causal attention no real query comes after a padded key.
-        where_T = torch.cat([torch.arange(row * M, row * M + length) for row, length in enumerate(lengths)]).to(q_THK.device)
+        where_T = torch.cat([torch.arange(row * M, row * M + length) for row, length in enumerate(lengths)]).to(
+            q_THK.device
+        )
         q, k, v = (_scatter_rows(x, where_T, B, M) for x in (q_THK, k_TGK, v_TGK))
         return _sdpa(q, k, v, causal, scale).flatten(0, 1).index_select(0, where_T)
     parts = zip(q_THK.split(lengths), k_TGK.split(lengths), v_TGK.split(lengths))

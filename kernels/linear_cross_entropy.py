@@ -1,0 +1,150 @@
+"""Summed cross-entropy of a linear layer's logits, without ever holding all [tokens, vocabulary] logits.
+
+Rows go through in chunks as large as a memory budget allows: a library product for the logits, one kernel that turns them in
+place into loss and gradient, library products for the gradients. While everything fits in one chunk, its two gradient products
+wait for the backward, where the incoming gradient scales the small [N, D] factor instead of the [V, D] result.
+Letters: N rows (supervised positions), D width, V vocabulary, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minillava.kernels.frame import register, shapes
+
+# One chunk holds 4096 rows of a 128,256-word vocabulary in bf16; on a CPU, a laptop's memory is the measure.
+LOGITS_BYTES = {"cpu": 256 << 20, "mps": 256 << 20, "cuda": 1100 << 20}
+
+# -- reference ---------------------------------------------------------------------------------------------------------
+
+
+def reference(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int = -100) -> Tensor:
+    """The same function in plain, differentiable PyTorch: all the logits at once."""
+    logits_NV = F.linear(hidden_ND, weight_VD)
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction="sum")
+
+
+def plain_loss(logits_RV: Tensor, targets_R: Tensor, ignore_index: int, gradient: bool) -> Tensor:
+    """Sum of losses over the rows; with `gradient`, the logits are overwritten by its gradient.
+
+    Works through blocks of about a million logits, so that the fp32 copies stay in the cache.
+    """
+    R, V = logits_RV.shape
+    step = max(1, (1 << 20) // V)
+    if logits_RV.dtype != torch.float64:
+        total = torch.zeros((), dtype=torch.float32, device=logits_RV.device)
+    else:
+        total = logits_RV.new_zeros(())
+    for start in range(0, R, step):
+        block_RV, target_R = logits_RV[start : start + step], targets_R[start : start + step]
+        log_p_RV = torch.log_softmax(block_RV, 1, dtype=total.dtype)
+        total += F.nll_loss(log_p_RV, target_R, ignore_index=ignore_index, reduction="sum")
+        if gradient:
+            keep_R1 = (target_R != ignore_index).unsqueeze(1)
+            p_RV = log_p_RV.exp_()
+            index_R1 = torch.where(keep_R1, target_R.unsqueeze(1), 0)
+            p_RV.scatter_add_(1, index_R1, p_RV.new_full((1, 1), -1.0).expand_as(index_R1))
+            block_RV.copy_(p_RV.mul_(keep_R1))
+    return total
+
+
+# -- wrapper -----------------------------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, logits_bytes: int | None = None
+) -> Tensor:
+    """Sum of cross-entropies of `hidden @ weight.T` against `targets`, in fp32; ignored positions contribute nothing.
+
+    hidden [N, D], weight [V, D], targets [N] int64. `logits_bytes` bounds the memory for logits (default `LOGITS_BYTES`).
+    On a GPU, rows that are ignored still cost their share of the products: pass supervised positions only.
+    Raises ValueError with the shapes in sight when they do not fit.
+    """
+    if not (hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and targets.dim() == 1):
+        raise ValueError(
+            f"linear_cross_entropy: want hidden [N, D], weight [V, D], targets [N], got "
+            f"{shapes(hidden=hidden, weight=weight, targets=targets)}"
+        )
+    if targets.shape[0] != hidden.shape[0]:
+        raise ValueError(f"linear_cross_entropy: want a target a row, got {shapes(hidden=hidden, targets=targets)}")
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        keep_N = targets != ignore_index
+        if not keep_N.all():
+            hidden, targets = hidden[keep_N], targets[keep_N]
+    bound = LOGITS_BYTES[hidden.device.type] if logits_bytes is None else logits_bytes
+    rows = max(1, bound // (weight.shape[0] * weight.element_size()))
+    grad = torch.is_grad_enabled()
+    needs = [grad and hidden.requires_grad, grad and weight.requires_grad]
+    return _forward(hidden, weight, targets, ignore_index, rows, needs)[0]
+
+
+def _run(loss, hidden_ND, weight_VD, targets_N, ignore_index: int, rows: int, needs: list[bool]) -> tuple[Tensor, ...]:
+    N = hidden_ND.shape[0]
+    none = hidden_ND.new_empty(0)
+    if N <= rows:
+        logits_NV = hidden_ND @ weight_VD.T
+        total = loss(logits_NV, targets_N, ignore_index, any(needs))
+        return total, (logits_NV if any(needs) else none), none
+    wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    total = torch.zeros((), dtype=wide, device=hidden_ND.device)
+    grad_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if needs[0] else none
+    grad_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device) if needs[1] else none
+    for start in range(0, N, rows):
+        chunk = slice(start, start + rows)
+        logits_RV = hidden_ND[chunk] @ weight_VD.T
+        total += loss(logits_RV, targets_N[chunk], ignore_index, any(needs))
+        if needs[0]:
+            torch.mm(logits_RV, weight_VD, out=grad_ND[chunk])
+        if needs[1]:
+            grad_VD += logits_RV.T @ hidden_ND[chunk]
+    return total, grad_ND, grad_VD
+
+
+def _plain(*args):
+    return _run(plain_loss, *args)
+
+
+def _fake(hidden_ND, weight_VD, targets_N, ignore_index, rows, needs):
+    wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    none = hidden_ND.new_empty(0)
+    total = hidden_ND.new_empty((), dtype=wide)
+    if hidden_ND.shape[0] <= rows:
+        return total, hidden_ND.new_empty(hidden_ND.shape[0], weight_VD.shape[0]) if any(needs) else none, none
+    grad_ND = hidden_ND.new_empty(hidden_ND.shape) if needs[0] else none
+    return total, grad_ND, weight_VD.new_empty(weight_VD.shape, dtype=wide) if needs[1] else none
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden_ND, weight_VD, _, _, rows, _ = inputs
+    ctx.one_chunk = hidden_ND.shape[0] <= rows
+    ctx.save_for_backward(hidden_ND, weight_VD, output[1], output[2])
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad, _1, _2):
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    if grad is None:
+        return (None,) * 6
+    hidden_ND, weight_VD, first, second = ctx.saved_tensors
+    dtype = hidden_ND.dtype
+    if not ctx.one_chunk:
+        grad_ND = (first * grad).to(dtype) if need_hidden else None
+        return grad_ND, (second * grad).to(dtype) if need_weight else None, None, None, None, None
+    grad_ND = ((first @ weight_VD) * grad).to(dtype) if need_hidden else None
+    grad_VD = first.T @ (hidden_ND * grad).to(dtype) if need_weight else None
+    return grad_ND, grad_VD, None, None, None, None
+
+
+_forward = register(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, SymInt rows, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor)",
+    plain=_plain,
+    cuda=_plain,
+    fake=_fake,
+    backward=_autograd,
+    setup_context=_setup_context,
+)
