@@ -1,0 +1,187 @@
+"""Pixels: open a picture safely, make it RGB, fit it to the tower's square, normalise.
+
+Follows the image processors of LLaVA v1 and 1.5 (CLIP's, after `expand2square` where image.fit is "pad"), to the bit.
+Differs from the original loaders where they show the model something else than a person sees: a file's EXIF orientation
+is applied (as transformers' load_image does), transparency is composited on white (as transformers 5.23 does; the
+original drops alpha), and 16-bit grey keeps its high byte (a plain PIL conversion clips it to white).
+Shape letters: C channels (RGB), H height, W width.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from minillava.config import ImageConfig, UserError
+
+MAX_PIXELS = 178_956_970  # of a file, and of what it is padded or resized to: PIL's own hard limit, 537 MB as RGB
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO", "AVIF")  # others run odd parsers
+# What PIL raises on damaged files, besides OSError (its UnidentifiedImageError is one).
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+EXIF_ORIENTATION = 0x0112  # Exif 2.32, table 4
+
+
+def open_image(source: str | Path | bytes | Image.Image, name: str = "") -> Image.Image:
+    """Open a file, the bytes of one, or a PIL image, as a decoded RGB image.
+
+    The size in the header is checked against MAX_PIXELS before anything is decompressed. EXIF orientation is applied to
+    files and bytes; a PIL image keeps the orientation that its owner gave it. Of several frames the first is taken.
+    Raises UserError that starts with `name` (by default the path) if there is nothing there or it cannot be decoded.
+    """
+    name = name or (str(source) if isinstance(source, str | Path) else "the image")
+    if isinstance(source, Image.Image):
+        return _decode(source, name, orient=False)
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115 closed below
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such image file; check the path") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise UserError(f"{name}: cannot be read ({_reason(error)}); check the path and its permissions") from None
+    with file:
+        if file.seek(0, io.SEEK_END) == 0:
+            raise UserError(f"{name}: the image file is empty (0 bytes); fetch it again")
+        file.seek(0)
+        try:
+            image = Image.open(file, formats=_formats())
+        except Image.DecompressionBombError:
+            raise UserError(f"{name}: more than {MAX_PIXELS:,} pixels; scale the image down first") from None
+        except Image.UnidentifiedImageError:
+            raise UserError(f"{name}: not an image that can be read here; convert it to PNG or JPEG") from None
+        except DECODE_ERRORS as error:
+            raise UserError(f"{name}: a damaged image ({_reason(error)}); fetch or save it again") from None
+        return _decode(image, name, orient=True)
+
+
+def prepare(image: Image.Image, config: ImageConfig, name: str = "the image") -> torch.Tensor:
+    """Fit an RGB image to the tower's square and normalise it: float32 pixels_CHW, C = 3, H = W = config.size.
+
+    Equal to transformers' CLIPImageProcessor ("crop"), LlavaImageProcessor with do_pad ("pad") and SiglipImageProcessor
+    ("squash") on PIL, bit for bit. Raises UserError for a strip so long that its square would exceed MAX_PIXELS.
+    """
+    if config.fit not in _FITS:
+        raise UserError(f"config: image.fit is '{config.fit}'; use one of {', '.join(_FITS)}")
+    pixels_HWC = np.asarray(_FITS[config.fit](image, config, name))
+    pixels_CHW = np.empty((3, config.size, config.size), dtype=np.float32)
+    for channel, levels in enumerate(_levels(config.mean, config.std)):
+        np.take(levels, pixels_HWC[:, :, channel], out=pixels_CHW[channel], mode="clip")
+    return torch.from_numpy(pixels_CHW)
+
+
+def pad_colour(config: ImageConfig) -> tuple[int, int, int]:
+    """The mean colour, truncated as the original's expand2square callers do: (122, 116, 104) for CLIP."""
+    red, green, blue = (int(mean * 255) for mean in config.mean)
+    return red, green, blue
+
+
+def _pad(image: Image.Image, config: ImageConfig, name: str) -> Image.Image:
+    """Centre on a square of the mean colour, then resize."""
+    width, height = image.size
+    if width != height:
+        side = max(width, height)
+        _check_area(side, side, "padded to a square", name)
+        square = Image.new("RGB", (side, side), pad_colour(config))
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = square
+    return _squash(image, config, name)
+
+
+def _crop(image: Image.Image, config: ImageConfig, name: str) -> Image.Image:
+    """Resize the shorter edge to `size`, the longer one in proportion (truncated), then cut out the centre."""
+    size, (width, height) = config.size, image.size
+    if width <= height:
+        width, height = size, int(size * height / width)
+    else:
+        width, height = int(size * width / height), size
+    _check_area(width, height, f"resized to {size} pixels on its shorter edge", name)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size)) if left or top or width != height else image
+
+
+def _squash(image: Image.Image, config: ImageConfig, name: str) -> Image.Image:
+    """Resize to the square, whatever the shape was."""
+    square = (config.size, config.size)
+    return image if image.size == square else image.resize(square, Image.Resampling.BICUBIC)
+
+
+_FITS = {"pad": _pad, "crop": _crop, "squash": _squash}
+
+
+@functools.lru_cache(maxsize=8)
+def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Table [C, 256] of the normalised value of every 8-bit level.
+
+    Rounds where transformers' numpy path does: x * (1/255) in float64, kept as float32, (x - mean) / std in float32.
+    """
+    unit = (np.arange(256) * (1 / 255)).astype(np.float32)
+    return (unit - np.array(mean, dtype=np.float32)[:, None]) / np.array(std, dtype=np.float32)[:, None]
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this build of PIL can read: asking it for another is a KeyError."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _decode(image: Image.Image, name: str, orient: bool) -> Image.Image:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise UserError(f"{name}: an image of {width} x {height} pixels has no area; leave it out")
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{name}: {width} x {height} is more than {MAX_PIXELS:,} pixels; scale the image down first")
+    try:
+        image.load()
+        if orient and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        return _to_rgb(image, name)
+    except DECODE_ERRORS as error:
+        raise UserError(f"{name}: a damaged image ({_reason(error)}); fetch or save it again") from None
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.info.get("transparency") is not None or "A" in image.getbands() or "a" in image.getbands():
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey (I;16 and its byte orders), or the same held in 32 bits
+        grey_HW = np.asarray(image)
+        if grey_HW.min() < 0 or grey_HW.max() > 65535:
+            raise UserError(f"{name}: more than 16 bits a pixel; convert the image to 8 bits")
+        return Image.fromarray((grey_HW >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise UserError(f"{name}: floating-point pixels have no fixed range; convert the image to 8 bits")
+    return image.convert("RGB")
+
+
+def _check_area(width: int, height: int, how: str, name: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{name}: {how} it would be {width} x {height}, more than {MAX_PIXELS:,} pixels; crop it or scale it down"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """An exception's own words on one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
