@@ -387,8 +387,9 @@ def train_small_tokenizer(
     """Train a byte-level BPE until every word that occurs twice is one token (its blank included), and write it.
 
     `texts` should look like what the model will read: "What" behind a newline and " What" are two tokens, and each
-    has to occur. Special tokens in them only part the text. Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads too. Ids of
-    `special_tokens` come first; <s>, </s> and <pad> among them become BOS (put in front of a prompt), EOS and padding.
+    has to occur. Special tokens in them only part the text. Writes tokenizer.json and tokenizer_config.json, which
+    transformers' AutoTokenizer loads too. Ids of `special_tokens` come first; <s>, </s> and <pad> among them become
+    BOS (put in front of a prompt), EOS and padding.
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
     from tokenizers import Tokenizer as Backend

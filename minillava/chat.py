@@ -1,0 +1,330 @@
+"""Conversation to ids and labels, by one function for training and for inference.
+
+A template turns messages into pieces of text, each supervised or not; ids and labels grow together, piece by piece,
+and no token crosses from one piece into the next. So a prompt's ids are the first ids of the training sample it opens,
+and text that a user writes, be it "</s>", "###" or "ASSISTANT:", cannot move a mask. The layouts follow
+conversation.py of LLaVA, which its train.py masks by splitting the finished prompt and counting tokens instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minillava.config import ChatConfig, UserError, nearest
+from minillava.tokenizer import Tokenizer
+
+IGNORE = -100  # the label of a position without loss, as in PyTorch and transformers
+Segment = tuple[str, bool]  # text, supervised
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `text` holds ChatConfig.image_token wherever a picture goes."""
+
+    role: str  # user, assistant or system (first only, in place of the template's own)
+    text: str
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt layout. {text} is the message, {system} the system text, {images} the picture markers alone."""
+
+    first: str  # the first user turn, up to where the model starts writing
+    user: str  # every later one
+    answer: str  # what the model writes, its stop included: all of it is supervised, and nothing else
+    system: str = ""
+    tokens: tuple[str, ...] = ()  # special tokens that the layout writes: the vocabulary must have them
+    stop_strings: tuple[str, ...] = ()  # where the stop is text and no token
+    one_turn: bool = False  # a picture and its caption, no conversation
+
+
+_POLITE = (
+    "A chat between a curious {who} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
+)
+_VICUNA = Template(
+    system=_POLITE.format(who="user"),
+    first="{system} USER: {text} ASSISTANT:",
+    user="USER: {text} ASSISTANT:",
+    answer=" {text}</s>",
+    tokens=("</s>",),
+)
+
+# The original trains v0 on "### Human: q\n### Assistant: a\n### " and asks it "###Human: q###Assistant:". Here both
+# are the latter, with loss on the answer and the "###" that stops it (there also on headers, which nobody samples).
+TEMPLATES: dict[str, Template] = {
+    "vicuna_v1": _VICUNA,
+    "llava_v1": Template(**{**vars(_VICUNA), "system": _POLITE.format(who="human")}),
+    "llava_v0": Template(
+        system=_POLITE.format(who="human"),
+        first="{system}###Human: {text}###Assistant:",
+        user="Human: {text}###Assistant:",
+        answer=" {text}###",
+        stop_strings=("###",),
+    ),
+    "llava_llama_2": Template(
+        system="You are a helpful language and vision assistant. You are able to understand the visual content that "
+        "the user provides, and assist the user with a variety of tasks using natural language.",
+        first="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{text} [/INST]",
+        user="<s>[INST] {text} [/INST]",
+        answer=" {text} </s>",
+        tokens=("<s>", "</s>"),
+    ),
+    "plain": Template(first="{images}", user="", answer="{text}\n", one_turn=True),
+}
+
+
+def segments(
+    chat: ChatConfig, messages: Sequence[Message], generate: bool, special_tokens: Mapping[str, str] | None = None
+) -> list[Segment]:
+    """The conversation as pieces of text, supervised or not; joined they are the prompt.
+
+    `generate` leaves off where the model is to answer; otherwise the last message is the assistant's.
+    `special_tokens` (bos_token, ...) is for checkpoints' own templates, which may name them.
+    Raises UserError for an unknown template, roles out of order, and conversations that a template cannot hold.
+    """
+    check_roles(messages, generate)
+    if chat.template == "jinja":
+        return _jinja_segments(chat, messages, generate, special_tokens or {})
+    if chat.template not in TEMPLATES:
+        raise UserError(f"chat template '{chat.template}' is unknown{nearest(chat.template, [*TEMPLATES, 'jinja'])}")
+    template = TEMPLATES[chat.template]
+    system = template.system
+    if messages[0].role == "system":
+        system, messages = messages[0].text, messages[1:]
+    if template.one_turn and (len(messages) > 2 or chat.image_token not in messages[0].text):
+        raise UserError(
+            f"template '{chat.template}' takes one {chat.image_token} and one caption; pick another template"
+        )
+    pieces: list[Segment] = []
+    for turn, message in enumerate(messages):
+        if message.role == "assistant":
+            pieces.append((template.answer.format(text=message.text), True))
+            continue
+        text = image_first(message.text, chat.image_token)
+        if chat.image_start_end:
+            text = text.replace(chat.image_token, f"<im_start>{chat.image_token}<im_end>")
+        images = chat.image_token * message.text.count(chat.image_token)
+        layout = template.first if turn == 0 else template.user
+        pieces.append((layout.format(system=system, text=text, images=images), False))
+    return pieces
+
+
+def encode(
+    chat: ChatConfig, tokenizer: Tokenizer, messages: Sequence[Message], image_tokens: Sequence[int], generate: bool
+) -> tuple[list[int], list[int]]:
+    """Ids of the conversation, BOS included, and their labels (IGNORE where there is no loss), of equal length.
+
+    `image_tokens`: visual tokens of each picture; its marker becomes that many `chat.image_token_id`.
+    Special tokens that a message spells out become their ids, as in transformers. Raises UserError as `segments` does
+    and where markers and pictures differ in number.
+    """
+    pieces = segments(chat, messages, generate, tokenizer.special_tokens)
+    builtin = TEMPLATES.get(chat.template)
+    wrapped = builtin is not None and not builtin.one_turn and chat.image_start_end and len(image_tokens) > 0
+    for token in (*(builtin.tokens if builtin else ()), *(("<im_start>", "<im_end>") if wrapped else ())):
+        if tokenizer.token_id(token) is None:
+            raise UserError(
+                f"template '{chat.template}' writes '{token}', which the tokenizer lacks; pick another template"
+            )
+    ids, labels = _encode_pieces(chat, tokenizer, pieces, image_tokens)
+    # Some checkpoints' own templates (llava-1.5's) never close a turn. What is taught last is then to stop.
+    if not generate and chat.template == "jinja" and ids[-1] not in tokenizer.added_ids and chat.eos_ids:
+        ids.append(chat.eos_ids[0])
+        labels.append(chat.eos_ids[0])
+    return ids, labels
+
+
+def encode_raw(chat: ChatConfig, tokenizer: Tokenizer, prompt: str, image_tokens: Sequence[int]) -> list[int]:
+    """Ids of a finished prompt, with BOS in front unless it is spelled out there, pictures expanded as in `encode`."""
+    return _encode_pieces(chat, tokenizer, [(prompt, False)], image_tokens)[0]
+
+
+def image_first(text: str, image_token: str) -> str:
+    """The one picture of a message goes in front, on a line of its own; of several, each stays where it is.
+
+    Half of LLaVA's data has the picture behind the question, and its train.py moves it (`preprocess_multimodal`), which
+    drops all but one of several; LLaVA-NeXT's leaves those alone.
+    """
+    if text.count(image_token) != 1:
+        return text
+    return f"{image_token}\n{text.replace(image_token, '').strip()}".strip()
+
+
+def check_roles(messages: Sequence[Message], generate: bool) -> None:
+    """Raises UserError unless it is [system], user, assistant, user, ..., up to where the model is to write or wrote."""
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    for number, message in enumerate(turns):
+        expected = ("user", "assistant")[number % 2]
+        if message.role != expected:
+            at = number + 1 + len(messages) - len(turns)
+            raise UserError(
+                f"message {at} is from '{message.role}', but it is the turn of '{expected}'; put them in order"
+            )
+    last = "user" if generate else "assistant"
+    if not turns or turns[-1].role != last:
+        found = f"ends with '{turns[-1].role}'" if turns else "is empty"
+        raise UserError(f"the conversation {found}, but its last message has to be from '{last}'")
+
+
+def _encode_pieces(
+    chat: ChatConfig, tokenizer: Tokenizer, pieces: Sequence[Segment], image_tokens: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    marker = chat.image_token
+    found = sum(text.count(marker) for text, _ in pieces)
+    if found != len(image_tokens):
+        raise UserError(f"{found} '{marker}' in the text, but {len(image_tokens)} pictures; give one picture for each")
+    # A run is text that is tokenised as one, in parts. Original LLaVA starts afresh behind every picture, which with
+    # SentencePiece gives a lone blank there; in transformers the marker is one more token inside the text.
+    runs: list[list[Segment]] = [[]]
+    for text, supervised in pieces:
+        for number, chunk in enumerate(text.split(marker) if chat.split_at_image else [text]):
+            if number:
+                runs.append([])
+            runs[-1].append((chunk, supervised))
+    marker_id = tokenizer.token_id(marker)
+    if found and marker_id is None and not chat.split_at_image:
+        raise UserError(f"the tokenizer has no token '{marker}'; set split_at_image, as for original LLaVA checkpoints")
+
+    ids: list[int] = []
+    labels: list[int] = []
+    counts = iter(image_tokens)
+
+    def put_image() -> None:
+        count = next(counts)
+        ids.extend([chat.image_token_id] * count)
+        labels.extend([IGNORE] * count)
+
+    for number, run in enumerate(runs):
+        if number:
+            put_image()
+        for (_, supervised), part in zip(run, tokenizer.encode_parts(text for text, _ in run)):
+            for id in part:
+                if id == marker_id:
+                    put_image()
+                    continue
+                ids.append(id)
+                labels.append(id if supervised else IGNORE)
+    if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        ids.insert(0, tokenizer.bos_id)
+        labels.insert(0, IGNORE)
+    return ids, labels
+
+
+def _jinja_segments(
+    chat: ChatConfig, messages: Sequence[Message], generate: bool, special_tokens: Mapping[str, str]
+) -> list[Segment]:
+    """Pieces of the checkpoint's own template: an answer is what a turn adds behind its generation prompt.
+
+    Blanks behind an answer belong to the next piece: a model is not taught to write them in place of its stop.
+    A template that writes an earlier answer otherwise than it was prompted for (Qwen3 drops thoughts) has no such
+    pieces: it can still be asked, with the whole prompt as one, but not trained.
+    """
+    lists = _takes_lists(chat.jinja)
+
+    def render(count: int, prompt: bool) -> str:
+        content = (_content(m.text, chat.image_token) if lists else m.text for m in messages[:count])
+        turns = [{"role": m.role, "content": c} for m, c in zip(messages, content)]
+        return _render(chat.jinja, turns, prompt, special_tokens)
+
+    pieces: list[Segment] = []
+    done = ""
+    whole = render(len(messages), generate)
+    for number, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        opened, closed = render(number, True), render(number + 1, False)
+        answer = closed[len(opened) :].rstrip()
+        if not (opened.startswith(done) and closed.startswith(opened) and whole.startswith(opened + answer)):
+            if generate:
+                return [(whole, False)]
+            raise UserError(
+                f"the checkpoint's chat template renders message {number + 1} differently from its generation "
+                "prompt, so a prompt would not be what was trained; use a built-in template"
+            )
+        pieces += [(opened[len(done) :], False), (answer, True)]
+        done = opened + answer
+    return [*pieces, (whole[len(done) :], False)] if generate else pieces
+
+
+def _content(text: str, marker: str) -> list[dict[str, str]]:
+    """A message as multimodal checkpoints' templates expect it; the line break beside a picture is theirs to write."""
+    parts: list[dict[str, str]] = []
+    chunks = text.split(marker)
+    for number, chunk in enumerate(chunks):
+        if number:
+            parts.append({"type": "image"})
+            chunk = chunk.removeprefix("\n")
+        if number < len(chunks) - 1:
+            chunk = chunk.removesuffix("\n")
+        if chunk:
+            parts.append({"type": "text", "text": chunk})
+    return parts
+
+
+@functools.lru_cache(maxsize=8)
+def _takes_lists(template: str) -> bool:
+    """Whether a template reads content as a list of parts: tried on a message, for templates do not say."""
+    import jinja2
+
+    probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
+    try:
+        text = _compiled(template).render(messages=probe, add_generation_prompt=False)
+    except (jinja2.TemplateError, TypeError):
+        return False
+    return "probe" in text and "'type'" not in text and '"type"' not in text
+
+
+def _render(template: str, turns: list[dict[str, Any]], prompt: bool, special_tokens: Mapping[str, str]) -> str:
+    import jinja2
+
+    try:
+        return _compiled(template).render(
+            messages=turns, add_generation_prompt=prompt, tools=None, documents=None, **special_tokens
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise UserError(
+            f"the checkpoint's chat template fails: {error}; train or ask with a built-in template"
+        ) from error
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    """The template in a sandbox that offers what transformers offers (its apply_chat_template)."""
+    import datetime
+
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %} marks what the assistant wrote; here it is only rendered."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as it stands
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    def strftime_now(layout: str) -> str:
+        return datetime.datetime.now().strftime(layout)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the checkpoint's chat template cannot be read: {error}") from error
