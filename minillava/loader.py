@@ -1,0 +1,266 @@
+"""Batches for training: in a fixed order, prepared ahead, with unreadable samples replaced and counted.
+
+What batch number k holds depends on the seed and on k alone, not on workers or on where a run was resumed, so the
+state of the data is the number of the next step and the `Tally`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import signal
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from minillava.config import ModelConfig, UserError
+from minillava.data import IGNORE, Batch, Example, Sample, SampleError, encode_sample, pack
+from minillava.tokenizer import Tokenizer
+
+MAX_LOST = 0.01  # share of the samples that may be unusable
+EARLY_LOST, EARLY_COUNT = 0.02, 20  # share of the draws that stops a run sooner, once so many samples are lost: at a
+# true 1 % that is 3.7 standard deviations away, while a disk that fails is found after a few batches
+MAX_TRIES = 10  # replacements for one sample; so many bad ones in a row mean that the disk is gone
+
+
+class Dataset:
+    """Samples as examples. One that cannot be used is replaced by another of its modality, chosen by seed."""
+
+    def __init__(
+        self, samples: Sequence[Sample], config: ModelConfig, tokenizer: Tokenizer, max_tokens: int, seed: int = 0
+    ):
+        self.samples, self.config, self.tokenizer = samples, config, tokenizer
+        self.max_tokens, self.seed = max_tokens, seed
+        self._modalities: dict[bool, list[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Example:
+        """The sample itself; raises SampleError where it cannot be used."""
+        return encode_sample(self.samples[index], self.config, self.tokenizer, self.max_tokens)
+
+    def draw(self, index: int, epoch: int) -> tuple[Example, list[tuple[int, str]]]:
+        """The sample or its stand-in, and (index, why) of those that could not be used.
+
+        Raises UserError after MAX_TRIES unusable samples in a row.
+        """
+        lost: list[tuple[int, str]] = []
+        dice: random.Random | None = None
+        for _ in range(MAX_TRIES):
+            try:
+                return self[index], lost
+            except SampleError as error:
+                lost.append((index, str(error)))
+            dice = dice or random.Random(f"{self.seed} {epoch} {index}")
+            index = dice.choice(self._peers(bool(self.samples[index].images)))
+        raise UserError(f"{MAX_TRIES} unusable samples in a row, the last: {lost[-1][1]}")
+
+    def batch(self, indices: Sequence[int], epoch: int) -> Batch:
+        examples, lost = [], []
+        for index in indices:
+            example, failures = self.draw(index, epoch)
+            examples.append(example)
+            lost += failures
+        batch = pack(examples)
+        batch.lost, batch.epoch = tuple(lost), epoch
+        return batch
+
+    def _peers(self, has_images: bool) -> list[int]:
+        if has_images not in self._modalities:
+            self._modalities[has_images] = [i for i, s in enumerate(self.samples) if bool(s.images) == has_images]
+        return self._modalities[has_images]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which samples batch number `step` holds: every epoch is a permutation keyed by (seed, epoch).
+
+    The last batch of an epoch holds what is left over.
+    """
+
+    count: int  # samples
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+    _cached: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.batch_size < 1:
+            raise UserError(
+                f"cannot make batches of {self.batch_size} from {self.count} samples; give at least 1 of each"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epoch, batches of it that came before)."""
+        return divmod(step, self.steps_per_epoch)
+
+    def step(self, epoch: int, position: int) -> int:
+        return epoch * self.steps_per_epoch + position
+
+    def indices(self, step: int) -> list[int]:
+        epoch, position = self.position(step)
+        order = self._cached.get(epoch)
+        if order is None:
+            order = np.arange(self.count)
+            if self.shuffle:
+                np.random.default_rng([self.seed, epoch]).shuffle(order)
+            self._cached.clear()
+            self._cached[epoch] = order
+        return order[position * self.batch_size : (position + 1) * self.batch_size].tolist()
+
+
+@dataclass
+class Tally:
+    """What the data cost so far. Part of a run's checkpoint."""
+
+    count: int  # samples in the data
+    drawn: int = 0
+    lost_draws: int = 0
+    lost: dict[int, str] = field(default_factory=dict)  # index -> why, each sample once
+    cut_rows: int = 0
+    cut_tokens: int = 0
+
+    def add(self, batch: Batch) -> None:
+        """Raises UserError once over 1 % of the samples were lost (one always may be), or EARLY_LOST of the draws."""
+        self.drawn += len(batch.cu_seqlens) - 1 + len(batch.lost)
+        self.lost_draws += len(batch.lost)
+        self.lost.update(batch.lost)
+        self.cut_rows += batch.cut_rows
+        self.cut_tokens += batch.cut_tokens
+        of_data = len(self.lost) > max(1, MAX_LOST * self.count)
+        of_draws = len(self.lost) >= EARLY_COUNT and self.lost_draws > EARLY_LOST * self.drawn
+        if batch.lost and (of_data or of_draws):
+            raise UserError(
+                f"{batch.lost[-1][1]} (so far {len(self.lost)} of {self.count} samples could not be used, in "
+                f"{self.lost_draws} of {self.drawn} draws: more than {MAX_LOST:.0%}, so the run stops)"
+            )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.drawn:,} samples drawn, {len(self.lost):,} different ones unusable and replaced, "
+            f"{self.cut_rows:,} cut (by {self.cut_tokens:,} tokens)"
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {**vars(self), "lost": {str(index): why for index, why in self.lost.items()}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.lost = {int(index): why for index, why in state["lost"].items()}
+
+
+class Loader:
+    """Iterates over the batches of steps start to stop (exclusive), prepared ahead of their use.
+
+    `workers` = 0 prepares them in one thread of this process: best on few cores and for small images, and nothing is
+    copied. With more, that many processes do. The batches are the same. `wait_s` is how long the consumer has waited.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        start: int,
+        stop: int,
+        workers: int = 0,
+        ahead: int = 2,
+        pin: bool = False,
+        tally: Tally | None = None,
+    ):
+        self.dataset, self.order, self.start, self.stop = dataset, order, start, stop
+        self.workers, self.ahead, self.pin = workers, ahead, pin
+        self.tally = tally or Tally(len(dataset))
+        self.wait_s = 0.0
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = self._from_processes() if self.workers else self._from_thread()
+        with contextlib.closing(batches):
+            while True:
+                began_s = time.perf_counter()
+                batch = next(batches, None)
+                self.wait_s += time.perf_counter() - began_s
+                if batch is None:
+                    return
+                if isinstance(batch, UserError):
+                    raise batch
+                self.tally.add(batch)
+                yield batch
+
+    def __getitem__(self, step: int) -> Batch | UserError:
+        """Batch number `step`. An error is a value here: torch would wrap a raised one into a page of traceback."""
+        try:
+            return self.dataset.batch(self.order.indices(step), self.order.position(step)[0])
+        except UserError as error:
+            return error
+
+    def _from_thread(self) -> Generator[Batch | UserError, None, None]:
+        pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        pending: deque[Future[Batch | UserError]] = deque()
+        steps = iter(range(self.start, self.stop))
+        try:
+            while True:
+                for step in itertools.islice(steps, 1 + self.ahead - len(pending)):
+                    pending.append(pool.submit(self.__getitem__, step))
+                if not pending:
+                    return
+                batch = pending.popleft().result()
+                yield batch.pin_memory() if self.pin and isinstance(batch, Batch) else batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _from_processes(self) -> Generator[Batch | UserError, None, None]:
+        loader: Any = torch.utils.data.DataLoader(
+            self,  # type: ignore[arg-type]  # a map from steps to batches
+            batch_size=None,
+            sampler=range(self.start, self.stop),
+            num_workers=self.workers,
+            prefetch_factor=self.ahead,
+            pin_memory=self.pin,
+            worker_init_fn=_quiet,
+        )
+        yield from loader
+
+
+def _quiet(worker: int) -> None:
+    """Ctrl-C is for the main process, which then stops the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def check_supervision(dataset: Dataset, count: int = 200) -> str:
+    """Encode up to `count` samples spread over the data before a run starts, and say what would be learned.
+
+    Returns a line with the share of supervised tokens and the supervised text of one sample. Raises UserError if more
+    than one in 200 has no supervised token, or if none can be used.
+    """
+    step = max(1, len(dataset) // count)
+    picked = list(range(0, len(dataset), step))[:count]
+    failures: list[str] = []
+    tokens = supervised = 0
+    sample_text = ""
+    for index in picked:
+        try:
+            example = dataset[index]
+        except SampleError as error:
+            failures.append(str(error))
+            continue
+        learned = [label for label in example.labels if label != IGNORE]
+        tokens, supervised = tokens + len(example.ids), supervised + len(learned)
+        sample_text = sample_text or dataset.tokenizer.decode(learned, skip_special=False)
+    if len(failures) * 200 > len(picked):
+        raise UserError(f"{len(failures)} of {len(picked)} samples tried cannot be used, the first: {failures[0]}")
+    return f"{supervised:,} of {tokens:,} tokens of {len(picked)} samples are supervised, such as {sample_text!r}"
