@@ -1,0 +1,151 @@
+"""ModelConfig out: the JSON files and chat template of the Hugging Face layout, which transformers and servers read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillava.chat import TEMPLATES
+from minillava.config import ChatConfig, ModelConfig, UserError, nearest, to_dict
+from minillava.hf_config import ACTIVATIONS, read_json
+from minillava.tokenizer import Tokenizer
+
+
+def to_hf(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
+    """The JSON files of the Hugging Face layout, by name.
+
+    transformers has a class for two-layer projectors only. Others get model_type "minillava", which it refuses
+    instead of loading with a second layer of random numbers; `_read_hf` reads them back.
+    """
+    v, d, p, chat, S = config.vision, config.decoder, config.projector, config.chat, config.image.size
+    if d.qkv_bias != (d.model_type == "qwen2") or d.qk_norm != (d.model_type == "qwen3"):
+        raise UserError(
+            f"a decoder of type {d.model_type} with qkv_bias {d.qkv_bias}, qk_norm {d.qk_norm} has no foreign name"
+        )
+    if not v.class_token == v.pre_norm != v.patch_bias:
+        raise UserError("the vision tower is neither CLIP's nor SigLIP's: it has no foreign name")
+    to_act = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    eos: Any = list(chat.eos_ids) if len(chat.eos_ids) > 1 else next(iter(chat.eos_ids), None)
+    ids = {"bos_token_id": chat.bos_id, "eos_token_id": eos, "pad_token_id": chat.pad_id}
+    text = dict(
+        model_type=d.model_type, vocab_size=d.vocab_size,
+        hidden_size=d.hidden_size, intermediate_size=d.intermediate_size,
+        num_hidden_layers=d.num_layers, num_attention_heads=d.num_heads, num_key_value_heads=d.num_kv_heads,
+        head_dim=d.head_dim, hidden_act="silu", rms_norm_eps=d.norm_eps, max_position_embeddings=d.max_positions,
+        rope_theta=d.rope_theta, rope_parameters={"rope_theta": d.rope_theta, "rope_type": "default"},
+        tie_word_embeddings=d.tie_embeddings, sliding_window=None, dtype=dtype, **ids,
+    )  # fmt: skip
+    tower = dict(
+        model_type="clip_vision_model" if v.class_token else "siglip_vision_model", hidden_size=v.hidden_size,
+        intermediate_size=v.intermediate_size, num_hidden_layers=v.num_layers, num_attention_heads=v.num_heads,
+        image_size=v.image_size, patch_size=v.patch_size, num_channels=3, hidden_act=to_act[v.activation],
+        layer_norm_eps=v.norm_eps, dtype=dtype, **({} if v.class_token else {"vision_use_head": False}),
+    )  # fmt: skip
+    select, strategy = list(v.select_layers), "full" if v.keep_class_token or not v.class_token else "default"
+    foreign = p.layers == 2
+    top = dict(
+        architectures=["LlavaForConditionalGeneration" if foreign else "MinillavaLLaVA"],
+        model_type="llava" if foreign else "minillava", text_config=text, vision_config=tower,
+        vision_feature_layer=select if len(select) > 1 else select[0], vision_feature_select_strategy=strategy,
+        projector_hidden_act=to_act[p.activation], multimodal_projector_bias=p.bias,
+        image_token_index=chat.image_token_id, image_seq_length=v.num_patches + v.keep_class_token,
+        tie_word_embeddings=d.tie_embeddings, dtype=dtype, torch_dtype=dtype, pad_token_id=chat.pad_id,
+        minillava={"projector_layers": p.layers, "chat": {k: x for k, x in to_dict(chat).items() if k != "jinja"}},
+    )  # fmt: skip
+    square = config.image.fit == "squash"
+    pixels = dict(
+        image_processor_type="LlavaImageProcessor" if config.image.fit == "pad" else "CLIPImageProcessor",
+        do_convert_rgb=True, do_resize=True, size={"height": S, "width": S} if square else {"shortest_edge": S},
+        resample=3, do_center_crop=not square, crop_size={"height": S, "width": S}, do_rescale=True,
+        rescale_factor=1 / 255, do_normalize=True, image_mean=list(config.image.mean), image_std=list(config.image.std),
+        do_pad=config.image.fit == "pad",
+    )  # fmt: skip
+    processor = dict(
+        processor_class="LlavaProcessor", patch_size=v.patch_size, vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(v.class_token), image_token=chat.image_token,
+    )  # fmt: skip
+    return {
+        "config.json": top,
+        "preprocessor_config.json": pixels | {"processor_class": "LlavaProcessor"},
+        "processor_config.json": processor,
+        "generation_config.json": {k: i for k, i in ids.items() if i is not None},
+    }
+
+
+def jinja_of(chat: ChatConfig) -> str:
+    """The chat template for other engines: the checkpoint's own, or a built-in one as Jinja, with the same strings.
+
+    It ends where the model is to write; `add_generation_prompt` makes no difference to it.
+    """
+    if chat.template == "jinja":
+        return chat.jinja
+    if chat.template not in TEMPLATES:
+        raise UserError(f"chat template '{chat.template}' is unknown{nearest(chat.template, [*TEMPLATES, 'jinja'])}")
+    template, image = TEMPLATES[chat.template], json.dumps(chat.image_token)
+    names = {"{text}": "ns.text", "{system}": "ns.system", "{images}": f"({image} * ns.text.count({image}))"}
+
+    def put(layout: str) -> str:
+        parts = [p for p in re.split(r"(\{\w+\})", layout) if p]
+        return "{{- " + (" ~ ".join(names.get(p) or json.dumps(p) for p in parts) or '""') + " -}}"
+
+    wrapped = f"<im_start>{chat.image_token}<im_end>" if chat.image_start_end else chat.image_token
+    first = f'({image} ~ "\\n" ~ ns.text.replace({image}, "").strip()).strip()'  # one picture goes in front
+    marked = (
+        ""
+        if template.one_turn
+        else f"{{%- if ns.text.count({image}) == 1 -%}}{{%- set ns.text = {first} -%}}{{%- endif -%}}"
+    )
+    if chat.image_start_end and not template.one_turn:
+        marked += f"{{%- set ns.text = ns.text.replace({image}, {json.dumps(wrapped)}) -%}}"
+    lines = [
+        f'{{%- set ns = namespace(system={json.dumps(template.system)}, text="", opened=false) -%}}',
+        "{%- for message in messages -%}",
+        "{%- set content = message['content'] -%}",
+        "{%- set ns.text = content if content is string else '' -%}",
+        "{%- if content is not string -%}{%- for part in content -%}",
+        f"{{%- set ns.text = ns.text ~ ({image} if part['type'] == 'image' else part['text']) -%}}",
+        "{%- endfor -%}{%- endif -%}",
+        "{%- if message['role'] == 'system' -%}{%- set ns.system = ns.text -%}",
+        "{%- elif message['role'] == 'assistant' -%}" + put(template.answer),
+        "{%- else -%}" + marked,
+        "{%- if ns.opened -%}" + put(template.user) + "{%- else -%}" + put(template.first) + "{%- endif -%}",
+        "{%- set ns.opened = true -%}{%- endif -%}",
+        "{%- endfor -%}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def add_image_token(config: ModelConfig, state: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> ModelConfig:
+    """Give <image> an id and a row of the embedding where a model has none, as original LLaVA: transformers needs both.
+
+    `state` (our names) and the tokenizer files in `folder` are changed. New rows are the mean of the old; their number
+    is rounded up to 64, as transformers' own conversion does. Nothing else about the prompt changes.
+    """
+    chat, rows = config.chat, config.decoder.vocab_size
+    if 0 <= chat.image_token_id < rows:
+        return config
+    known = tokenizer.token_id(chat.image_token)
+    index = tokenizer.vocab_size if known is None else known
+    if known is None:
+        path = folder / "tokenizer_config.json"
+        values = read_json(path) if path.is_file() else {}
+        token = dict(
+            content=chat.image_token, lstrip=False, normalized=False, rstrip=False, single_word=False, special=True
+        )
+        added = values.get("added_tokens_decoder") or {}
+        written = {**values, "added_tokens_decoder": {**added, str(index): token}}
+        path.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if index >= rows:
+        rows = -(-(index + 1) // 64) * 64
+        for name in {"decoder.embed.weight", "decoder.head.weight"} & state.keys():
+            old = state[name]
+            new = old.float().mean(0, keepdim=True).to(old.dtype).expand(rows - len(old), -1)
+            state[name] = torch.cat([old, new])
+    decoder = dataclasses.replace(config.decoder, vocab_size=rows)
+    return dataclasses.replace(config, decoder=decoder, chat=dataclasses.replace(chat, image_token_id=index))
