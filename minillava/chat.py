@@ -156,7 +156,7 @@ def image_first(text: str, image_token: str) -> str:
 
 
 def check_roles(messages: Sequence[Message], generate: bool) -> None:
-    """Raises UserError unless it is [system], user, assistant, user, ..., up to where the model is to write or wrote."""
+    """Raises UserError unless it is [system], user, assistant, user, ..., up to where the model writes or wrote."""
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     for number, message in enumerate(turns):
         expected = ("user", "assistant")[number % 2]

@@ -184,7 +184,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     `legacy` in tokenizer_config.json decides on the space prefix of a text behind a special token: "</s>USER" is
     </s>, ▁US, ER where it is true and </s>, USER where it is false. Files that do not say are older than the flag,
-    and so are the models trained with them: true. (transformers 5 takes false there; inside one turn nothing differs.)
+    and so are the models trained with them: true. (transformers 5 takes false there, which differs behind a special
+    token only; and converting a tokenizer.model it merges runs of blanks too early, which SentencePiece never did.)
     """
 
     def __init__(self, files: TokenizerFiles):
@@ -291,12 +292,11 @@ class JsonTokenizer(Tokenizer):
                 raise UserError(f"{path}: '{token}' is id {found}, but {files.ids[token]} in the files beside it")
         self._specials = frozenset(id for id, token in full.get_added_tokens_decoder().items() if token.special)
         self.vocab_size = max(full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        # tokenizer_config.json outranks the post-processor of tokenizer.json, as in transformers 5.
-        said = files.config.get("add_bos_token")
-        adds = full.encode("a").ids[:1] != full.encode("a", add_special_tokens=False).ids[:1]
-        if adds and "bos_token" not in files.named and not files.config:
-            files.named["bos_token"] = full.encode("a").tokens[0]
-        self.adds_bos = (said if isinstance(said, bool) else adds) and self.bos_id is not None
+        # Its post-processor alone decides on BOS: transformers 5 ignores add_bos_token beside a tokenizer.json.
+        opened, bare = full.encode("a").ids, full.encode("a", add_special_tokens=False).ids
+        self.adds_bos = opened[:1] != bare[:1]
+        if self.adds_bos:
+            files.named["bos_token"] = str(full.id_to_token(opened[0]))
         special = next((full.id_to_token(id) for id in sorted(self._specials)), None)
         behind = [] if special is None else full.encode(special + "a", add_special_tokens=False).ids[1:]
         self.prefix_after_special = behind != self._continuing.encode("a", add_special_tokens=False).ids
@@ -416,7 +416,6 @@ def train_small_tokenizer(
     if "bos_token" in config:
         bos_id = backend.token_to_id("<s>")
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos_id)])
-        config["add_bos_token"] = True
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
