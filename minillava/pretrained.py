@@ -1,0 +1,138 @@
+"""`from minillava import LLaVA`: a checkpoint and all that belongs to it, ready to answer or to be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minillava import llava
+from minillava.answer import Answer
+from minillava.chat import Message
+from minillava.config import ModelConfig, UserError, nearest
+from minillava.engine import Conversation, Engine, Request, user_message
+from minillava.sampling import Sampling
+from minillava.tokenizer import Tokenizer, load_tokenizer
+from minillava.weights import load_model, read_config, resolve, save_model
+
+if TYPE_CHECKING:
+    from minillava.engine import ImageSource
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+SMALL = 300_000_000  # parameters up to which a CPU computes in float32
+
+
+class LLaVA:
+    """`model` is the network (an nn.Module: `minillava.llava.LLaVA`); `engine` answers batches of requests with it."""
+
+    def __init__(self, model: llava.LLaVA, tokenizer: Tokenizer):
+        self.model, self.tokenizer, self.config = model, tokenizer, model.config
+        self.engine = Engine(model, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        quantize: str | None = None,
+    ) -> LLaVA:
+        """A checkpoint folder or hub id, in any layout that `minillava.weights` reads.
+
+        device: the GPU if there is one, else the CPU. dtype: see `default_dtype`. Raises UserError for whatever is
+        missing, damaged or not supported.
+        """
+        if quantize is not None:
+            raise UserError(f"quantize={quantize!r} is not supported yet; leave it out, or use dtype='bfloat16'")
+        folder = resolve(source)
+        place = _device(device)
+        chosen = default_dtype(read_config(folder), place) if dtype is None else _dtype(dtype)
+        return cls(load_model(folder, chosen, place), load_tokenizer(folder))
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        images: Sequence[ImageSource] = (),
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        raw: bool = False,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer one prompt; `str` of the result is its text. `on_text` gets the text piece by piece as it comes.
+
+        A text is a user's message, or with `raw` the whole prompt. Pictures stand where it says "<image>" (the
+        checkpoint's placeholder), in front of it where it says nothing. Messages hold their placeholders themselves.
+        """
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        if raw:
+            if not isinstance(prompt, str):
+                raise UserError("a raw prompt is one text; leave raw out for messages")
+            request = Request(raw=prompt, images=images, max_new_tokens=max_new_tokens, sampling=sampling)
+        else:
+            marker = self.config.chat.image_token
+            messages = [user_message(prompt, len(images), marker)] if isinstance(prompt, str) else prompt
+            request = Request(messages, images, max_new_tokens=max_new_tokens, sampling=sampling)
+        hear = None if on_text is None else lambda _, piece: on_text(piece)
+        return self.engine.generate([request], hear)[0]
+
+    def conversation(self, images: Sequence[ImageSource] = ()) -> Conversation:
+        """Turns about pictures that stay; see `Conversation.ask`."""
+        return Conversation(self.engine, images)
+
+    def __call__(
+        self, input_ids: Tensor, images: Tensor | None = None, labels: Tensor | None = None, **more: Any
+    ) -> Tensor:
+        """Logits, or the summed loss with labels: `minillava.llava.LLaVA.forward`."""
+        return self.model(input_ids, images=images, labels=labels, **more)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that this package and transformers load."""
+        save_model(self.model, folder, self.tokenizer)
+
+
+def default_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that has it (else float16). On a CPU float32 for models of up to SMALL parameters, bfloat16 for
+    larger ones where the CPU multiplies it (AVX512-BF16 or AMX), and float32 where it does not."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in llava.LLaVA(config).parameters())
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast and parameters > SMALL else torch.float32
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"dtype '{dtype}' is unknown{nearest(dtype, DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device '{device}' is unknown; use cpu, cuda, cuda:1, ... or mps") from None
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (place.index or 0) >= there.get(place.type, 0):
+        have = ", ".join(f"{count} {kind}" for kind, count in there.items() if count)
+        raise UserError(f"device '{device}' is not there (this machine has {have}); leave --device out, or use cpu")
+    return place
