@@ -200,7 +200,7 @@ def _parse_turns(turns: Any, where: str, report: Report) -> tuple[Message, ...]:
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    return "nothing" if value is None else type(value).__name__
 
 
 @dataclass(slots=True)

@@ -1,0 +1,184 @@
+"""The order of batches, what a lost picture costs, and the same batches however they are prepared."""
+
+import io
+import itertools
+import threading
+import time
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from minillava.chat import Message
+from minillava.config import ChatConfig, ImageConfig, ModelConfig, UserError, VisionConfig
+from minillava.data import Sample
+from minillava.loader import Dataset, Loader, Order, Tally, check_supervision
+from minillava.store import ImageRef, Pictures
+from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+
+
+def png(number):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number % 256, number // 256, 99)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_small_tokenizer(["USER: <image>\nWhich? ASSISTANT: 0 1 2 3 4 5 6 7 8 9</s>"] * 9, folder)
+    return load_tokenizer(folder)
+
+
+def dataset(tokenizer, count, bad=(), text_only=(), max_tokens=999, seed=0):
+    """Sample i shows a picture of the colour i and answers i; those of `bad` are no pictures."""
+    config = ModelConfig(
+        vision=VisionConfig(image_size=8, patch_size=4),
+        image=ImageConfig(size=8),
+        chat=ChatConfig(image_token_id=tokenizer.token_id("<image>"), bos_id=tokenizer.bos_id),
+    )
+    store = Pictures({str(i): b"no picture" if i in bad else png(i) for i in range(count)})
+    samples = []
+    for i in range(count):
+        refs = () if i in text_only else (ImageRef(str(i), store),)
+        question = Message("user", "<image>\nWhich?" if refs else "Which?")
+        samples.append(Sample(str(i), refs, (question, Message("assistant", str(i))), "data.json"))
+    return Dataset(samples, config, tokenizer, max_tokens, seed)
+
+
+def same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x.ids_T, y.ids_T) and torch.equal(x.labels_T, y.labels_T)
+        assert x.cu_seqlens == y.cu_seqlens and x.supervised == y.supervised
+        assert torch.equal(x.pixels_NCHW, y.pixels_NCHW)
+        assert x.lost == y.lost and x.epoch == y.epoch
+    return True
+
+
+def test_every_epoch_is_another_permutation():
+    order = Order(10, 4, seed=3)
+    assert order.steps_per_epoch == 3
+    epochs = [[order.indices(step) for step in range(3 * e, 3 * e + 3)] for e in range(3)]
+    assert all(sorted(itertools.chain(*epoch)) == list(range(10)) for epoch in epochs)
+    assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert Order(10, 4, seed=3).indices(7) == epochs[2][1]  # straight to a step, as after a resume
+    assert Order(10, 4, seed=4).indices(0) != epochs[0][0]
+    assert Order(10, 4, shuffle=False).indices(1) == [4, 5, 6, 7]
+    assert order.position(7) == (2, 1) and order.step(2, 1) == 7
+    with pytest.raises(UserError, match="batches of 4 from 0 samples"):
+        Order(0, 4)
+
+
+def test_the_same_batches_however_they_are_prepared(tokenizer):
+    """In a thread, in one and two processes, and resumed in the middle; unreadable pictures included."""
+    data = dataset(tokenizer, 300, bad={5, 77, 208})
+    order = Order(300, 8, seed=1)
+    inline = Loader(data, order, 0, 80)
+    batches = list(inline)
+    assert sum(len(batch.lost) for batch in batches) >= 6  # in each of two epochs
+    for workers in (1, 2):
+        loader = Loader(data, order, 0, 80, workers=workers)
+        assert same(loader, batches) and loader.tally == inline.tally
+    assert same(Loader(data, order, 41, 80), batches[41:])
+
+
+def test_one_lost_picture_costs_that_sample_only(tokenizer):
+    count, bad = 2000, {123}
+    data = dataset(tokenizer, count, bad=bad, text_only=set(range(0, count, 2)) - bad)
+    loader = Loader(data, Order(count, 50), 0, 40)
+    answers, pictures = Counter(), 0
+    for batch in loader:
+        assert len(batch.cu_seqlens) == 51
+        pictures += len(batch.pixels_NCHW)
+        for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:]):
+            labels_T = batch.labels_T[start:end]
+            answers[int(tokenizer.decode(labels_T[labels_T >= 0].tolist()))] += 1
+    twice = [number for number, times in answers.items() if times == 2]
+    assert set(range(count)) - set(answers) == bad and len(twice) == 1
+    assert twice[0] % 2 == 1 and pictures == count // 2  # one of the same modality stood in
+    assert loader.tally.drawn == count + 1 and loader.tally.lost_draws == 1
+    assert list(loader.tally.lost) == [123]
+    assert loader.tally.lost[123].startswith("data.json: sample '123': 123: not an image")
+    assert "1 different ones unusable and replaced" in str(loader.tally)
+
+
+@pytest.mark.parametrize(
+    "count,bad,stops,workers",
+    [(10, 1, False, 0), (10, 2, True, 0), (400, 4, False, 0), (400, 5, True, 0), (400, 5, True, 2)],
+)
+def test_past_one_per_cent_the_run_stops(tokenizer, count, bad, stops, workers):
+    loader = Loader(dataset(tokenizer, count, bad=set(range(bad))), Order(count, 8), 0, 3 * -(-count // 8), workers)
+    if not stops:
+        assert len(list(loader)) == len(loader) and len(loader.tally.lost) == bad
+        return
+    with pytest.raises(UserError, match=rf"sample '\d+': \d+: not an image.*so far {bad} of {count} samples") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failing_disk_stops_the_run_soon(tokenizer):
+    """Long before 1 % of a large set is lost: by the share of the draws, or by ten failures in a row."""
+    data = dataset(tokenizer, 3000, bad=set(range(0, 3000, 5)))
+    loader = Loader(data, Order(3000, 8), 0, 375)
+    with pytest.raises(UserError, match=r"more than 1%, so the run stops"):
+        list(loader)
+    assert loader.tally.drawn < 250
+    with pytest.raises(UserError, match=r"10 unusable samples in a row, the last: data\.json: sample"):
+        list(Loader(dataset(tokenizer, 3000, bad=set(range(3000))), Order(3000, 8), 0, 5))
+
+
+def test_the_tally_survives_a_checkpoint(tokenizer):
+    loader = Loader(dataset(tokenizer, 300, bad={5, 77}, max_tokens=9), Order(300, 50), 0, 6)
+    with pytest.raises(UserError):  # max_tokens leaves nothing to learn
+        list(loader)
+    loader = Loader(dataset(tokenizer, 300, bad={5, 77}), Order(300, 50), 0, 6)
+    list(loader)
+    restored = Tally(300)
+    restored.load(loader.tally.state())
+    assert restored == loader.tally and set(restored.lost) == {5, 77}
+
+
+def test_cut_rows_are_counted(tokenizer):
+    whole = dataset(tokenizer, 40)
+    longest = max(len(whole[i].ids) for i in range(40))
+    loader = Loader(dataset(tokenizer, 40, max_tokens=longest - 1), Order(40, 10), 0, 4)
+    list(loader)
+    expected = sum(len(whole[i].ids) >= longest for i in range(40))
+    assert expected > 0 and (loader.tally.cut_rows, loader.tally.cut_tokens) == (expected, expected)
+
+
+def test_waiting_is_measured_and_work_is_done_ahead(tokenizer):
+    class Slow(Dataset):
+        def batch(self, indices, epoch):
+            time.sleep(0.03)
+            return super().batch(indices, epoch)
+
+    data = dataset(tokenizer, 8)
+    slow = Slow(data.samples, data.config, tokenizer, 999)
+    eager = Loader(slow, Order(8, 1), 0, 8)
+    list(eager)
+    assert eager.wait_s > 0.2  # the consumer does nothing but wait
+    relaxed = Loader(slow, Order(8, 1), 0, 8)
+    for _ in relaxed:
+        time.sleep(0.06)
+    assert relaxed.wait_s < eager.wait_s / 2  # only the first batch, and what the machine adds
+
+
+def test_leaving_early_ends_the_thread(tokenizer):
+    for _ in Loader(dataset(tokenizer, 50), Order(50, 1), 0, 50):
+        break
+    deadline_s = time.monotonic() + 10
+    while any(thread.name.startswith("loader") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_check_supervision(tokenizer):
+    line = check_supervision(dataset(tokenizer, 500))
+    assert "samples are supervised, such as ' 0</s>'" in line
+    with pytest.raises(UserError, match=r"200 of 200 samples tried cannot be used, the first: .*no token to learn"):
+        check_supervision(dataset(tokenizer, 500, max_tokens=9))
+    with pytest.raises(UserError, match=r"1 of 10 samples tried cannot be used, the first: data\.json: sample '3'"):
+        check_supervision(dataset(tokenizer, 10, bad={3}))
