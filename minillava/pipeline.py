@@ -1,0 +1,242 @@
+"""A whole run: the model that a recipe asks for, its stages one after the other, and how a killed run goes on.
+
+The run's folder holds recipe.toml (as used), log.jsonl, curves.png, tokenizer/ where the run made one, and for each
+stage STAGE/checkpoints, STAGE/model (the export, in Hugging Face layout) and STAGE/done.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillava import checkpoint, hf_config, tensor_files, weights
+from minillava.config import ModelConfig, UserError, nearest
+from minillava.llava import LLaVA
+from minillava.progress import Log, plot
+from minillava.projector import Projector
+from minillava.recipe import ModelRecipe, Recipe, StageConfig, differences, read_recipe, stage_index, to_toml
+from minillava.tasks import Run, make_task, merge_config
+from minillava.tokenizer import Tokenizer, load_tokenizer
+from minillava.trainer import Trainer, compute_dtype
+
+# Tokenizers that are made, not read: name in a recipe -> module and function(folder) that writes the files.
+TOKENIZERS = {"shapes": "minillava.pretrain:write_tokenizer"}
+
+
+def run_recipe(recipe: Recipe, resume: bool = False, only: str | None = None) -> dict[str, dict[str, float]]:
+    """Train the stages of a recipe (or `only` one) and return what each one's last evaluation measured.
+
+    Raises UserError where the folder holds another run, or this one and `resume` is not set.
+    """
+    began_s = time.monotonic()
+    folder = recipe.folder
+    chosen = recipe.stage if only is None else (recipe.stage[stage_index(recipe, only)],)
+    resume = open_folder(recipe, folder, resume, only)
+    device = pick_device(recipe.device)
+    torch.manual_seed(recipe.seed)
+    run = make_run(recipe, folder, device)
+    print(f"{recipe.name} in {folder} on {describe_device(device)}; {count(run.model)}")
+    log = Log(folder / "log.jsonl")
+    results: dict[str, dict[str, float]] = {}
+    try:
+        for stage in recipe.stage:
+            done = folder / stage.name / "done.json"
+            if done.is_file() and (stage not in chosen or resume):
+                load_stage(run, folder / stage.name)
+                results[stage.name] = json.loads(done.read_text(encoding="utf-8"))["eval"]
+                print(f"stage {stage.name}: finished before")
+            elif stage in chosen:
+                results[stage.name] = run_stage(run, stage, log, resume)
+                plot(log.path, folder / "curves.png")
+            elif only is not None and recipe.stage.index(stage) < stage_index(recipe, only):
+                print(f"stage {stage.name}: has not been run in {folder}; going on without it")
+    finally:
+        log.close()
+    print(f"done in {time.monotonic() - began_s:,.0f} s: {folder}")
+    return results
+
+
+def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str, float]:
+    print(f"stage {stage.name}: {stage.task}")
+    torch.manual_seed(run.recipe.seed if stage.seed < 0 else stage.seed)
+    began_s = time.monotonic()
+    folder = run.folder / stage.name
+    task = make_task(run, stage)
+    trainer = Trainer(task, stage, run.device, folder, log, resume)
+    log.rewind(stage.name, trainer.step)
+    print(f"  {trainer.describe()}", flush=True)
+    measured = trainer.run()
+    trainer.finish(measured)
+    summary = "; ".join(filter(None, (f"  {time.monotonic() - began_s:,.0f} s", task.summary())))
+    print(summary + (f"; {trainer.skipped} steps skipped" if trainer.skipped else ""), flush=True)
+    return measured
+
+
+def load_stage(run: Run, folder: Path) -> None:
+    """Give the run's model what a finished stage trained; parts of the stage's own (CLIP's text tower) are left out."""
+    newest = checkpoint.latest(folder / "checkpoints")
+    if newest is None:
+        raise UserError(f"{folder}: is marked as finished but has no checkpoint; remove the folder to train it again")
+    values = checkpoint.read_tensors(newest / checkpoint.TRAINED)
+    named = dict(run.model.named_parameters())
+    ours = {name: value for name, value in values.items() if name.split(".")[0] in ("vision", "projector", "decoder")}
+    if not ours.keys() <= named.keys():
+        raise UserError(f"{newest}: does not fit this recipe's model; use another folder")
+    for name in ours:
+        named[name].data = named[name].data.float()
+    checkpoint.fill({name: named[name] for name in ours}, ours, newest)
+
+
+def open_folder(recipe: Recipe, folder: Path, resume: bool, only: str | None) -> bool:
+    """Make the folder, or check that it holds this very run. Returns whether to continue what is in it."""
+    saved = folder / "recipe.toml"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not saved.is_file():
+            raise UserError(f"{folder}: holds something else than a run; choose another folder with --out")
+        untouched = only is not None and not (folder / only).exists()
+        if not resume and not untouched:
+            raise UserError(f"{folder}: holds an earlier run; continue it with --resume, or choose another with --out")
+        changed = differences(read_recipe(saved), recipe)
+        if changed:
+            raise UserError(f"{folder}: was started with another recipe ({'; '.join(changed)}); choose another --out")
+        return resume
+    if resume:
+        print(f"{folder}: nothing to resume there; starting from the beginning")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".recipe.partial"
+    temporary.write_text(to_toml(recipe), encoding="utf-8")
+    temporary.rename(saved)
+    return False
+
+
+# ---- the model ----
+
+
+def make_run(recipe: Recipe, folder: Path, device: torch.device) -> Run:
+    """Load or create the model and its tokenizer as [model] says."""
+    wanted = recipe.model
+    tokenizer = make_tokenizer(wanted, folder)
+    if wanted.base:
+        read = weights.read_config(wanted.base)
+        config = merge_config(read, wanted.tables, "model")
+        if config != dataclasses.replace(read, chat=config.chat):
+            raise UserError("model: a base brings its own sizes and image size; only [model.chat] can be changed")
+        model = weights.load_model(wanted.base)
+        model.config = config
+    else:
+        config = new_config(wanted, tokenizer)
+        model = new_model(wanted, config, recipe.seed)
+    if tokenizer.vocab_size > config.decoder.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the decoder's embedding {config.decoder.vocab_size} rows; "
+            "set model.decoder.vocab_size or use the model's own tokenizer"
+        )
+    computes = {compute_dtype(stage.dtype, device) for stage in recipe.stage}
+    half = torch.bfloat16 if torch.bfloat16 in computes else torch.float32  # what 16-bit checkpoints are held in
+    save_dtype = torch.float32 if model.decoder.embed.weight.dtype == torch.float32 else torch.bfloat16
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, parameter.dtype if parameter.dtype == torch.float32 else half)
+    return Run(recipe, folder, model, tokenizer, device, save_dtype)
+
+
+def make_tokenizer(wanted: ModelRecipe, folder: Path) -> Tokenizer:
+    name = wanted.tokenizer or wanted.base or wanted.decoder_from
+    if not name:
+        raise UserError("model: no tokenizer; set tokenizer to a folder, or to 'shapes' for the built-in world's")
+    if name in TOKENIZERS:
+        module, function = TOKENIZERS[name].split(":")
+        if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
+            getattr(importlib.import_module(module), function)(folder / "tokenizer")
+        return load_tokenizer(folder / "tokenizer")
+    return load_tokenizer(weights.resolve(name))
+
+
+def new_config(wanted: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
+    """Sizes from the parts' own config.json where there are parts, with the recipe's tables laid over them.
+
+    The vocabulary's size and its special ids come from the tokenizer where the tables are silent.
+    """
+    config = ModelConfig()
+    tables: dict[str, dict[str, Any]] = {name: dict(table) for name, table in wanted.tables.items()}
+    if wanted.vision_from:
+        path = weights.resolve(wanted.vision_from)
+        raw, layers = hf_config.read_json(path / "config.json"), tables["vision"].get("select_layers", [-2])
+        vision = hf_config.read_vision(raw, str(path / "config.json"), layers, False)
+        pixels = hf_config.read_json(path / "preprocessor_config.json") | {"do_pad": True}
+        image = hf_config.read_image(pixels, str(path / "preprocessor_config.json"), vision)
+        config = dataclasses.replace(config, vision=vision, image=image)
+    if wanted.decoder_from:
+        path = weights.resolve(wanted.decoder_from)
+        decoder = hf_config.read_decoder(hf_config.read_json(path / "config.json"), str(path / "config.json"))
+        config = dataclasses.replace(config, decoder=decoder)
+    else:
+        tables["decoder"].setdefault("vocab_size", tokenizer.vocab_size)
+    size = merge_config(config, {"vision": tables["vision"]}, "model").vision.image_size
+    tables["image"].setdefault("size", size)
+    marker = tokenizer.token_id(tables["chat"].get("image_token", config.chat.image_token))
+    ids = {
+        "bos_id": tokenizer.bos_id,
+        "eos_ids": [] if tokenizer.eos_id is None else [tokenizer.eos_id],
+        "pad_id": tokenizer.pad_id,
+        "image_token_id": config.chat.image_token_id if marker is None else marker,
+    }
+    tables["chat"] = ids | tables["chat"]
+    return merge_config(config, tables, "model")
+
+
+def new_model(wanted: ModelRecipe, config: ModelConfig, seed: int) -> LLaVA:
+    """A new LLaVA with the weights of a vision tower and of a language model in it, where the recipe names them."""
+    sources = (wanted.vision_from, "vision.", "tower"), (wanted.decoder_from, "decoder.", "original")
+    if all(source for source, _, _ in sources):
+        with torch.device("meta"):
+            model = LLaVA(config)
+        # PyTorch's own start, which the papers' learning rates of stage 1 are for.
+        model.projector = Projector(config.projector, config.vision.feature_size, config.decoder.hidden_size)
+    else:
+        model = LLaVA(config)
+        model.init_weights(seed)
+    named = dict(model.named_parameters())
+    for source, part, layout in sources:
+        if source:
+            folder = weights.resolve(source)
+            plan = weights.Plan()
+            plan.add(tensor_files.inspect_folder(folder), layout)
+            wanted_shapes = {name: tuple(p.shape) for name, p in named.items() if name.startswith(part)}
+            plan.check(str(folder), wanted_shapes)
+            tensors = zip(plan.source, tensor_files.read(plan.source.values()))
+            state = {name: tensor.clone() for name, tensor in tensors if name in wanted_shapes}
+            model.load_state_dict(state, strict=False, assign=True)
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise UserError(f"{wanted.vision_from}, {wanted.decoder_from}: no weights for {', '.join(left)}")
+    return model
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        backends = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        return torch.device(next((kind for kind, there in backends.items() if there), "cpu"))
+    kinds = ("auto", "cpu", "cuda", "mps")
+    if name.split(":")[0] not in kinds:
+        raise UserError(f"device '{name}'{nearest(name, kinds)}")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device '{name}': this PyTorch sees no GPU; use device = \"cpu\"")
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{device.type} ({torch.get_num_threads()} threads), torch {torch.__version__}"
+
+
+def count(model: LLaVA) -> str:
+    parts = ((name, sum(p.numel() for p in part.parameters())) for name, part in model.named_children())
+    return "parameters: " + ", ".join(f"{name} {number:,}" for name, number in parts)

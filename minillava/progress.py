@@ -1,0 +1,115 @@
+"""What a run tells: one line that moves, a JSON line a step, and the curves as a picture at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from minillava.config import UserError
+
+
+class Log:
+    """log.jsonl of a run: a line for every step and every evaluation, each with its stage and step."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, **values: Any) -> None:
+        self.file.write(json.dumps(values) + "\n")
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what a killed run wrote behind its last checkpoint: it will be computed and written again."""
+        kept = [row for row in read_log(self.path) if row["stage"] != stage or row["step"] <= step]
+        self.file.close()
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self.file = self.path.open("a", encoding="utf-8", buffering=1)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; the last one may have been cut off by a kill and is then left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not JSON; remove the line") from None
+    return rows
+
+
+class Bar:
+    """The moving line: loss, tokens a second, share of time spent waiting for data, time left."""
+
+    WINDOW = 50  # steps that the shown means are of
+
+    def __init__(self, stage: str, start: int, steps: int):
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            desc=stage, initial=start, total=steps, unit="step", dynamic_ncols=True,
+            mininterval=0.2 if terminal else 30, file=sys.stderr, smoothing=0.05,
+        )  # fmt: skip
+        self.recent: deque[tuple[float, int, float, float]] = deque(maxlen=self.WINDOW)
+
+    def step(self, loss: float, tokens: int, data_s: float, step_s: float, skipped: int) -> None:
+        self.recent.append((loss, tokens, data_s, step_s))
+        losses, counts, waits, times = zip(*self.recent)
+        rate, waiting = sum(counts) / sum(times), sum(waits) / sum(times)
+        text = f"loss {sum(losses) / len(losses):.4f}, {rate:,.0f} tok/s, data {waiting:.0%}"
+        self.bar.set_postfix_str(text + (f", {skipped} skipped" if skipped else ""), refresh=False)
+        self.bar.update()
+
+    def note(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def plot(log: Path, picture: Path) -> None:
+    """Draw the loss of every stage, and what its evaluations measured, into one PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_log(log)
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    if not stages:
+        return
+    figure = Figure(figsize=(5 * len(stages), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
+        steps = [row for row in rows if row["stage"] == stage and "loss" in row]
+        losses = [row["loss"] for row in steps]
+        axes.plot([row["step"] for row in steps], losses, color="0.8", linewidth=0.8)
+        axes.plot([row["step"] for row in steps], _smooth(losses), color="C0", linewidth=1.5, label="loss")
+        shown = {"loss"}
+        evaluations = [row for row in rows if row["stage"] == stage and "eval" in row]
+        for name in dict.fromkeys(name for row in evaluations for name in row["eval"]):
+            points = [(row["step"], row["eval"][name]) for row in evaluations if name in row["eval"]]
+            if len(shown) < 10:
+                axes.plot(*zip(*points), marker="o", markersize=3, linewidth=1, label=name)
+                shown.add(name)
+        axes.set(title=stage, xlabel="step", ylabel="loss")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(picture, dpi=120)
+
+
+def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
+    """Exponential mean, corrected for its start as Adam's moments are; non-finite losses are passed over."""
+    mean, total, result = 0.0, 0.0, []
+    for value in values:
+        if value == value and abs(value) != float("inf"):
+            mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
+        result.append(mean / total if total else float("nan"))
+    return result

@@ -1,0 +1,232 @@
+"""What a stage trains and on what: the interface that the trainer knows, and LLaVA's own task over its JSON data.
+
+A run has one LLaVA, which its stages train one after the other; a task names the parts of it (and, where it needs
+any, parts of its own, such as CLIP's text tower) and turns batches into losses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minillava.config import ChatConfig, ModelConfig, UserError, from_dict, nearest, to_dict
+from minillava.data import Batch, Sample, scan
+from minillava.llava import LLaVA
+from minillava.loader import Dataset, Loader, Order, Tally, check_supervision
+from minillava.recipe import DataConfig, Recipe, StageConfig
+from minillava.tokenizer import Tokenizer
+from minillava.weights import save_model
+
+# Name in a recipe -> module and factory (run, stage) -> Task.
+TASKS = {
+    "llava": "minillava.tasks:LLaVATask",
+    "clip": "minillava.pretrain:ClipTask",
+    "text": "minillava.pretrain:TextTask",
+}
+
+
+@dataclass
+class Run:
+    """What the stages of a run share."""
+
+    recipe: Recipe
+    folder: Path
+    model: LLaVA
+    tokenizer: Tokenizer
+    device: torch.device
+    save_dtype: torch.dtype  # of exported checkpoints
+
+
+class Task:
+    """One stage's work. Subclasses set `model` and `parts` and define `batches` and `loss`; the rest has defaults."""
+
+    model: (
+        nn.Module
+    )  # what `loss` calls; its parameters are those that are not listed in parts, frozen, and those that are
+    parts: dict[str, nn.Module]  # by the name that `lr` has for them; disjoint, all inside `model`
+    num_samples: int | None = None  # what `epochs` is counted in; None where the data has no end
+
+    def batches(self, start: int, stop: int) -> Iterator[list[Any]]:
+        """The micro-batches of steps start to stop (exclusive). Step k holds the same whatever `start` was."""
+        raise NotImplementedError
+
+    def loss(self, call: Callable[..., Any], micro: Any) -> tuple[Tensor, int]:
+        """The SUM of the losses of a micro-batch and how many they are; `call` is `model` with the weights to use."""
+        raise NotImplementedError
+
+    def tokens(self, micro: Any) -> int:
+        """How many tokens (or pairs) go through the model, for the rate that is shown."""
+        raise NotImplementedError
+
+    def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
+        """Measurements by name; nothing where there is nothing to evaluate. Runs under no_grad and model.eval()."""
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Export the result into a folder that does not exist yet; a task whose result is no checkpoint writes none."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs beside weights, step and random state, as JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+
+    def summary(self) -> str:
+        """A line for the end of the stage; empty for none."""
+        return ""
+
+
+def make_task(run: Run, stage: StageConfig) -> Task:
+    if stage.task not in TASKS:
+        raise UserError(f"stage '{stage.name}': no task '{stage.task}'{nearest(stage.task, TASKS)}")
+    module, name = TASKS[stage.task].split(":")
+    return getattr(importlib.import_module(module), name)(run, stage)
+
+
+def export(run: Run, folder: Path) -> None:
+    """The run's model as a Hugging Face folder, all of it in one dtype (masters are float32 while they are trained)."""
+    with torch.device("meta"):
+        model = LLaVA(run.model.config)
+    state = {name: tensor.detach().to("cpu", run.save_dtype) for name, tensor in run.model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    save_model(model, folder, run.tokenizer)
+
+
+@dataclass(frozen=True)
+class MicroOrder(Order):
+    """Order of micro-batches: number k is part k % parts of batch k // parts. May be empty at the end of an epoch."""
+
+    micro: int = 1
+
+    @property
+    def parts(self) -> int:
+        return -(-self.batch_size // self.micro)
+
+    def position(self, step: int) -> tuple[int, int]:
+        return super().position(step // self.parts)
+
+    def indices(self, step: int) -> list[int]:
+        part = step % self.parts
+        return super().indices(step - part)[part * self.micro : (part + 1) * self.micro]
+
+
+class LLaVATask(Task):
+    """Next-token loss on the answers of conversations about pictures: LLaVA's stages (arXiv 2304.08485, 4.2)."""
+
+    def __init__(self, run: Run, stage: StageConfig):
+        self.run, self.stage = run, stage
+        self.model = run.model
+        self.parts = {"vision": run.model.vision, "projector": run.model.projector, "decoder": run.model.decoder}
+        chat = {**to_dict(run.model.config.chat), **stage.chat}
+        self.config = dataclasses.replace(run.model.config, chat=from_dict(ChatConfig, chat, "chat"))
+        seed = stage.seed if stage.seed >= 0 else run.recipe.seed
+
+        samples, held_out = self.read_samples(seed)
+        limit = min(stage.max_tokens, self.config.decoder.max_positions)
+        self.dataset = Dataset(samples, self.config, run.tokenizer, limit, seed)
+        self.held_out = Dataset(held_out, self.config, run.tokenizer, limit, seed) if held_out else None
+        self.num_samples = len(samples)
+        self.order = MicroOrder(len(samples), stage.batch_size, seed, micro=stage.micro)
+        self.tally = Tally(len(samples))
+        print(f"  {check_supervision(self.dataset)}")
+
+    def read_samples(self, seed: int) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        """Samples to train on and samples to evaluate on. Raises UserError if any of them cannot be used."""
+        stage = self.stage
+        if not stage.data:
+            raise UserError(
+                f'stage \'{stage.name}\': no data; give data = [{{path = "x.json", images = "folder or zip"}}]'
+            )
+        samples = read_data(stage.data)
+        held_out = read_data(stage.eval_data)
+        if stage.eval_samples and not held_out:
+            if stage.eval_samples >= len(samples):
+                raise UserError(
+                    f"stage '{stage.name}': eval_samples leaves nothing of {len(samples)} samples to train on"
+                )
+            chosen = set(np.random.default_rng(seed).permutation(len(samples))[: stage.eval_samples].tolist())
+            held_out = [sample for i, sample in enumerate(samples) if i in chosen]
+            samples = [sample for i, sample in enumerate(samples) if i not in chosen]
+        return samples, held_out[: stage.eval_samples or None]
+
+    def batches(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        parts, on_gpu = self.order.parts, self.run.device.type == "cuda"
+        loader = Loader(
+            self.dataset, self.order, start * parts, stop * parts, self.stage.workers,
+            ahead=max(2, min(parts, 8)), pin=on_gpu, tally=self.tally,
+        )  # fmt: skip
+        micros = iter(loader)
+        for _ in range(start, stop):
+            step = [next(micros) for _ in range(parts)]
+            yield [batch for batch in step if len(batch.ids_T)]
+
+    def loss(self, call: Callable[..., Any], micro: Batch) -> tuple[Tensor, int]:
+        batch = micro.to(self.run.device)
+        loss = call(batch.ids_T, images=batch.pixels_NCHW, labels=batch.labels_T, cu_seqlens=batch.cu_seqlens)
+        return loss, batch.supervised
+
+    def tokens(self, micro: Batch) -> int:
+        return len(micro.ids_T)
+
+    def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
+        """Loss a supervised token on what was held out."""
+        if self.held_out is None:
+            return {}
+        total, count = 0.0, 0
+        for first in range(0, len(self.held_out), self.stage.micro):
+            rows = range(first, min(first + self.stage.micro, len(self.held_out)))
+            loss, supervised = self.loss(call, self.held_out.batch(rows, 0))
+            total, count = total + loss.item(), count + supervised
+        return {"eval_loss": total / count}
+
+    def save(self, folder: Path) -> None:
+        export(self.run, folder)
+
+    def state(self) -> dict[str, Any]:
+        return self.tally.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.tally.load(state)
+
+    def summary(self) -> str:
+        return str(self.tally)
+
+
+def read_data(files: Sequence[DataConfig]) -> list[Sample]:
+    """All samples of several files, with a line for each file. Raises UserError if one cannot be used."""
+    samples: list[Sample] = []
+    for file in files:
+        found, report = scan(Path(file.path), Path(file.images) if file.images else None)
+        print(f"  {report}")
+        if report.problems:
+            more = f" ({len(report.problems) - 1:,} more samples are unusable)" if len(report.problems) > 1 else ""
+            raise UserError(report.problems[0] + more)
+        samples += found
+    return samples
+
+
+def total_steps(stage: StageConfig, num_samples: int | None) -> int:
+    """Optimizer steps of a stage; the last batch of an epoch holds what is left over."""
+    if stage.steps:
+        return stage.steps
+    if num_samples is None:
+        raise UserError(f"stage '{stage.name}': its data has no end; set steps instead of epochs")
+    return math.ceil(stage.epochs * -(-num_samples // stage.batch_size))
+
+
+def merge_config(config: ModelConfig, tables: dict[str, dict[str, Any]], where: str) -> ModelConfig:
+    """The config with a recipe's [model] tables laid over it."""
+    values = to_dict(config)
+    for name, table in tables.items():
+        values[name] |= table
+    return from_dict(ModelConfig, values, where)
