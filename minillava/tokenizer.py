@@ -30,6 +30,7 @@ FILES = (
 )
 # The order in which transformers appends the special tokens that a vocabulary lacks.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MEMO_SIZE = 4096  # parts of prompts whose ids are kept: some MB
 SPACE = "▁"  # U+2581, SentencePiece's visible space
 
 
@@ -43,6 +44,7 @@ class Tokenizer(ABC):
 
     def __init__(self, files: TokenizerFiles):
         self.files = files
+        self._memo: dict[tuple[str, bool], list[int]] = {}
 
     @abstractmethod
     def encode(self, text: str, first: bool) -> list[int]:
@@ -88,10 +90,18 @@ class Tokenizer(ABC):
         return self._named_id("pad_token")
 
     def encode_parts(self, parts: Iterable[str]) -> list[list[int]]:
-        """Ids of each part of one running text, no token crossing from one part into the next."""
+        """Ids of each part of one running text, no token crossing from one part into the next.
+
+        Raises UserError for half of a surrogate pair, which JSON can spell and UTF-8 cannot.
+        """
         result: list[list[int]] = []
         first = True
         for part in parts:
+            try:
+                part.encode()
+            except UnicodeEncodeError as error:
+                at = part[max(0, error.start - 20) : error.start]
+                raise UserError(f"half a surrogate pair behind {at!r}; mend the \\u escape in the JSON") from error
             ids = self.encode(part, first)
             result.append(ids)
             if ids:

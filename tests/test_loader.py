@@ -119,14 +119,23 @@ def test_past_one_per_cent_the_run_stops(tokenizer, count, bad, stops, workers):
 
 
 def test_a_failing_disk_stops_the_run_soon(tokenizer):
-    """Long before 1 % of a large set is lost: by the share of the draws, or by ten failures in a row."""
-    data = dataset(tokenizer, 3000, bad=set(range(0, 3000, 5)))
-    loader = Loader(data, Order(3000, 8), 0, 375)
-    with pytest.raises(UserError, match=r"more than 1%, so the run stops"):
+    """Long before 1 % of a large set (80) is lost: by the share of the draws, or by ten failures in a row."""
+    data = dataset(tokenizer, 8000, bad=set(range(0, 8000, 5)))
+    loader = Loader(data, Order(8000, 8), 0, 1000)
+    with pytest.raises(UserError, match=r"so far 2\d of 8000 samples .* so the run stops"):
         list(loader)
-    assert loader.tally.drawn < 250
     with pytest.raises(UserError, match=r"10 unusable samples in a row, the last: data\.json: sample"):
         list(Loader(dataset(tokenizer, 3000, bad=set(range(3000))), Order(3000, 8), 0, 5))
+
+
+def test_a_text_sample_is_replaced_by_a_text_sample(tokenizer):
+    data = dataset(tokenizer, 200, text_only={3, 77, 150})
+    endless = (Message("user", "Which? " * 999), Message("assistant", "3"))
+    data.samples[3] = Sample("3", (), endless, "data.json")
+    for epoch in range(5):
+        example, lost = data.draw(3, epoch)
+        assert [index for index, _ in lost] == [3] * len(lost) and "cut from" in lost[0][1]
+        assert tokenizer.decode([label for label in example.labels if label >= 0]) in (" 77", " 150")
 
 
 def test_the_tally_survives_a_checkpoint(tokenizer):
