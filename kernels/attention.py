@@ -14,6 +14,9 @@ from torch import Tensor
 # Sequences of unequal length are computed as one right-padded block while less than this share of it is padding,
 # else one by one. On two AVX-512 cores the block is faster up to about a third (32 rows of 150 to 250 tokens).
 MAX_PADDING = 0.33
+# Up to this many queries the explicit formula trains faster on a CPU than SDPA, whose backward is slow there:
+# forward and backward of 32 x 230 tokens, 4 heads of 64, bf16 on two AMX cores took 18 ms against 38 ms.
+SHORT = 512
 
 
 def attention(
@@ -44,6 +47,16 @@ def attention(
     return torch.cat([_sdpa(q[None], k[None], v[None], causal, scale)[0] for q, k, v in parts])
 
 
+def _explicit(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, causal: bool, scale: float | None) -> Tensor:
+    """The formula as two batched products: while the scores stay in cache, its backward beats SDPA's on a CPU."""
+    T, S = q_BHTK.shape[2], k_BHSK.shape[2]
+    q = q_BHTK * (q_BHTK.shape[3] ** -0.5 if scale is None else scale)
+    scores = q.flatten(0, 1) @ k_BHSK.flatten(0, 1).transpose(1, 2)
+    if causal:
+        scores = scores + torch.full((T, S), float("-inf"), dtype=scores.dtype).triu(S - T + 1)
+    return (scores.softmax(-1) @ v_BHSK.flatten(0, 1)).unflatten(0, q_BHTK.shape[:2])
+
+
 def _scatter_rows(x_THK: Tensor, where_T: Tensor, B: int, M: int) -> Tensor:
     x = x_THK.new_zeros(B * M, *x_THK.shape[1:]).index_copy(0, where_T, x_THK)
     return x.unflatten(0, (B, M))
@@ -52,4 +65,6 @@ def _scatter_rows(x_THK: Tensor, where_T: Tensor, B: int, M: int) -> Tensor:
 def _sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, causal: bool, scale: float | None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     grouped = q.shape[1] != k.shape[1]
+    if q.device.type == "cpu" and q.requires_grad and q.shape[2] <= SHORT and not grouped:
+        return _explicit(q, k, v, causal, scale).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped).transpose(1, 2)

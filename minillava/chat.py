@@ -59,6 +59,8 @@ _VICUNA = Template(
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": _VICUNA,
     "llava_v1": Template(**{**vars(_VICUNA), "system": _POLITE.format(who="human")}),
+    # What llava-1.5-hf's own chat template writes: Vicuna's turns without the system text. The nano model uses it.
+    "vicuna_short": Template(**{**vars(_VICUNA), "system": "", "first": _VICUNA.user}),
     "llava_v0": Template(
         system=_POLITE.format(who="human"),
         first="{system}###Human: {text}###Assistant:",

@@ -1,0 +1,252 @@
+"""The two parts that real recipes download, made small and here: a CLIP tower from pairs of pictures and phrases, and a
+decoder from text. Both learn from the built-in world, whose held-out combinations they never see or read.
+
+CLIP: Radford et al. 2021 (arXiv 2103.00020). Differs: a picture goes with a phrase for each thing in it, the score of
+a pair is that of its best patch (late interaction, FILIP, arXiv 2111.07783), and each true phrase is contrasted with
+all false ones of the batch, near misses among them (arXiv 2210.01936).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillava import chat, shapes
+from minillava.chat import Message
+from minillava.config import DecoderConfig, UserError, from_dict
+from minillava.data import Batch, Example, pack
+from minillava.decoder import Decoder
+from minillava.image import prepare
+from minillava.llava import next_labels
+from minillava.recipe import StageConfig
+from minillava.tasks import Run, Task
+from minillava.tokenizer import train_small_tokenizer
+from minillava.vit import VisionTower
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The tokenizer of the built-in world: every word of it is one token, other text falls back to bytes."""
+    rng = random.Random(0)
+    texts = []
+    for _, scene in zip(range(2000), shapes.scenes(0, "train")):
+        text = shapes.caption(scene, rng)
+        for q in shapes.questions(scene, rng, 12):
+            text += f"USER: {q.text} ASSISTANT: {q.answer}</s>"
+            texts.append(f"\n{q.text}")
+        texts.append(f"USER: <image>\n{text}")
+    texts += ["What a USER: ASSISTANT:\n"] * 2
+    train_small_tokenizer(texts, folder, vocab_size=512)
+
+
+class Stream(Task):
+    """A task whose micro-batches are made from the number of the step alone, one ahead of their use in a thread."""
+
+    def __init__(self, run: Run, stage: StageConfig):
+        self.run, self.stage = run, stage
+        self.seed = stage.seed if stage.seed >= 0 else run.recipe.seed
+
+    def make(self, rng: random.Random, size: int) -> Any:
+        raise NotImplementedError
+
+    def step(self, number: int) -> list[Any]:
+        rng = random.Random(f"{self.stage.task} {self.seed} {number}")
+        sizes = [self.stage.micro] * (self.stage.batch_size // self.stage.micro)
+        rest = self.stage.batch_size % self.stage.micro
+        return [self.make(rng, size) for size in sizes + [rest] * bool(rest)]
+
+    def batches(self, start: int, stop: int) -> Iterator[list[Any]]:
+        with ThreadPoolExecutor(1) as pool:
+            pending = [pool.submit(self.step, number) for number in range(start, min(start + 2, stop))]
+            for number in range(start, stop):
+                if number + 2 < stop:
+                    pending.append(pool.submit(self.step, number + 2))
+                yield pending.pop(0).result()
+
+
+# ------------------------------------------------------------------------------------------------- pictures, phrases
+
+
+@dataclass
+class Pairs:
+    """N pictures, M phrases, and which of them are true of which."""
+
+    pixels_NCHW: Tensor
+    ids_T: Tensor  # the phrases, packed
+    cu_seqlens: tuple[int, ...]
+    true_NM: Tensor
+
+
+class TextTower(nn.Module):
+    """What CLIP has beside its vision tower; a phrase is read off at its last token."""
+
+    def __init__(self, config: DecoderConfig, visual_size: int):
+        super().__init__()
+        self.decoder = Decoder(config)
+        self.visual_projection = nn.Linear(visual_size, config.hidden_size, bias=False)
+        self.text_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(2.3))
+
+    def forward(self, ids_T: Tensor, cu_seqlens: tuple[int, ...]) -> Tensor:
+        words_TE = self.decoder(self.decoder.embed(ids_T), cu_seqlens)
+        return self.text_projection(words_TE[torch.tensor(cu_seqlens[1:]) - 1])
+
+
+class Clip(nn.Module):
+    """The vision tower beside a small causal text tower; score of a pair = its best patch's cosine, scaled."""
+
+    def __init__(self, vision: VisionTower, text: DecoderConfig):
+        super().__init__()
+        self.vision = vision
+        self.rest = TextTower(text, vision.config.hidden_size)
+
+    def forward(self, pairs: Pairs) -> Tensor:
+        """Scores [N, M] in float32."""
+        dtype = self.rest.visual_projection.weight.dtype
+        x_NTD = self.vision.embed(pairs.pixels_NCHW.to(dtype))
+        for block in self.vision.blocks:
+            x_NTD = block(x_NTD)
+        patches_NPE = self.rest.visual_projection(self.vision.post_norm(x_NTD)[:, self.vision.config.class_token :])
+        phrases_ME = self.rest(pairs.ids_T, pairs.cu_seqlens)
+        patches_NPE, phrases_ME = (F.normalize(x.float(), dim=-1).to(dtype) for x in (patches_NPE, phrases_ME))
+        scores_NM = (patches_NPE.flatten(0, 1) @ phrases_ME.T).unflatten(0, patches_NPE.shape[:2]).amax(1)
+        return scores_NM.float() * self.rest.log_scale.float().exp()
+
+    def init_weights(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        for name, p in self.rest.named_parameters():
+            if p.ndim > 1:
+                nn.init.normal_(p, 0, 0.5 if "embed" in name else p.shape[1] ** -0.5)
+        nn.init.normal_(self.vision.patch_embedding.weight, 0, 0.05)
+
+
+def contrast(scores_NM: Tensor, true_NM: Tensor) -> Tensor:
+    """Sum over the true pairs of -log softmax against all false phrases of the same picture."""
+    false_N1 = scores_NM.masked_fill(true_NM, float("-inf")).logsumexp(1, keepdim=True)
+    return F.softplus(false_N1 - scores_NM)[true_NM].sum()
+
+
+class ClipTask(Stream):
+    """Trains the run's vision tower; the text tower is dropped afterwards. `shapes.phrases`: how many a batch holds."""
+
+    def __init__(self, run: Run, stage: StageConfig):
+        super().__init__(run, stage)
+        options = dict(stage.shapes)
+        self.num_phrases = options.pop("phrases", 320)
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
+                 "head_dim": 64, "vocab_size": run.model.config.decoder.vocab_size, "tie_embeddings": True}  # fmt: skip
+        text = from_dict(DecoderConfig, sizes | options, f"stage '{stage.name}': shapes")
+        self.model = Clip(run.model.vision, text)
+        self.model.init_weights(self.seed)
+        self.model.to(run.device)
+        self.parts = {"vision": self.model.vision, "text": self.model.rest}
+        self.things = [thing for thing in shapes.all_things() if not thing.held_out]
+        self.phrases = {thing: run.tokenizer.encode(f"a {thing} {shapes.at(thing.cell)}", True) for thing in self.things}
+
+    def make(self, rng: random.Random, size: int) -> Pairs:
+        """Every phrase that is true of some picture, a near miss for each (one word changed), and random others."""
+        scenes = [shapes.make_scene(rng) for _ in range(size)]
+        wanted = dict.fromkeys(thing for scene in scenes for thing in scene.things)
+        for thing in list(wanted):
+            wanted.setdefault(shapes.near_miss(thing, rng))
+        while len(wanted) < self.num_phrases:
+            wanted.setdefault(rng.choice(self.things))
+        return self.pairs(scenes, [thing for thing in wanted if thing in self.phrases])
+
+    def pairs(self, scenes: Sequence[shapes.Scene], things: Sequence[shapes.Thing]) -> Pairs:
+        column = {thing: j for j, thing in enumerate(things)}
+        true_NM = torch.zeros(len(scenes), len(things), dtype=torch.bool)
+        for i, scene in enumerate(scenes):
+            true_NM[i, [column[thing] for thing in scene.things]] = True
+        packed = pack([Example(ids, ids, None) for ids in map(self.phrases.__getitem__, things)])
+        pixels = torch.stack([prepare(scene.image(), self.run.model.config.image) for scene in scenes])
+        return Pairs(pixels, packed.ids_T, packed.cu_seqlens, true_NM)
+
+    def loss(self, call: Callable[..., Any], micro: Pairs) -> tuple[Tensor, int]:
+        return contrast(call(micro), micro.true_NM), int(micro.true_NM.sum())
+
+    def tokens(self, micro: Pairs) -> int:
+        return micro.true_NM.numel()
+
+    def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
+        """How often the true word of a phrase beats the other words of its kind, over unseen scenes."""
+        scenes = list(itertools.islice(shapes.scenes(self.seed, "unseen"), 128))
+        scores_NM = torch.cat([call(self.pairs(scenes[i : i + 32], self.things)) for i in range(0, len(scenes), 32)]).numpy()
+        column = {thing: j for j, thing in enumerate(self.things)}
+        right: dict[str, list[bool]] = {}
+        for scores_M, scene in zip(scores_NM, scenes):
+            for thing in scene.things:
+                for name, rivals in shapes.rivals(thing).items():
+                    best = max((r for r in rivals if r in column), key=lambda r: scores_M[column[r]])  # noqa: B023
+                    right.setdefault(name, []).append(best == thing)
+        return {name: sum(values) / len(values) for name, values in right.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+class TextTask(Stream):
+    """Trains the run's decoder on text: scenes in words, then questions about them, laid out as LLaVA's turns.
+
+    Next-token loss on everything. `shapes.turns`: questions a text.
+    """
+
+    def __init__(self, run: Run, stage: StageConfig):
+        super().__init__(run, stage)
+        options = dict(stage.shapes)
+        self.turns = options.pop("turns", 8)
+        if options:
+            raise UserError(f"stage '{stage.name}': shapes.{next(iter(options))} is unknown; task text knows turns")
+        self.model = run.model
+        self.parts = {"decoder": run.model.decoder}
+
+    def make(self, rng: random.Random, size: int) -> Batch:
+        return pack([self.example(shapes.make_scene(rng), rng) for _ in range(size)])
+
+    def example(self, scene: shapes.Scene, rng: random.Random) -> Example:
+        messages = shapes.conversation(scene, rng, self.turns, opening=shapes.caption(scene, rng))
+        ids, _ = chat.encode(self.run.model.config.chat, self.run.tokenizer, messages, [], generate=False)
+        return Example(ids, [chat.IGNORE, *ids[1:]], None)
+
+    def loss(self, call: Callable[..., Any], micro: Batch) -> tuple[Tensor, int]:
+        batch = micro.to(self.run.device)
+        return call(batch.ids_T, labels=batch.labels_T, cu_seqlens=batch.cu_seqlens), batch.supervised
+
+    def tokens(self, micro: Batch) -> int:
+        return len(micro.ids_T)
+
+    def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
+        """Loss a token, and a perfect reader's share: exact answers when the scene is told in words."""
+        rng = random.Random("text evaluation")
+        asked = []
+        for scene in itertools.islice(shapes.scenes(self.seed, "unseen"), 200):
+            for question in shapes.questions(scene, rng, 2):
+                text = shapes.caption(scene, rng) + f"\n{question.text}"
+                asked.append((Message("user", text), Message("assistant", question.answer)))
+        chat_config, tokenizer = self.run.model.config.chat, self.run.tokenizer
+        rows = [chat.encode(chat_config, tokenizer, messages, [], generate=False) for messages in asked]
+        right = exact(call, [Example(ids, labels, None) for ids, labels in rows])
+        return {"reading": sum(right) / len(right)}
+
+
+def exact(call: Callable[..., Any], examples: Sequence[Example], rows: int = 64) -> list[bool]:
+    """For each example whether greedy decoding would give its supervised tokens, stop token included.
+
+    One pass over the given answer tells: decoding leaves it exactly where some token is not the most likely one.
+    """
+    right: list[bool] = []
+    for first in range(0, len(examples), rows):
+        batch = pack(examples[first : first + rows])
+        logits_TV = call(batch.ids_T, images=batch.pixels_NCHW, cu_seqlens=batch.cu_seqlens)
+        wanted_T = next_labels(batch.labels_T, batch.cu_seqlens)
+        hit_T = (logits_TV.argmax(-1) == wanted_T) | (wanted_T == chat.IGNORE)
+        right += [bool(hit_T[a:b].all()) for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:])]
+    return right
