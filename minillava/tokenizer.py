@@ -92,17 +92,22 @@ class Tokenizer(ABC):
     def encode_parts(self, parts: Iterable[str]) -> list[list[int]]:
         """Ids of each part of one running text, no token crossing from one part into the next.
 
+        What was encoded lately is kept, not to be changed: templates and questions recur in training.
         Raises UserError for half of a surrogate pair, which JSON can spell and UTF-8 cannot.
         """
         result: list[list[int]] = []
         first = True
         for part in parts:
-            try:
-                part.encode()
-            except UnicodeEncodeError as error:
-                at = part[max(0, error.start - 20) : error.start]
-                raise UserError(f"half a surrogate pair behind {at!r}; mend the \\u escape in the JSON") from error
-            ids = self.encode(part, first)
+            ids = self._memo.get((part, first))
+            if ids is None:
+                try:
+                    part.encode()
+                except UnicodeEncodeError as error:
+                    at = part[max(0, error.start - 20) : error.start]
+                    raise UserError(f"half a surrogate pair behind {at!r}; mend the \\u escape in the JSON") from error
+                if len(self._memo) >= MEMO_SIZE:
+                    self._memo.clear()
+                ids = self._memo[part, first] = self.encode(part, first)
             result.append(ids)
             if ids:
                 first = self.prefix_after_special and ids[-1] in self.added_ids
