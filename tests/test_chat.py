@@ -421,6 +421,19 @@ def test_templates_that_fail_or_contradict_themselves(tokenizer):
         segments(chat(drops_history), turns("a", "b"), False)
 
 
+def test_a_template_that_rewrites_earlier_answers_can_be_asked_but_not_trained(tokenizer):
+    jinja = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else m.content.split('|')[-1] }}{% endfor %}"
+    )
+    jinja += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    chat = ChatConfig(template="jinja", jinja=jinja)
+    messages = turns("a", "hm|b", "c", "hm|d")
+    assert segments(chat, messages[:2], False) == [("<user>a<assistant>", False), ("hm|b", True)]
+    assert segments(chat, messages[:3], True) == [("<user>a<assistant>b<user>c<assistant>", False)]
+    with pytest.raises(UserError, match="renders message 2 differently"):
+        segments(chat, messages, False)
+
+
 # ---- bad input
 
 
@@ -455,6 +468,11 @@ def test_markers_and_pictures_must_agree(tokenizer, pictures):
         encode(ChatConfig(), tokenizer, messages, pictures, generate=True)
     with pytest.raises(UserError, match=expected):
         encode_raw(ChatConfig(), tokenizer, messages[0].text, pictures)
+
+
+def test_half_a_surrogate_pair(tokenizer):
+    with pytest.raises(UserError, match=r"half a surrogate pair behind '.*a red '"):
+        encode(ChatConfig(), tokenizer, turns("a red \ud83d"), [], generate=True)
 
 
 def test_unknown_template_and_missing_tokens(tmp_path):

@@ -241,11 +241,12 @@ def test_tokens_of_old_files_are_added_at_their_ids(tmp_path):
     """added_tokens.json and special_tokens_map.json, without a word about them in tokenizer_config.json."""
     path = sentencepiece_model(tmp_path)
     (path / "tokenizer_config.json").unlink()
-    (path / "added_tokens.json").write_text(json.dumps({"<im_patch>": 400, "<im_start>": 401, "<im_end>": 402}))
+    (path / "added_tokens.json").write_text(json.dumps({"<im": 400, "<im_start>": 401, "<im_end>": 402}))
     (path / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "[PAD]"}, "eos_token": "</s>"}))
     tokenizer = load_tokenizer(path)
     assert isinstance(tokenizer, SentencePieceTokenizer)
     assert tokenizer.encode("<im_start><im_end>[PAD]</s>", first=True) == [401, 402, 403, 2]
+    assert tokenizer.encode("<im<im_start>", first=True) == [400, 401]
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 2, 403, 404)
     assert tokenizer.decode([401, 402, 403]) == ""
     assert tokenizer.decode([401, 402], skip_special=False) == "<im_start><im_end>"
