@@ -126,10 +126,10 @@ def _read_json(path: Path) -> list[Any]:
             if row.strip():
                 samples.append(json.loads(row))
         return samples
-    except json.JSONDecodeError as error:
-        at = error.lineno if one_list else line
+    except ValueError as error:  # a JSONDecodeError, or Python's refusal of a number of thousands of digits
+        at, why = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (1, str(error))
         raise UserError(
-            f"{path}: not JSON at line {at} ({error.msg}); expected a list of samples, or one sample a line"
+            f"{path}: not JSON at line {at if one_list else line} ({why}); expected a list of samples, or one a line"
         ) from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply to be a list of samples; check the file") from None

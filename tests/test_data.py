@@ -175,6 +175,7 @@ def test_a_sample_that_is_no_object(tmp_path):
     [
         (b'[{"id": 1},\n oops]', r"not JSON at line 2 .*expected a list of samples"),
         (b'{"conversations": []}\n{oops}\n', "not JSON at line 2"),
+        (b"[" + b"1" * 5000 + b"]", "not JSON at line 1 .*digits"),
         (b"", "no samples"),
         (b"[]", "no samples"),
         (b"\xff\xfe\x00", r"not UTF-8 text \(byte 0\)"),
