@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
 def rotary_tables(positions_T: Tensor, config: DecoderConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [T, 1, K] of the rotary embedding, angles computed in float32 (arXiv 2104.09864)."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions_T.device, dtype=torch.float32) / config.head_dim
-    angles_TK = torch.outer(positions_T.float(), config.rope_theta**-exponents).repeat(1, 2)
+    angles_TK = torch.outer(positions_T.float(), 1 / config.rope_theta**exponents).repeat(1, 2)
     return angles_TK.cos().to(dtype)[:, None], angles_TK.sin().to(dtype)[:, None]
 
 
