@@ -61,17 +61,17 @@ class AnswerText:
         self.stopped = bool(found)
         end = end or self.stopped
         text = self.held[: min(found)] if found else self.held
+        size = len(text) if end else self._safe(text)
+        self.held, text = text[size:], text[:size]
         if self.strip:
             text = text if self.text else text.lstrip()
             text = text.rstrip() if end else text
-        size = len(text) if end else self._safe(text)
-        self.held = text[size:]
-        self.text += text[:size]
-        return text[:size]
+        self.text += text
+        return text
 
     def _safe(self, text: str) -> int:
         """How many characters of `text` can be shown whatever comes next."""
         size = len(text)
         for stop in self.stops:
             size = min(size, next((at for at in range(len(text)) if stop.startswith(text[at:])), size))
-        return min(size, len(text.rstrip())) if self.strip else size
+        return len(text[:size].rstrip()) if self.strip else size

@@ -1,0 +1,41 @@
+"""What several test files share: a tiny random model, with its tokenizer."""
+
+import pytest
+import torch
+
+from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from minillava.llava import LLaVA
+from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+
+TEXTS = [
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: ASSISTANT: what color is the large circle? red green blue\n"
+] * 2
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_small_tokenizer(TEXTS, folder, vocab_size=400)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_tokenizer):
+    """16-pixel pictures of 4 visual tokens, grouped-query attention; read only. Its weights are large enough that an
+    answer depends on the whole prompt."""
+    image_token_id, eos_id = tiny_tokenizer.token_id("<image>"), tiny_tokenizer.eos_id
+    config = ModelConfig(
+        vision=VisionConfig(16, 32, 3, 2, 16, 8),
+        projector=ProjectorConfig(),
+        decoder=DecoderConfig(tiny_tokenizer.vocab_size, 32, 48, 3, 4, 2, 8, max_positions=200),
+        image=ImageConfig(16),
+        chat=ChatConfig(image_token_id=image_token_id, bos_id=tiny_tokenizer.bos_id, eos_ids=(eos_id,)),
+    )
+    model = LLaVA(config).eval()
+    model.init_weights(seed=0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.mul_(15 if name == "decoder.embed.weight" else 8)
+    return model

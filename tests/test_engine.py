@@ -1,0 +1,276 @@
+"""Generation: batches, sampling, stopping, conversations. Letters: V vocabulary, T tokens, B rows."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from minillava.answer import AnswerText
+from minillava.chat import Message, segments
+from minillava.config import DecoderConfig, UserError
+from minillava.decoder import KVCache
+from minillava.engine import Conversation, Engine, Request, user_message
+from minillava.sampling import Sampler, Sampling
+
+
+@pytest.fixture
+def engine(tiny_model, tiny_tokenizer):
+    return Engine(tiny_model, tiny_tokenizer)
+
+
+def pixels(seed):
+    return torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def request(text="what color is the circle?", images=(), **options):
+    return Request([user_message(text, len(images), "<image>")], images, **options)
+
+
+def mixed_requests():
+    """Eight rows that differ in everything: prompt, pictures, length, sampling."""
+    texts = ["what?", "what color is the large circle?", "is the circle red? is it green? is it blue?", "red"]
+    shared = pixels(100)
+    requests = []
+    for i in range(8):
+        images = [shared, pixels(i)][: i % 3]
+        sampling = Sampling(temperature=0.0 if i % 2 else 0.8 + i / 10, top_p=1 - i / 20, top_k=5 * (i % 3), seed=i)
+        requests.append(request(texts[i % 4], images, max_new_tokens=[3, 5, 9, 20][(i * 3) % 4], sampling=sampling))
+    return requests
+
+
+# ---- batches ----
+
+
+def test_a_batch_equals_its_rows_alone(engine):
+    together = engine.generate(mixed_requests())
+    alone = [engine.generate([r])[0] for r in mixed_requests()]
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    assert [a.text for a in together] == [a.text for a in alone]
+    assert [a.finish_reason for a in together] == [a.finish_reason for a in alone]
+    assert len({tuple(a.token_ids) for a in together}) == 8, "the rows are too alike to prove anything"
+
+
+def test_rows_that_stop_early_change_nothing_for_the_others(engine):
+    """Rows leave at different steps, and the gaps are filled by rows from the end."""
+    requests = mixed_requests()
+    longest = [dataclasses.replace(r, max_new_tokens=20) for r in requests]
+    for short, long in zip(engine.generate(requests), engine.generate(longest)):
+        assert long.token_ids[: len(short.token_ids)] == short.token_ids
+
+
+def test_many_requests_are_split_into_batches(engine, monkeypatch):
+    expected = [a.token_ids for a in engine.generate(mixed_requests())]
+    sizes = []
+    run = engine.run
+    monkeypatch.setattr(engine, "run", lambda rows, cache: sizes.append(len(rows)) or run(rows, cache))
+    monkeypatch.setattr("minillava.engine.MAX_ROWS", 3)
+    assert [a.token_ids for a in engine.generate(mixed_requests())] == expected
+    assert sizes == [3, 3, 2]
+    for bound in ("PREFILL_TOKENS", "CACHE_BYTES"):
+        sizes.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(f"minillava.engine.{bound}", 1)
+            assert [a.token_ids for a in engine.generate(mixed_requests())] == expected
+        assert sizes == [1] * 8
+
+
+def test_a_picture_asked_ten_questions_is_seen_once(engine):
+    picture = pixels(0)
+    engine.generate([request(f"what {i}?", [picture], max_new_tokens=2) for i in range(10)])
+    assert engine.pictures_seen == 1
+
+
+def test_drop_moves_rows_into_the_gaps():
+    config = DecoderConfig(num_layers=1, num_kv_heads=1, head_dim=2)
+    cache = KVCache(config, 5, 3, torch.device("cpu"), torch.float32)
+    cache.k_LBGSK += torch.arange(5.0)[:, None, None, None]
+    cache.lengths = [1, 2, 3, 1, 2]
+    assert cache.drop([True, False, True, False, False]) == [4, 1, 3]
+    assert cache.lengths == [2, 2, 1]
+    for row, was in enumerate([4, 1, 3]):
+        assert (cache.k_LBGSK[0, row, 0, : cache.lengths[row]] == was).all()
+
+
+def test_a_cache_refuses_what_does_not_fit():
+    cache = KVCache(DecoderConfig(num_layers=1, num_kv_heads=1, head_dim=2), 2, 3, torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="do not fit"):
+        cache.begin([0, 2, 6])
+    with pytest.raises(ValueError, match="do not fit"):
+        cache.begin([0, 2])
+
+
+# ---- stopping ----
+
+
+def test_stops_at_eos(engine):
+    engine.eos_ids = frozenset()
+    (long,) = engine.generate([request(max_new_tokens=12)])
+    assert long.finish_reason == "length" and len(long.token_ids) == 12
+    eos = long.token_ids[7]
+    expected = long.token_ids[: long.token_ids.index(eos) + 1]
+    engine.eos_ids = frozenset([eos])
+    (short,) = engine.generate([request(max_new_tokens=12)])
+    assert short.finish_reason == "stop" and short.token_ids == expected
+    assert short.text == engine.tokenizer.decode(expected[:-1]).strip()
+
+
+def test_stops_at_the_end_of_the_context(engine):
+    context = engine.config.decoder.max_positions
+    (answer,) = engine.generate([Request(prompt_ids=[5] * (context - 3), max_new_tokens=50)])
+    assert answer.finish_reason == "length" and len(answer.token_ids) == 3
+    with pytest.raises(UserError, match=rf"the prompt is {context} tokens .* context of {context}"):
+        engine.generate([Request(prompt_ids=[5] * context)])
+
+
+def test_stops_at_a_stop_string(engine):
+    """The text ends before the first stop string, wherever token boundaries lie, and no part of one is shown."""
+    engine.eos_ids = frozenset()
+    (free,) = engine.generate([request(max_new_tokens=30)])
+    assert len(free.text) > 8
+    stop = free.text[4:6]
+    engine.stops = (stop, "never")
+    shown = []
+    (answer,) = engine.generate([request(max_new_tokens=30)], lambda _, piece: shown.append(piece))
+    assert answer.text == free.text[: free.text.index(stop)].strip() == "".join(shown)
+    assert answer.finish_reason == "stop"
+    assert answer.token_ids == free.token_ids[: len(answer.token_ids)]
+
+
+def test_the_templates_stop_string_counts(tiny_model, tiny_tokenizer, monkeypatch):
+    chat = dataclasses.replace(tiny_model.config.chat, template="llava_v0", stop_strings=("mine",))
+    monkeypatch.setattr(tiny_model, "config", dataclasses.replace(tiny_model.config, chat=chat))
+    assert set(Engine(tiny_model, tiny_tokenizer).stops) == {"mine", "###"}
+
+
+def test_text_that_may_become_a_stop_string_is_held_back(tiny_tokenizer):
+    text = AnswerText(tiny_tokenizer, ["###", "User:"], strip=True)
+    pieces = [text._settle(new, end=False) for new in ("  a", " ##", "b  ", "#", "#", "#c")]
+    assert pieces == ["a", "", " ##b", "", "", ""] and text.stopped and text.text == "a ##b"
+    text = AnswerText(tiny_tokenizer, ["\nUser:"], strip=True)
+    assert [text._settle(new, end=False) for new in ("\n", "User", ":")] == ["", "", ""] and text.stopped
+    text = AnswerText(tiny_tokenizer, ["###"], strip=False)
+    assert text._settle(" a #", end=False) == " a " and text._settle("", end=True) == "#"
+
+
+def test_streamed_text_is_the_answer(engine):
+    shown = [""] * 8
+
+    def hear(index, piece):
+        shown[index] += piece
+
+    answers = engine.generate(mixed_requests(), hear)
+    assert shown == [a.text for a in answers] == [engine.tokenizer.decode(a.token_ids).strip() for a in answers]
+    assert dict(engine.stream([request(max_new_tokens=1)])).keys() <= {0}
+
+
+# ---- sampling ----
+
+
+def test_sampling_follows_its_seed(engine):
+    def ask(seed, limit=16):
+        return engine.generate([request(max_new_tokens=limit, sampling=Sampling(1.0, seed=seed))])[0].token_ids
+
+    assert ask(1) == ask(1) != ask(2)
+    assert ask(1, limit=40)[:16] == ask(1), "a longer limit must not change the first tokens"
+
+
+def test_sampling_draws_from_the_distribution():
+    """4,000 rows of one distribution: frequencies are right, top-p and top-k keep exactly the tokens they should."""
+    p_V = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
+    logits_BV = p_V.log().expand(4000, 5)
+
+    def frequencies(**options):
+        rows = [Sampling(seed=seed, **options) for seed in range(4000)]
+        tokens_B = Sampler(rows, 1, torch.device("cpu"))(logits_BV)
+        return torch.bincount(tokens_B, minlength=5) / 4000
+
+    def expected(keep, temperature=1.0):
+        kept_V = torch.zeros(5).index_fill(0, torch.tensor(keep), 1.0) * p_V ** (1 / temperature)
+        return kept_V / kept_V.sum()
+
+    cases = [
+        (dict(temperature=1.0), expected([0, 1, 2, 3, 4])),
+        (dict(temperature=2.0), expected([0, 1, 2, 3, 4], 2.0)),
+        (dict(temperature=1.0, top_k=2), expected([1, 3])),
+        (dict(temperature=1.0, top_p=0.75), expected([1, 3, 2])),
+        (dict(temperature=1.0, top_p=0.65), expected([1, 3])),
+        (dict(temperature=1.0, top_p=1e-6), expected([1])),
+        (dict(temperature=0.5, top_k=3, top_p=0.9), expected([1, 3], 0.5)),
+    ]
+    for options, wanted_V in cases:
+        found_V = frequencies(**options)
+        assert ((found_V == 0) == (wanted_V == 0)).all(), options
+        assert (found_V - wanted_V).abs().max() < 4 * (0.25 / 4000) ** 0.5, options  # four standard deviations
+
+
+def test_temperature_near_zero_is_greedy(engine):
+    cold = request(max_new_tokens=12, sampling=Sampling(temperature=1e-5))
+    first, second = engine.generate([request(max_new_tokens=12), cold])
+    assert first.token_ids == second.token_ids
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_p=0.0), dict(top_p=1.5), dict(top_k=-1)],
+)
+def test_sampling_out_of_range_is_refused(engine, options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        engine.generate([request(sampling=Sampling(**options))])
+
+
+# ---- requests ----
+
+
+def test_bad_requests_are_named(engine):
+    with pytest.raises(UserError, match="max_new_tokens is 0"):
+        engine.generate([request(max_new_tokens=0)])
+    with pytest.raises(UserError, match=r"^question 7: 2 '<image>' in the text, but 1 pictures"):
+        engine.generate([Request([Message("user", "<image> or <image>?")], [pixels(0)], name="question 7")])
+    marker = engine.config.chat.image_token_id
+    with pytest.raises(UserError, match="hold 3 image placeholders, the pictures make 4"):
+        engine.generate([Request(prompt_ids=[5, marker, marker, marker, 6], images=[pixels(0)])])
+
+
+def test_raw_and_ids_are_taken_as_they_are(engine):
+    ids = engine.row(0, request(images=[pixels(0)]), {}).ids
+    messages = [Message("user", "<image>\nwhat color is the circle?")]
+    prompt = "".join(text for text, _ in segments(engine.config.chat, messages, generate=True))
+    raw = Request(raw=prompt, images=[pixels(0)], max_new_tokens=8)
+    given = Request(prompt_ids=ids, images=[pixels(0)], max_new_tokens=8)
+    first, second = engine.generate([raw, given])
+    assert first.token_ids == second.token_ids and first.prompt_tokens == second.prompt_tokens == len(ids)
+    assert first.image_tokens == 4
+
+
+# ---- conversations ----
+
+
+def test_a_second_turn_equals_a_run_from_scratch(engine):
+    picture = pixels(3)
+    conversation = Conversation(engine, [picture])
+    sampling = Sampling(temperature=0.7, seed=5)
+    messages = []
+    for turn, question in enumerate(["what color is it?", "and the large circle?", "why?"]):
+        messages.append(user_message(question, int(turn == 0), "<image>"))
+        answer = conversation.ask(question, sampling, max_new_tokens=6)
+        new = conversation.prefilled_tokens
+        (scratch,) = engine.generate([Request(list(messages), [picture], max_new_tokens=6, sampling=sampling)])
+        assert answer.token_ids == scratch.token_ids and answer.prompt_tokens == scratch.prompt_tokens
+        assert new == answer.prompt_tokens if turn == 0 else new < answer.prompt_tokens / 2
+        messages.append(Message("assistant", answer.text))
+    assert engine.pictures_seen == 1 + 3, "once for the conversation, once for each run from scratch"
+
+
+def test_an_interrupted_turn_leaves_the_conversation_as_it_was(engine):
+    def ask(conversation, question):
+        return conversation.ask(question, Sampling(), max_new_tokens=6).token_ids
+
+    plain, disturbed = Conversation(engine, [pixels(3)]), Conversation(engine, [pixels(3)])
+    assert ask(plain, "what?") == ask(disturbed, "what?")
+
+    def interrupt(index, piece):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        disturbed.ask("red?", Sampling(), 6, interrupt)
+    assert ask(plain, "green?") == ask(disturbed, "green?")
