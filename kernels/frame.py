@@ -1,14 +1,18 @@
-"""What every kernel file shares: registration with torch, Triton (where it is installed), and one way to launch.
+"""What every kernel file shares: registration with torch, Triton where it is installed, and one way to launch.
 
-An operation is registered once with a plain PyTorch implementation (CPU, Apple GPUs), a CUDA implementation (Triton and
-library products), a fake one (shapes only) and a backward formula. Which one runs is torch's dispatch by device; a missing
-Triton or a dtype that a kernel does not take is a decision made from facts in sight (`has_triton`, dtype), never an exception caught.
+An operation is registered once with a plain PyTorch implementation (CPU, Apple GPUs), a CUDA one (Triton and library
+products), a fake one (shapes only) and a backward formula; which runs is torch's dispatch by device. A launch follows
+its tensors too: on CUDA it runs, on the CPU it goes through Triton's interpreter (tests), on meta tensors it is only
+compiled, for the card that `minillava.kernels.aot` pretends is there. Whatever depends on Triton's version is in this
+file, in aot and in interpreter.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +20,100 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("minillava", "DEF")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Card:
+    """The GPU that a kernel is launched on or compiled for."""
+
+    name: str  # "NVIDIA H200"
+    arch: str  # "sm_90", "gfx942"
+    multiprocessors: int
+    shared_bytes: int  # shared memory that one program may take
+
+    @property
+    def has_descriptors(self) -> bool:
+        """Tensor memory accelerator: Hopper and data-centre Blackwell."""
+        return self.arch in ("sm_90", "sm_100", "sm_103")
+
+
+# What is compiled for without a card. Shared memory per program: CUDA C++ programming guide, compute capabilities.
+CARDS = {
+    card.arch: card
+    for card in (
+        Card("NVIDIA A100-SXM4-80GB", "sm_80", 108, 166_912),
+        Card("NVIDIA L40S", "sm_89", 142, 101_376),
+        Card("NVIDIA H200", "sm_90", 132, 232_448),
+        Card("NVIDIA B200", "sm_100", 148, 232_448),
+        Card("AMD Instinct MI300X", "gfx942", 304, 65_536),
+    )
+}
+INTERPRETED = CARDS["sm_80"]
+compiling_for: Card = CARDS["sm_90"]  # set by aot.compiling
+
+
+@functools.cache
+def _cuda_card(index: int) -> Card:
+    properties = torch.cuda.get_device_properties(index)
+    arch = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else ""
+    shared = getattr(properties, "shared_memory_per_block_optin", 65_536)
+    arch = arch or f"sm_{properties.major}{properties.minor}"
+    return Card(properties.name, arch, properties.multi_processor_count, shared)
+
+
+def card_of(x: Tensor) -> Card:
+    """The card that a launch on `x` is for: its own, the interpreter's, or the one being compiled for."""
+    if x.is_cuda:
+        return _cuda_card(x.device.index)
+    return compiling_for if x.is_meta else INTERPRETED
+
+
+# -- Triton ------------------------------------------------------------------------------------------------------------
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl  # type: ignore[no-redef]
+
+    jit: Callable = triton.jit
+else:  # the definitions are still read, and nothing launches them: `register` looks at HAS_TRITON
+    tl = None
+
+    def jit(fn: Callable) -> Any:
+        return fn
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
+) -> Any:
+    """Run `kernel` over `grid` where its first argument lives; on meta tensors, compile it and run nothing.
+
+    FP fusion is asked for by name: Triton 3.10 turns it off by default, which costs a quarter more instructions.
+    """
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if args[0].is_cuda:
+        # The allocator is a context variable, and autograd's backward runs in another thread's context.
+        triton.set_allocator(_allocate)
+        with torch.cuda.device(args[0].device):
+            return kernel[grid](*args, **options, **constants)
+    if args[0].is_meta:
+        return on_compiled(kernel, kernel.warmup(*args, grid=grid, **options, **constants), options, constants)
+    from minillava.kernels import interpreter
+
+    return interpreter.run(kernel, grid, *args, **constants)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _forget(*_: Any) -> None:
+    return None
+
+
+on_compiled: Callable = _forget  # set by aot.compiling
+
+
+# -- registration ------------------------------------------------------------------------------------------------------
 
 
 def register(
@@ -29,14 +127,14 @@ def register(
 ) -> Any:
     """Register `schema` as torch.ops.minillava.<name> and return the operation.
 
-    Library.define and impl rather than custom_op or triton_op: a third of custom_op's cost per call, and triton_op breaks
-    torch.compile on CPU tensors (measured in torch 2.13).
+    Library.define and impl rather than custom_op or triton_op: a third of custom_op's cost per call, and triton_op
+    breaks torch.compile on CPU tensors (measured in torch 2.13).
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
     for key in ("CPU", "MPS"):
         LIBRARY.impl(name, plain, key)
-    LIBRARY.impl(name, cuda, "CUDA")
+    LIBRARY.impl(name, cuda if HAS_TRITON else plain, "CUDA")
     torch.library.register_fake(f"minillava::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"minillava::{name}", backward, setup_context=setup_context, lib=LIBRARY)
@@ -44,5 +142,5 @@ def register(
 
 
 def shapes(**tensors: Tensor | None) -> str:
-    """ "x [2, 3], w [4, 5]" for the message of a refused call."""
+    """The text "x [2, 3], w [4, 5]" for the message of a refused call."""
     return ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items() if t is not None)

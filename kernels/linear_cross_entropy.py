@@ -1,8 +1,9 @@
 """Summed cross-entropy of a linear layer's logits, without ever holding all [tokens, vocabulary] logits.
 
-Rows go through in chunks as large as a memory budget allows: a library product for the logits, one kernel that turns them in
-place into loss and gradient, library products for the gradients. While everything fits in one chunk, its two gradient products
-wait for the backward, where the incoming gradient scales the small [N, D] factor instead of the [V, D] result.
+Rows go through in chunks as large as a memory budget allows: a library product for the logits, one kernel that turns
+them in place into loss and gradient, library products for the gradients (Liger's chunks are so small that its products
+run at an eighth of the card). While everything fits in one chunk, the two gradient products wait for the backward,
+where the incoming gradient scales the small [N, D] factor instead of the [V, D] result.
 Letters: N rows (supervised positions), D width, V vocabulary, R rows of a chunk.
 """
 
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillava.kernels.frame import register, shapes
+from minillava.kernels import configs
+from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl
 
 # One chunk holds 4096 rows of a 128,256-word vocabulary in bf16; on a CPU, a laptop's memory is the measure.
 LOGITS_BYTES = {"cpu": 256 << 20, "mps": 256 << 20, "cuda": 1100 << 20}
@@ -34,21 +36,79 @@ def plain_loss(logits_RV: Tensor, targets_R: Tensor, ignore_index: int, gradient
     """
     R, V = logits_RV.shape
     step = max(1, (1 << 20) // V)
-    if logits_RV.dtype != torch.float64:
-        total = torch.zeros((), dtype=torch.float32, device=logits_RV.device)
-    else:
-        total = logits_RV.new_zeros(())
+    total = torch.zeros((), dtype=_wide(logits_RV), device=logits_RV.device)
     for start in range(0, R, step):
         block_RV, target_R = logits_RV[start : start + step], targets_R[start : start + step]
-        log_p_RV = torch.log_softmax(block_RV, 1, dtype=total.dtype)
-        total += F.nll_loss(log_p_RV, target_R, ignore_index=ignore_index, reduction="sum")
-        if gradient:
-            keep_R1 = (target_R != ignore_index).unsqueeze(1)
-            p_RV = log_p_RV.exp_()
-            index_R1 = torch.where(keep_R1, target_R.unsqueeze(1), 0)
-            p_RV.scatter_add_(1, index_R1, p_RV.new_full((1, 1), -1.0).expand_as(index_R1))
-            block_RV.copy_(p_RV.mul_(keep_R1))
+        if not gradient:
+            log_p_RV = torch.log_softmax(block_RV, 1, dtype=total.dtype)
+            total += F.nll_loss(log_p_RV, target_R, ignore_index=ignore_index, reduction="sum")
+            continue
+        # log sum exp from the softmax itself, as a second exponential would cost as much as the first
+        p_RV = torch.softmax(block_RV, 1, dtype=total.dtype)
+        keep_R1 = (target_R != ignore_index).unsqueeze(1)
+        index_R1 = torch.where(keep_R1, target_R.unsqueeze(1), 0)
+        lse_R1 = block_RV.amax(1, keepdim=True) - p_RV.amax(1, keepdim=True).log_()
+        total += (lse_R1 - block_RV.gather(1, index_R1)).mul_(keep_R1).sum()
+        p_RV.scatter_add_(1, index_R1, p_RV.new_full((1, 1), -1.0).expand_as(index_R1))
+        block_RV.copy_(p_RV if keep_R1.all() else p_RV.mul_(keep_R1))
     return total
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+# -- Triton ------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _loss_and_gradient(
+    logits_ptr, targets_ptr, losses_ptr, V, ignore_index,
+    GRADIENT: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """loss = log sum exp(x) - x[target], a row of logits a program; with GRADIENT, x becomes softmax(x) - onehot.
+
+    On a GPU ignored rows cost their share of the products: pass supervised positions only. Raises ValueError with the
+    shapes in sight when they do not fit.
+    target outside [0, V) makes the loss NaN. fp16, bf16, fp32.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    x_ptr = logits_ptr + row * V
+    lanes = tl.arange(0, BLOCK)
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    if target == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        if GRADIENT:
+            for start in range(0, V, BLOCK):
+                tl.store(x_ptr + start + lanes, tl.zeros((BLOCK,), dtype), mask=start + lanes < V)
+    else:
+        known = (target >= 0) & (target < V)
+        at_target = tl.load(x_ptr + target, mask=known, other=float("nan")).to(tl.float32)
+        if ONE_PASS:
+            x = tl.load(x_ptr + lanes, mask=lanes < V, other=-float("inf")).to(tl.float32)
+            top = tl.max(x, 0)
+            e = tl.exp2((x - top) * 1.4426950408889634)
+            total = tl.sum(e, 0)
+            if GRADIENT:
+                gradient = e / total - tl.where(lanes == target, 1.0, 0.0)
+                tl.store(x_ptr + lanes, gradient.to(dtype), mask=lanes < V)
+        else:
+            top, total = -float("inf"), 0.0
+            for start in range(0, V, BLOCK):
+                x = tl.load(x_ptr + start + lanes, mask=start + lanes < V, other=-float("inf")).to(tl.float32)
+                higher = tl.maximum(top, tl.max(x, 0))
+                e = tl.exp2((x - higher) * 1.4426950408889634)
+                total = total * tl.exp2((top - higher) * 1.4426950408889634) + tl.sum(e, 0)
+                top = higher
+            if GRADIENT:
+                for start in range(0, V, BLOCK):
+                    columns = start + lanes
+                    x = tl.load(x_ptr + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+                    p = tl.exp2((x - top) * 1.4426950408889634) / total
+                    gradient = p - tl.where(columns == target, 1.0, 0.0)
+                    tl.store(x_ptr + columns, gradient.to(dtype), mask=columns < V)
+        tl.store(losses_ptr + row, tl.log(total) + top - at_target)
 
 
 # -- wrapper -----------------------------------------------------------------------------------------------------------
@@ -59,8 +119,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum of cross-entropies of `hidden @ weight.T` against `targets`, in fp32; ignored positions contribute nothing.
 
-    hidden [N, D], weight [V, D], targets [N] int64. `logits_bytes` bounds the memory for logits (default `LOGITS_BYTES`).
-    On a GPU, rows that are ignored still cost their share of the products: pass supervised positions only.
+    hidden [N, D], weight [V, D], targets [N] int64. `logits_bytes` bounds the logits' memory (default `LOGITS_BYTES`).
+    On a GPU ignored rows still cost their share of the products: pass supervised positions only.
     Raises ValueError with the shapes in sight when they do not fit.
     """
     if not (hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and targets.dim() == 1):
@@ -84,11 +144,11 @@ def linear_cross_entropy(
 def _run(loss, hidden_ND, weight_VD, targets_N, ignore_index: int, rows: int, needs: list[bool]) -> tuple[Tensor, ...]:
     N = hidden_ND.shape[0]
     none = hidden_ND.new_empty(0)
-    if N <= rows:
+    if rows >= N:
         logits_NV = hidden_ND @ weight_VD.T
         total = loss(logits_NV, targets_N, ignore_index, any(needs))
         return total, (logits_NV if any(needs) else none), none
-    wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    wide = _wide(hidden_ND)
     total = torch.zeros((), dtype=wide, device=hidden_ND.device)
     grad_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if needs[0] else none
     grad_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device) if needs[1] else none
@@ -103,12 +163,33 @@ def _run(loss, hidden_ND, weight_VD, targets_N, ignore_index: int, rows: int, ne
     return total, grad_ND, grad_VD
 
 
-def _plain(*args):
+def plain_forward(*args):
     return _run(plain_loss, *args)
 
 
+def triton_forward(*args):
+    return _run(triton_loss, *args)
+
+
+def triton_loss(
+    logits_RV: Tensor, targets_R: Tensor, ignore_index: int, gradient: bool, config: dict | None = None
+) -> Tensor:
+    """`plain_loss` in one launch and a sum; float64 (gradcheck) is the plain one's."""
+    R, V = logits_RV.shape
+    if logits_RV.dtype == torch.float64 or R == 0:
+        return plain_loss(logits_RV, targets_R, ignore_index, gradient)
+    config = config or configs.choose("linear_cross_entropy", "loss", card_of(logits_RV), R, V)
+    losses_R = torch.empty(R, dtype=torch.float32, device=logits_RV.device)
+    one_pass = config["one_pass"]
+    constants = {"GRADIENT": gradient, "ONE_PASS": one_pass}
+    constants["BLOCK"] = 1 << (V - 1).bit_length() if one_pass else config["block"]
+    args = (logits_RV, targets_R.contiguous(), losses_R, V, ignore_index)
+    launch(_loss_and_gradient, (R,), *args, **constants, num_warps=config["warps"], num_stages=config["stages"])
+    return losses_R.sum()
+
+
 def _fake(hidden_ND, weight_VD, targets_N, ignore_index, rows, needs):
-    wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    wide = _wide(hidden_ND)
     none = hidden_ND.new_empty(0)
     total = hidden_ND.new_empty((), dtype=wide)
     if hidden_ND.shape[0] <= rows:
@@ -142,8 +223,8 @@ def _autograd(ctx, grad, _1, _2):
 _forward = register(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, SymInt rows, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)",
-    plain=_plain,
-    cuda=_plain,
+    plain=plain_forward,
+    cuda=triton_forward,
     fake=_fake,
     backward=_autograd,
     setup_context=_setup_context,
