@@ -245,10 +245,9 @@ def _read_hf(raw: dict[str, Any], folder: Path) -> ModelConfig:
     vision = read_vision(tower, f"{where}: vision_config", select, strategy == "full")
     tied = top.one_of("tie_word_embeddings", False, [False, True])
     decoder = read_decoder(text, f"{where}: text_config", tied=tied)
-    ours = raw.get("minillava", {})
-    layers = ours.get("projector_layers", 2) if isinstance(ours, dict) else None
+    ours = _ours(raw, where)
     projector = ProjectorConfig(
-        layers=_Fields({"projector_layers": layers}, f"{where}: minillava").integer("projector_layers", most=8),
+        layers=_Fields(ours, f"{where}: minillava").integer("projector_layers", 2, most=8),
         activation=ACTIVATIONS[top.one_of("projector_hidden_act", "gelu", ["gelu", "gelu_pytorch_tanh"])],
         bias=top.one_of("multimodal_projector_bias", True, [False, True]),
     )
@@ -274,12 +273,17 @@ def _read_hf(raw: dict[str, Any], folder: Path) -> ModelConfig:
     return ModelConfig(vision, projector, decoder, image, _overridden(chat, ours, where))
 
 
-def _overridden(chat: ChatConfig, ours: Any, where: str) -> ChatConfig:
+def _ours(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """What we add to a config.json, and transformers passes over: {"projector_layers": ..., "chat": {...}}."""
+    ours = raw.get("minillava", {})
+    if not isinstance(ours, dict) or not isinstance(ours.get("chat", {}), dict):
+        raise UserError(f"{where}: minillava is {ours!r}, expected an object, and an object as its 'chat'")
+    return ours
+
+
+def _overridden(chat: ChatConfig, ours: dict[str, Any], where: str) -> ChatConfig:
     """`chat` with the values of config.json's "minillava": {"chat": {...}}: our saves have all but the jinja."""
-    values = ours.get("chat", {}) if isinstance(ours, dict) else None
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: minillava is {ours!r}, expected an object with an object 'chat'")
-    chat = from_dict(ChatConfig, to_dict(chat) | values, f"{where}: minillava.chat")
+    chat = from_dict(ChatConfig, to_dict(chat) | ours.get("chat", {}), f"{where}: minillava.chat")
     return chat if chat.template == "jinja" else dataclasses.replace(chat, jinja="")
 
 
@@ -352,7 +356,7 @@ def _read_original(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig
         image_start_end=top.one_of("mm_use_im_start_end", False, [False, True]),
         **ids,
     )
-    return ModelConfig(vision, projector, decoder, image, _overridden(chat, raw.get("minillava", {}), where))
+    return ModelConfig(vision, projector, decoder, image, _overridden(chat, _ours(raw, where), where))
 
 
 def is_original(raw: dict[str, Any]) -> bool:

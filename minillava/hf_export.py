@@ -14,7 +14,7 @@ from torch import Tensor
 from minillava.chat import TEMPLATES
 from minillava.config import ChatConfig, ModelConfig, UserError, nearest, to_dict
 from minillava.hf_config import ACTIVATIONS, read_json
-from minillava.tokenizer import Tokenizer
+from minillava.tokenizer import SPACE, Tokenizer, load_tokenizer
 
 
 def to_hf(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
@@ -124,23 +124,21 @@ def jinja_of(chat: ChatConfig) -> str:
 def add_image_token(config: ModelConfig, state: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> ModelConfig:
     """Give <image> an id and a row of the embedding where a model has none, as original LLaVA: transformers needs both.
 
-    `state` (our names) and the tokenizer files in `folder` are changed. New rows are the mean of the old; their number
-    is rounded up to 64, as transformers' own conversion does. Nothing else about the prompt changes.
+    `state` (our names) and tokenizer_config.json in `folder` are changed. New rows are the mean of the old; their
+    number is rounded up to 64, as transformers' own conversion does. Nothing else about the prompt changes.
     """
     chat, rows = config.chat, config.decoder.vocab_size
     if 0 <= chat.image_token_id < rows:
         return config
-    known = tokenizer.token_id(chat.image_token)
-    index = tokenizer.vocab_size if known is None else known
-    if known is None:
-        path = folder / "tokenizer_config.json"
+    index = tokenizer.token_id(chat.image_token)
+    if index is None:
+        index, path = tokenizer.vocab_size, folder / "tokenizer_config.json"
         values = read_json(path) if path.is_file() else {}
-        token = dict(
-            content=chat.image_token, lstrip=False, normalized=False, rstrip=False, single_word=False, special=True
-        )
-        added = values.get("added_tokens_decoder") or {}
-        written = {**values, "added_tokens_decoder": {**added, str(index): token}}
-        path.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        added = (values.get("added_tokens_decoder") or {}) | {
+            str(index): flags | {"content": chat.image_token, "special": True}
+        }
+        path.write_text(json.dumps(values | {"added_tokens_decoder": added}, indent=2, ensure_ascii=False) + "\n")
     if index >= rows:
         rows = -(-(index + 1) // 64) * 64
         for name in {"decoder.embed.weight", "decoder.head.weight"} & state.keys():
@@ -149,3 +147,52 @@ def add_image_token(config: ModelConfig, state: dict[str, Tensor], tokenizer: To
             state[name] = torch.cat([old, new])
     decoder = dataclasses.replace(config.decoder, vocab_size=rows)
     return dataclasses.replace(config, decoder=decoder, chat=dataclasses.replace(chat, image_token_id=index))
+
+
+def write_tokenizer_json(folder: Path) -> None:
+    """Put tokenizer.json beside a lone tokenizer.model, as original LLaVA has it, with the same ids.
+
+    transformers 5 reads a LLaVA's tokenizer.model without the space in front of a text. A BPE of SentencePiece is a
+    list of pieces by rank; its merges are all ways to make a piece of two others, best-ranked piece first.
+    """
+    import sentencepiece
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Backend
+
+    path, tokenizer = folder / "tokenizer.model", load_tokenizer(folder)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
+    plain = [i for i in vocab.values() if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))]
+    if any(sp.get_score(i) != int(sp.get_score(i)) for i in plain):  # log-probabilities: a unigram model
+        raise UserError(f"{path}: only a BPE can be written as tokenizer.json; put one beside it")
+    merges = []
+    for piece in map(sp.id_to_piece, sorted(plain, key=lambda i: -sp.get_score(i))):
+        pairs = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in vocab and piece[k:] in vocab]
+        merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+    unknown = sp.id_to_piece(sp.unk_id())
+    backend = Backend(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
+    prefixed = tokenizer.encode("a", True) != tokenizer.encode("a", False)
+    if prefixed and tokenizer.prefix_after_special:
+        spaces.insert(0, normalizers.Prepend(SPACE))
+    elif prefixed:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first", split=False)
+    backend.normalizer = normalizers.Sequence(spaces)
+    strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    for id in sorted(tokenizer.added_ids):
+        special = id in tokenizer.special_ids
+        token = AddedToken(tokenizer.token_bytes(id).decode(), special=special, normalized=False)
+        (backend.add_special_tokens if special else backend.add_tokens)([token])
+    if tokenizer.adds_bos and tokenizer.bos_id is not None:
+        bos = tokenizer.special_tokens["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_id)]
+        )
+    backend.save(str(folder / "tokenizer.json"))
+    config = folder / "tokenizer_config.json"
+    said = {**tokenizer.special_tokens, "add_bos_token": tokenizer.adds_bos}
+    values = said | (read_json(config) if config.is_file() else {}) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -52,7 +52,9 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
         found = f"something other than tensors ({next(g for g in culprit.groups() if g)})" if culprit else reason
         raise UserError(f"{path}: not loaded, it holds {found}; get the checkpoint as safetensors") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
-        raise UserError(f"{path}: truncated or no PyTorch file ({str(error).splitlines()[0]}); get it again") from None
+        raise UserError(
+            f"{path}: truncated or no PyTorch file ({[*str(error).splitlines(), ''][0]}); get it again"
+        ) from None
     if not isinstance(values, dict) or not all(
         isinstance(v, Tensor) and v.layout == torch.strided for v in values.values()
     ):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minillava.config import ModelConfig, UserError
 from minillava.hf_config import is_original, model_config, read_json, tower_folder
-from minillava.hf_export import add_image_token, jinja_of, to_hf
+from minillava.hf_export import add_image_token, jinja_of, to_hf, write_tokenizer_json
 from minillava.llava import LLaVA
 from minillava.tensor_files import SHARD, Stored, inspect, inspect_folder, read, write
 
@@ -329,6 +329,8 @@ def save_model(model: LLaVA, folder: Path | str, tokenizer: Tokenizer | None = N
         if tokenizer is not None:
             tokenizer.save(temporary)
             config = add_image_token(config, state, tokenizer, temporary)
+            if (temporary / "tokenizer.model").is_file() and not (temporary / "tokenizer.json").is_file():
+                write_tokenizer_json(temporary)
         files = to_hf(config, str(state["decoder.embed.weight"].dtype).removeprefix("torch."))
         for name, values in files.items():
             (temporary / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
