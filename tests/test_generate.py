@@ -1,0 +1,217 @@
+"""The command line: answers, --json, --chat, and every bad input as one line with exit status 2."""
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import minillava
+from minillava import LLaVA
+from minillava.weights import load_model, save_model
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import generate  # noqa: E402 the script at the top of the repo
+
+FIELDS = [
+    "text", "token_ids", "prompt_tokens", "image_tokens", "finish_reason",
+    "load_s", "vision_s", "prefill_s", "decode_tok_per_s", "peak_bytes",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tiny_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_model(tiny_model, folder, tiny_tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "red.png"
+    Image.new("RGB", (20, 12), (200, 30, 30)).save(path)
+    return path
+
+
+def run(capsys, *arguments):
+    """(exit status, stdout, stderr)."""
+    status = generate.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def refused(capsys, *arguments):
+    """The one line of a bad input."""
+    status, out, err = run(capsys, *arguments)
+    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: "), (status, out, err)
+    return err
+
+
+# ---- answers ----
+
+
+def test_json_is_one_line_with_all_fields(capsys, folder, picture):
+    arguments = ["--model", folder, "--image", picture, "--image", picture, "--prompt", "what?", "--max-new-tokens", 6]
+    status, out, _ = run(capsys, *arguments, "--json")
+    assert status == 0 and out.count("\n") == 1
+    answer = json.loads(out)
+    assert list(answer) == FIELDS
+    assert answer["image_tokens"] == 8 and len(answer["token_ids"]) <= 6
+    assert answer["prompt_tokens"] > 8 + 3 and answer["finish_reason"] in ("stop", "length")
+    assert answer["load_s"] > 0 and answer["vision_s"] > 0 and answer["prefill_s"] > 0
+    assert answer["decode_tok_per_s"] > 0 and answer["peak_bytes"] > 50_000_000
+
+    model = LLaVA.from_pretrained(folder)
+    expected = model.generate("what?", [picture, Image.open(picture)], max_new_tokens=6)
+    assert answer["token_ids"] == expected.token_ids and answer["text"] == expected.text == str(expected)
+
+    status, out, err = run(capsys, *arguments)
+    assert status == 0 and out == answer["text"] + "\n"
+    assert err.startswith("[load ") and "8 of them visual" in err and "tok/s" in err
+
+
+def test_sampling_arguments_arrive(capsys, folder):
+    def ask(*more):
+        common = ["--model", folder, "--prompt", "what?", "--max-new-tokens", 12, "--json"]
+        return json.loads(run(capsys, *common, *more)[1])["token_ids"]
+
+    greedy, hot = ask(), ["--temperature", 2]
+    assert ask(*hot, "--seed", 1) == ask(*hot, "--seed", 1) != ask(*hot, "--seed", 2)
+    assert ask(*hot, "--top-k", 1) == greedy == ask(*hot, "--top-p", 1e-6)
+
+
+def test_raw_is_the_whole_prompt(capsys, folder, picture):
+    common = ["--model", folder, "--image", picture, "--raw", "--max-new-tokens", 3, "--json", "--prompt"]
+    answer = json.loads(run(capsys, *common, " red<image> green")[1])
+    assert answer["prompt_tokens"] == 1 + 1 + 4 + 1  # BOS, a word, the picture, a word
+    assert "2 '<image>' in the text, but 1 pictures" in refused(capsys, *common, "<image> and <image>")
+    assert "0 '<image>' in the text, but 1 pictures" in refused(capsys, *common, "none at all")
+
+
+def test_chat_keeps_pictures_and_turns(capsys, folder, picture, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\nwhy?\n"))
+    common = ["--model", folder, "--image", picture, "--chat", "--max-new-tokens", 4, "--json"]
+    status, out, _ = run(capsys, *common, "--prompt", "what?")
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert status == 0 and first["image_tokens"] == second["image_tokens"] == 4
+    assert second["prompt_tokens"] > first["prompt_tokens"] + len(first["token_ids"])
+
+
+def test_no_arguments_ask_about_a_drawn_scene(capsys, folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "NANO", folder)
+    status, out, err = run(capsys)
+    path = tmp_path / "runs" / "demo.png"
+    assert status == 0 and f"picture:  {path}\n" in out and "question: " in out and "\nanswer:   " in out
+    assert Image.open(path).size[0] > 16 and err.startswith("[load ")
+
+
+# ---- bad input ----
+
+
+def png_bomb(path):
+    """A valid header of 30,000 x 30,000 pixels, and next to nothing behind it."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def test_bad_pictures(capsys, folder, tmp_path):
+    jpeg = tmp_path / "cut.jpg"
+    Image.effect_noise((200, 200), 60).save(jpeg, quality=90)
+    jpeg.write_bytes(jpeg.read_bytes()[:3000])
+    text = tmp_path / "text.png"
+    text.write_text("I am no picture\n")
+    bomb = tmp_path / "bomb.png"
+    png_bomb(bomb)
+    ask = ["--model", folder, "--prompt", "what?", "--image"]
+    assert "no such image file" in refused(capsys, *ask, tmp_path / "missing.png")
+    for path, reason in ((jpeg, "damaged"), (text, "not an image"), (bomb, "pixels")):
+        line = refused(capsys, *ask, path)
+        assert str(path) in line and reason in line
+
+
+def test_bad_checkpoints(capsys, folder, tmp_path):
+    assert "no such folder" in refused(capsys, "--model", tmp_path / "nowhere", "--prompt", "what?")
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        (cut / path.name).write_bytes(data[: len(data) // 2] if path.suffix == ".safetensors" else data)
+    assert "model.safetensors" in refused(capsys, "--model", cut, "--prompt", "what?")
+
+
+def test_a_prompt_longer_than_the_context(capsys, folder):
+    assert "context of 200" in refused(capsys, "--model", folder, "--prompt", "what? " * 300)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--promt", "what?"], "--promt"),
+        (["--max-new-tokens", "many"], "invalid int"),
+        (["--prompt", "what?", "--temperature", "-1"], "temperature is -1.0"),
+        (["--prompt", "what?", "--dtype", "float31"], "did you mean 'float32'"),
+        (["--prompt", "what?", "--device", "gpu"], "device 'gpu' is unknown"),
+        (["--prompt", "what?", "--device", "cuda:99"], "is not there"),
+        (["--prompt", "what?", "--video", "clip.mp4"], "not supported yet"),
+        (["--prompt", "what?", "--quantize", "nf4"], "not supported yet"),
+        (["--raw"], "--raw takes the whole prompt"),
+        (["--image", __file__], "needs a question"),
+    ],
+)
+def test_bad_arguments(capsys, folder, arguments, reason):
+    assert reason in refused(capsys, "--model", folder, *arguments)
+
+
+def test_ctrl_c_is_no_traceback(capsys, folder, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate.Run, "once", interrupt)
+    status, _, err = run(capsys, "--model", folder, "--prompt", "what?")
+    assert status == 130 and err == "\ninterrupted\n"
+
+
+# ---- the public class ----
+
+
+def test_public_class(folder, tiny_model, tmp_path):
+    model = LLaVA.from_pretrained(folder, dtype="bf16", device="cpu")
+    assert model.model.decoder.embed.weight.dtype == torch.bfloat16
+    assert LLaVA.from_pretrained(folder).model.decoder.embed.weight.dtype == torch.float32
+    with pytest.raises(minillava.config.UserError, match="quantize='nf4' is not supported yet"):
+        LLaVA.from_pretrained(folder, quantize="nf4")
+
+    model = LLaVA.from_pretrained(folder)
+    ids_T = torch.arange(4, 14)
+    with torch.no_grad():
+        assert torch.equal(model(ids_T), tiny_model(ids_T))
+        assert model(ids_T, labels=ids_T).ndim == 0
+    model.save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again", torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), tiny_model.parameters()))
+
+
+def test_importing_the_package_and_asking_for_help_is_light():
+    """Neither torch nor PIL nor numpy: both take a tenth of a second, not three."""
+    program = (
+        "import sys, minillava, runpy; sys.argv = ['generate.py', '--help']\n"
+        "try: runpy.run_path('generate.py', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'numpy', 'PIL', 'transformers'} & set(sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--max-new-tokens" in done.stdout
