@@ -24,7 +24,7 @@ from torch import Tensor
 from minillava.config import UserError
 from minillava.hf_config import read_json
 
-CHUNK = 64 << 20  # bytes read between reopenings of a file: what is mapped counts as memory in use
+CHUNK = 32 << 20  # bytes read between reopenings of a file: what is mapped counts as memory in use
 SHARD = 5 << 30  # bytes a file that we write, as the hub does
 
 
