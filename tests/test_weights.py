@@ -51,7 +51,7 @@ TREES = {  # the prefixes of the four module trees that have been on the hub: vi
 CHAT = "{% for m in messages %}{{ m['role'].upper() }}: {{ m['content'] }} {% endfor %}ASSISTANT:"
 
 
-def _model(decoder: str = "llama_gqa", tower: str = "clip", seed: int = 0):
+def _model(decoder: str = "llama_gqa", tower: str = "clip", **fields):
     kind = decoder.split("_")[0]
     text = transformers.AutoConfig.for_model(kind, **SMALL | DECODERS[decoder])
     sizes = dict(
@@ -61,8 +61,8 @@ def _model(decoder: str = "llama_gqa", tower: str = "clip", seed: int = 0):
     full = {"vision_feature_select_strategy": "full"} if tower == "siglip" else {}
     if tower == "siglip":
         vision.vision_use_head = False
-    torch.manual_seed(seed)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, **full)
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, **full | fields)
     model = transformers.LlavaForConditionalGeneration(config).eval()
     for p in model.parameters():  # norms and biases too: ones and zeros would hide a mix-up
         torch.nn.init.normal_(p, std=0.2)
@@ -141,10 +141,20 @@ def test_every_hf_tree_loads(checkpoint, tmp_path, tree):
     _assert_same(load_model(folder), tensors)
 
 
-@pytest.mark.parametrize(("decoder", "tower"), [*((d, "clip") for d in DECODERS), ("llama", "siglip")], ids=lambda v: v)
-def test_round_trip_with_transformers(checkpoint, tmp_path, decoder, tower):
+UNUSUAL = dict(
+    multimodal_projector_bias=False, vision_feature_layer=[1, -1], vision_feature_select_strategy="full",
+    projector_hidden_act="gelu_pytorch_tanh",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("decoder", "tower", "fields"),
+    [*((d, "clip", {}) for d in DECODERS), ("llama", "siglip", {}), ("llama", "clip", UNUSUAL)],
+    ids=[*DECODERS, "siglip", "unusual"],
+)
+def test_round_trip_with_transformers(checkpoint, tmp_path, decoder, tower, fields):
     """transformers -> here -> transformers: same tensors, none missing, none unexpected, same logits to the bit."""
-    theirs = _model(decoder, tower)
+    theirs = _model(decoder, tower, **fields)
     folder = _copy(checkpoint, tmp_path / "in", weights=False)
     theirs.save_pretrained(folder)
     ours = load_model(folder)
@@ -156,11 +166,14 @@ def test_round_trip_with_transformers(checkpoint, tmp_path, decoder, tower):
     assert not any(info.values()), info
     for (name, a), (other, b) in zip(theirs.state_dict().items(), back.state_dict().items()):
         assert name == other and torch.equal(a, b), name
-    image_tokens = ours.config.vision.num_patches
+    vision = ours.config.vision
+    image_tokens = vision.num_patches + vision.keep_class_token
     ids = torch.tensor([[1] + [3] * image_tokens + [7, 8, 9]])
     inputs = dict(input_ids=ids, pixel_values=torch.randn(1, 3, 30, 30))
     with torch.no_grad():
-        assert torch.equal(theirs(**inputs).logits, back(**inputs).logits)
+        wanted = theirs(**inputs).logits
+        assert torch.equal(wanted, back(**inputs).logits)
+        assert torch.allclose(wanted[0], ours(ids, inputs["pixel_values"]), atol=1e-4 * wanted.abs().max())
 
 
 def _stripped(config) -> dict:
