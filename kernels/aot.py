@@ -2,23 +2,28 @@
 
 A stand-in for Triton's driver answers which card there is, so that the very launch that a GPU would see (arguments,
 specialisation, shipped configuration) is compiled; registers and spills are then read from the binary, shared memory
-from Triton's own count, and instructions from the PTX.
+from Triton's own count, instructions from the PTX. `python -m minillava.kernels.aot FOLDER` writes the table of every
+shipped configuration.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from minillava.kernels import frame
+from minillava.kernels import configs, frame, fused_mlp, linear_cross_entropy
 from minillava.kernels.frame import Card
 
 MARKERS = {
@@ -46,12 +51,27 @@ class Compiled:
     shared_limit: int
     instructions: list[str] = field(default_factory=list)
 
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
+    def complaints(self) -> list[str]:
+        """What is wrong with it: spills, too much shared memory, an instruction missing that was the point."""
+        wrong = [f"spills {self.spill_bytes} bytes"] if self.spill_bytes else []
+        if self.shared_bytes > self.shared_limit:
+            wrong.append(f"takes {self.shared_bytes} bytes of shared memory of {self.shared_limit}")
+        return wrong + [f"has no {name}" for name in self._wanted() if name not in self.instructions]
+
+    def _wanted(self) -> list[str]:
+        if "BLOCK_M" not in self.settings:
+            return []  # no matrix product
+        if self.arch.startswith("gfx"):
+            return ["mfma"]
+        wanted = ["setmaxnreg"] if self.settings.get("SPECIALIZE") else []
+        if self.kernel == "_descriptor":
+            return [*wanted, "tma", "tcgen05" if self.arch == "sm_100" else "wgmma"]
+        small = self.settings["BLOCK_M"] < 64 or self.arch != "sm_90"
+        return ["cp.async", "mma.sync" if small else "wgmma"]
 
 
 class _Driver:
-    """Triton's driver as far as compiling asks it; binders are kept by device, so each architecture is one."""
+    """Triton's driver as far as compiling asks it. Binders are kept by device: one a card."""
 
     def __init__(self, card: Card) -> None:
         digits = card.arch.removeprefix("sm_").removeprefix("gfx")
@@ -123,3 +143,73 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def _number(pattern: str, text: str) -> int:
     return sum(int(n) for n in re.findall(pattern, text))
+
+
+# -- what is shipped ---------------------------------------------------------------------------------------------------
+
+WIDTHS = 1024, 4096, 4096  # K, H, O of LLaVA-1.5 7B
+VOCABULARY = 32000
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def compile_mlp(arch: str, part: str, config: dict[str, Any], activation: str, rows: int = 4608) -> list[Compiled]:
+    """Compile one configuration of fused_mlp through its own wrapper."""
+    K, H, O = WIDTHS
+    x, w1, b1, w2, b2 = _meta(rows, K), _meta(H, K), _meta(H), _meta(O, H), _meta(O)
+    with compiling(arch) as found:
+        if part == "forward":
+            fused_mlp.triton_forward(x, w1, b1, w2, b2, activation, True, config)
+        else:
+            needs = [False, True, True, True, True]
+            fused_mlp.triton_backward(_meta(rows, O), x, w1, w2, _meta(rows, H), activation, needs, config)
+    return found
+
+
+def compile_loss(arch: str, config: dict[str, Any], vocabulary: int) -> list[Compiled]:
+    """Compile one configuration of the loss and its gradient."""
+    with compiling(arch) as found:
+        targets = _meta(64, dtype=torch.int64)
+        linear_cross_entropy.triton_loss(_meta(64, vocabulary), targets, -100, True, config)
+    return found
+
+
+def shipped(arch: str) -> Iterator[Compiled]:
+    """Compile everything that tuned/*.json ships for `arch`: erf GELU throughout, tanh where descriptors are used."""
+    for part, cards in configs.table("fused_mlp").items():
+        for bucket in _buckets(cards, arch):
+            config = bucket["config"]
+            for activation in ("gelu", "gelu_tanh") if config["variant"] == "descriptor" else ("gelu",):
+                yield from compile_mlp(arch, part, config, activation, bucket.get("rows", 4608))
+    for bucket in _buckets(configs.table("linear_cross_entropy")["loss"], arch):
+        yield from compile_loss(arch, bucket["config"], bucket.get("width", VOCABULARY))
+
+
+def _buckets(cards: dict[str, list], arch: str) -> list[dict[str, Any]]:
+    """The architecture's, and those that were tuned on the card that stands for it."""
+    return [*cards.get(arch, ()), *cards.get(frame.CARDS[arch].name, ())]
+
+
+def write_table(folder: Path) -> None:
+    """FOLDER/compile.json and compile.md: every shipped configuration on every architecture."""
+    rows = [row for arch in frame.CARDS for row in shipped(arch)]
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"triton": triton.__version__, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+    (folder / "compile.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = [
+        f"Compiled without a card by Triton {triton.__version__}; bf16, K-H-O {'-'.join(map(str, WIDTHS))}.",
+        "",
+        "| arch | kernel | settings | warps | registers | spilled bytes | shared bytes | limit | instructions |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        settings = " ".join(f"{name.lower()}={value}" for name, value in row.settings.items())
+        cells = (row.arch, row.kernel, settings, row.warps, row.registers, row.spill_bytes, row.shared_bytes)
+        lines.append("| " + " | ".join(map(str, (*cells, row.shared_limit, ", ".join(row.instructions)))) + " |")
+    (folder / "compile.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    write_table(Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results"))

@@ -1,0 +1,116 @@
+"""What is measured: every kernel and its peers at the real shapes of LLaVA-1.5 7B, 13B and OneVision 0.5B, 7B."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from minillava.kernels import fused_mlp as mlp
+from minillava.kernels import linear_cross_entropy as loss
+
+HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
+
+# label, K, H, O, rows: the table of projector shapes (rows are tokens of 1 to 64 pictures)
+PROJECTORS = [("7B", 1024, 4096, 4096, rows) for rows in (576, 2304, 4608, 9216, 36864)]
+PROJECTORS += [("13B", 1024, 5120, 5120, 9216), ("SigLIP 0.5B", 1152, 896, 896, 729)]
+PROJECTORS += [("SigLIP 0.5B", 1152, 896, 896, 11664), ("SigLIP 7B", 1152, 3584, 3584, 729)]
+PROJECTORS += [("SigLIP 7B", 1152, 3584, 3584, 11664)]
+# label, D, V, rows: supervised positions of a training step
+HEADS = [("7B", 4096, 32000, 8192), ("13B", 5120, 32000, 4096), ("0.5B", 896, 151936, 4096), ("8B", 4096, 128256, 4096)]
+TINY_PROJECTORS = [("tiny", 32, 64, 64, rows) for rows in (1, 96)]
+TINY_HEADS = [("tiny", 32, 512, 64)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the report: `functions` maps each peer to a call without arguments; "ours" is the kernel."""
+
+    kernel: str
+    label: str
+    shape: str
+    direction: str  # "forward" or "forward+backward"
+    flops: float  # of the matrix products
+    bytes: float  # least traffic: inputs, weights, results and gradients once
+    functions: dict[str, Callable[[], Any]]
+
+
+def cases(device: str, dtype: torch.dtype, tiny: bool, compiled: bool = True):
+    """Build the cases one after another, so that only one holds memory."""
+    for label, K, H, O, rows in TINY_PROJECTORS if tiny else PROJECTORS:
+        for direction in ("forward", "forward+backward"):
+            yield _projector(label, K, H, O, rows, direction, device, dtype, compiled)
+    for label, D, V, rows in TINY_HEADS if tiny else HEADS:
+        yield _head(label, D, V, rows, device, dtype, compiled)
+
+
+def _random(shapes, device: str, dtype: torch.dtype, grad: bool) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [(torch.randn(s, device=device) * s[-1] ** -0.5).to(dtype).requires_grad_(grad) for s in shapes]
+
+
+def _compile(function: Callable, device: str) -> Callable:
+    return torch.compile(function, mode="max-autotune-no-cudagraphs" if device == "cuda" else "default", dynamic=False)
+
+
+def _projector(label, K, H, O, rows, direction, device, dtype, compiled) -> Case:
+    backward = direction != "forward"
+    x, *weights = _random(((rows, K), (H, K), (H,), (O, H), (O,)), device, dtype, backward)
+    x = x.detach()  # the tower is frozen
+    dy = torch.randn(rows, O, device=device).to(dtype)
+    hidden = torch.randn(rows, H, device=device).to(dtype)
+    w1, _, w2, _ = (w.detach() for w in weights)
+
+    def step(function: Callable) -> Callable:
+        if not backward:
+            return lambda: function(x, *weights, "gelu")
+        return lambda: torch.autograd.grad(function(x, *weights, "gelu"), weights, dy)
+
+    def products() -> None:
+        x @ w1.T, hidden @ w2.T
+        if backward:
+            dy @ w2, dy.T @ hidden, hidden.T @ x
+
+    functions = {"ours": step(mlp.fused_mlp), "eager": step(mlp.reference), "products only": products}
+    if compiled:
+        functions["torch.compile"] = step(_compile(mlp.reference, device))
+    forward = 2.0 * rows * H * (K + O)
+    flops = forward + (2.0 * rows * H * (K + 2 * O) if backward else 0.0)
+    traffic = x.element_size() * (rows * (K + O) + H * (K + O)) * (2.0 if backward else 1.0)
+    return Case("fused_mlp", label, f"{rows} x {K}-{H}-{O}", direction, flops, traffic, functions)
+
+
+def _head(label, D, V, rows, device, dtype, compiled) -> Case:
+    hidden, weight = _random(((rows, D), (V, D)), device, dtype, True)
+    targets = torch.randint(0, V, (rows,), device=device)
+
+    def step(function: Callable) -> Callable:
+        return lambda: torch.autograd.grad(function(hidden, weight, targets) / rows, (hidden, weight))
+
+    def autograd_free(h: torch.Tensor, w: torch.Tensor) -> Callable:
+        def products() -> None:
+            logits = h @ w.T
+            logits @ w, logits.T @ h
+
+        return products
+
+    functions = {
+        "ours": step(loss.linear_cross_entropy),
+        "eager": step(loss.reference),
+        "products only": autograd_free(hidden.detach(), weight.detach()),
+    }
+    if compiled:
+        functions["torch.compile"] = step(
+            _compile(lambda h, w, t: F.cross_entropy(h @ w.T, t, reduction="sum"), device)
+        )
+    if HAS_LIGER and device == "cuda":
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        functions["Liger"] = step(lambda h, w, t: liger_fused_linear_cross_entropy(h, w, t, reduction="sum"))
+    traffic = 2.0 * hidden.element_size() * (rows * D + V * D)
+    flops = 6.0 * rows * D * V
+    return Case("linear_cross_entropy", label, f"{rows} x {D}-{V}", "forward+backward", flops, traffic, functions)

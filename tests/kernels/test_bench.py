@@ -1,0 +1,64 @@
+"""The benches rehearsed on a CPU at tiny sizes: every file written, every peer in its row, goals judged as stated."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from bench import report as reporting
+from bench.cases import HEADS, PROJECTORS
+
+
+def test_the_report_is_written(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--no-compile", "--rounds", "2", "--out", str(tmp_path)]
+    assert reporting.main(arguments) == 0
+    report = json.loads((tmp_path / "kernels.json").read_text())
+    assert {(row["kernel"], row["direction"]) for row in report["rows"]} == {
+        ("fused_mlp", "forward"),
+        ("fused_mlp", "forward+backward"),
+        ("linear_cross_entropy", "forward+backward"),
+    }
+    for row in report["rows"]:
+        assert {"ours", "eager", "products only"} <= set(row["peers"]) and row["flop_per_s"] > 0
+    assert report["facts"]["versions"]["torch"] and report["limits"]["copy_bytes_per_s"] > 0
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "kernels.md").read_text()
+    assert text.count("\n| ") == 1 + len(report["rows"]) and "rehearsal" in text
+
+
+def row(rows, eager, products, kernel="fused_mlp", direction="forward", share=0.95):
+    ratios = {"eager": eager, "products only": products}
+    return {
+        "kernel": kernel,
+        "direction": direction,
+        "shape": f"{rows} x",
+        "ratios": ratios,
+        "share_of_roofline": share,
+    }
+
+
+@pytest.mark.parametrize(
+    ("measured", "count"),
+    (
+        (row(4608, 1.06, 1.01), 0),
+        (row(4608, 1.04, 0.99), 2),
+        (row(576, 1.06, 0.90), 0),  # against bare products only from 4608 rows on
+        (row(576, 1.04, 0.90), 1),
+        (row(4608, 1.04, 0.5, direction="forward+backward"), 1),
+        (row(4096, 0.5, 0.5, kernel="linear_cross_entropy", share=0.91), 0),
+        (row(4096, 2.0, 2.0, kernel="linear_cross_entropy", share=0.89), 1),
+    ),
+)
+def test_goals(measured, count):
+    assert len(reporting.missed(measured)) == count
+
+
+def test_the_real_shapes_are_those_of_the_models():
+    widths = {(K, H, O) for _, K, H, O, _ in PROJECTORS}
+    assert widths == {(1024, 4096, 4096), (1024, 5120, 5120), (1152, 896, 896), (1152, 3584, 3584)}
+    assert (4096, 128256, 4096) in {(D, V, rows) for _, D, V, rows in HEADS}

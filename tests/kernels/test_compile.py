@@ -1,0 +1,98 @@
+"""Every shipped configuration compiled without a card: no spills, shared memory that fits, the right instructions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillava.kernels import configs, frame
+
+if not frame.HAS_TRITON:
+    pytest.skip("Triton is not installed here, so nothing can be compiled", allow_module_level=True)
+
+from minillava.kernels import aot
+
+TABLE = Path(__file__).parents[2] / "bench" / "results" / "compile.json"
+
+
+def key(row):
+    settings = {name: value for name, value in row["settings"].items()}
+    return row["kernel"], row["arch"], json.dumps(settings, sort_keys=True)
+
+
+@pytest.mark.parametrize("arch", frame.CARDS)
+def test_shipped_configurations(arch):
+    rows = list(aot.shipped(arch))
+    wrong = {f"{row.kernel} {row.settings}": row.complaints() for row in rows if row.complaints()}
+    assert not wrong
+    assert any(row.settings.get("SPECIALIZE") for row in rows) == (arch == "sm_90")
+    listed = {key(row) for row in json.loads(TABLE.read_text())["rows"] if row["arch"] == arch}
+    assert {key(vars(row)) for row in rows} == listed, (
+        "bench/results is old: python -m minillava.kernels.aot bench/results"
+    )
+
+
+def test_the_table_lists_nothing_that_spills():
+    rows = [aot.Compiled(**row) for row in json.loads(TABLE.read_text())["rows"]]
+    assert {row.arch for row in rows} == set(frame.CARDS)
+    assert {row.kernel for row in rows} == {"_pointer", "_descriptor", "_finish", "_loss_and_gradient"}
+    assert not [row for row in rows if row.complaints()]
+
+
+def test_a_configuration_that_spills_is_caught():
+    """128 x 256 in four warps without specialisation: known to spill in Triton 3.6 and 3.9."""
+    config = {"variant": "descriptor", "block_m": 128, "block_n": 256, "block_k": 64, "group": 8, "parts": 1}
+    (row,) = aot.compile_mlp("sm_90", "forward", {**config, "specialize": False, "warps": 4, "stages": 2}, "gelu")
+    assert row.spill_bytes > 0 and any("spills" in text for text in row.complaints())
+
+
+def test_too_much_shared_memory_is_caught():
+    config = configs.choose("fused_mlp", "forward", frame.CARDS["sm_90"], 36864, 4096)
+    (row,) = aot.compile_mlp("sm_90", "forward", {**config, "stages": 4}, "gelu_tanh")
+    assert any("shared memory" in text for text in row.complaints())
+
+
+def test_compiling_leaves_no_trace():
+    with aot.compiling("sm_80"):
+        assert frame.card_of(torch.empty(1, device="meta")).arch == "sm_80"
+    assert frame.card_of(torch.empty(1, device="meta")).arch == "sm_90" and frame.on_compiled() is None
+
+
+def test_every_card_finds_a_configuration():
+    unknown = frame.Card("NVIDIA GeForce RTX 5090", "sm_120", 170, 101_376)
+    thor = frame.Card("NVIDIA B300", "sm_103", 148, 232_448)
+    for card in (*frame.CARDS.values(), unknown, thor):
+        for rows in (1, 64, 576, 4608, 10**6):
+            for part in ("forward", "backward"):
+                assert configs.choose("fused_mlp", part, card, rows, 4096)["warps"] in (4, 8)
+            assert configs.choose("linear_cross_entropy", "loss", card, rows, 152064)["block"] > 0
+    assert configs.choose("fused_mlp", "forward", unknown, 4608, 4096)["variant"] == "pointer"
+    assert configs.choose("fused_mlp", "forward", thor, 4608, 4096)["variant"] == "descriptor"
+
+
+def test_importing_the_kernels_is_light():
+    code = "import sys, minillava.kernels; sys.exit('torch' in sys.modules or 'triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_kernels_run_where_triton_is_not_installed():
+    code = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
+import torch
+from minillava.kernels.fused_mlp import fused_mlp
+from minillava.kernels.linear_cross_entropy import linear_cross_entropy
+assert not any(name.startswith("minillava.kernels.aot") for name in sys.modules)
+x = torch.randn(3, 8, requires_grad=True)
+y = fused_mlp(x, torch.randn(16, 8), None, torch.randn(8, 16), None)
+linear_cross_entropy(y, torch.randn(9, 8), torch.tensor([0, 1, 8])).backward()
+assert x.grad.shape == x.shape
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
