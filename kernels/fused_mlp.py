@@ -319,6 +319,8 @@ def triton_forward(x_NK, w1_HK, b1_H, w2_OH, b2_O, activation: str, save: bool, 
     if not _takes(x_NK, w1_HK, w2_OH):
         return plain_forward(x_NK, w1_HK, b1_H, w2_OH, b2_O, activation, save)
     config = config or configs.choose("fused_mlp", "forward", card_of(x_NK), N, H)
+    if _scalar_loads(config, x_NK, w1_HK):
+        return plain_forward(x_NK, w1_HK, b1_H, w2_OH, b2_O, activation, save)
     act_NH = x_NK.new_empty(N, H)
     pre_NH = torch.empty_like(act_NH) if save else x_NK.new_empty(0)
     x_NK, w1_HK = _aligned(x_NK), _aligned(w1_HK)
@@ -335,6 +337,8 @@ def triton_backward(dy_NO, x_NK, w1_HK, w2_OH, pre_NH, activation: str, needs: l
         return plain_backward(dy_NO, x_NK, w1_HK, w2_OH, pre_NH, activation, needs)
     N, H = pre_NH.shape
     config = config or configs.choose("fused_mlp", "backward", card_of(x_NK), N, H)
+    if _scalar_loads(config, x_NK, w2_OH):
+        return plain_backward(dy_NO, x_NK, w1_HK, w2_OH, pre_NH, activation, needs)
     none = x_NK.new_empty(0)
     act_NH, dpre_NH = torch.empty_like(pre_NH), torch.empty_like(pre_NH)
     fused_sums = need_b1 and not config.get("specialize", False)
@@ -360,6 +364,12 @@ def _takes(x_NK: Tensor, w1_HK: Tensor, w2_OH: Tensor) -> bool:
     Triton's products run at FMA speed or in tf32, which is the caller's choice to make; the interpreter takes it."""
     dtypes = (torch.float16, torch.bfloat16) if x_NK.is_cuda else (torch.float16, torch.bfloat16, torch.float32)
     return x_NK.dtype in dtypes and x_NK.shape[0] > 0 and not any(n % 8 for n in (*w1_HK.shape, *w2_OH.shape))
+
+
+def _scalar_loads(config: dict, x_NK: Tensor, weight: Tensor) -> bool:
+    """Whether pointers would be read element by element: Triton sees alignment in widths that are multiples of 16 only,
+    and spills without it. Such widths are the library's where descriptors, which take multiples of 8, are not in use."""
+    return config["variant"] == "pointer" and not x_NK.is_cpu and any(n % 16 for n in weight.shape)
 
 
 def _aligned(t: Tensor) -> Tensor:

@@ -57,6 +57,18 @@ def test_too_much_shared_memory_is_caught():
     assert any("shared memory" in text for text in row.complaints())
 
 
+@pytest.mark.parametrize("rows", (1, 577, 4609))
+def test_odd_sizes_compile_without_spills(rows):
+    """Rows that Triton specialises on, widths that are multiples of 8 and not of 16, a missing bias."""
+    x, w1, w2 = aot._meta(rows, 1144), aot._meta(5128, 1144), aot._meta(888, 5128)
+    with aot.compiling("sm_90") as found:
+        y, pre = aot.fused_mlp.triton_forward(x, w1, None, w2, None, "gelu", True)
+        aot.fused_mlp.triton_backward(y, x, w1, w2, pre, "gelu", [True] * 5)
+    assert y.shape == (rows, 888) and pre.shape == (rows, 5128)
+    assert [row.kernel for row in found].count("_descriptor") == {1: 0, 577: 0, 4609: 2}[rows]
+    assert not [row.complaints() for row in found if row.complaints()]
+
+
 def test_compiling_leaves_no_trace():
     with aot.compiling("sm_80"):
         assert frame.card_of(torch.empty(1, device="meta")).arch == "sm_80"
