@@ -367,8 +367,8 @@ def _takes(x_NK: Tensor, w1_HK: Tensor, w2_OH: Tensor) -> bool:
 
 
 def _scalar_loads(config: dict, x_NK: Tensor, weight: Tensor) -> bool:
-    """Whether pointers would be read element by element: Triton sees alignment in widths that are multiples of 16 only,
-    and spills without it. Such widths are the library's where descriptors, which take multiples of 8, are not in use."""
+    """Whether pointers would be read element by element: Triton sees alignment in multiples of 16 only, and spills
+    without it. Such widths are the library's, unless descriptors are in use, which take multiples of 8."""
     return config["variant"] == "pointer" and not x_NK.is_cpu and any(n % 16 for n in weight.shape)
 
 
