@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minillava.config import UserError
+from minillava.optim import Together
 
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 NAME = re.compile(r"step-(\d+)")
@@ -30,7 +31,8 @@ def write(folder: Path, step: int, files: dict[str, dict[str, Any]], keep: int) 
     """Save `files` as folder/step-N and remove all but the newest `keep`. A file is tensors or, by its name, JSON."""
     target = folder / f"step-{step:08d}"
     temporary = folder / f".{target.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for stale in folder.glob(".*.partial"):  # of a run that was killed while it wrote
+        shutil.rmtree(stale)
     temporary.mkdir(parents=True)
     for name, content in files.items():
         if name.endswith(".json"):
@@ -90,21 +92,21 @@ def fill(parameters: dict[str, Tensor], values: dict[str, Tensor], where: Path) 
             parameter.copy_(values[name])
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, named: dict[str, Tensor]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Together, named: dict[str, Tensor]) -> dict[str, Tensor]:
     """The optimizer's state as 'moment/parameter' -> tensor."""
     return {
         f"{key}/{name}": value
         for name, parameter in named.items()
-        for key, value in optimizer.state.get(parameter, {}).items()  # type: ignore[call-overload]
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def fill_optimizer(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+def fill_optimizer(optimizer: Together, named: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for key, value in values.items():
         moment, slash, name = key.partition("/")
         if slash and name in named:
             device = "cpu" if moment == "step" and not optimizer.defaults.get("fused") else named[name].device
-            optimizer.state[named[name]][moment] = value.to(device)  # type: ignore[index]
+            optimizer.state[named[name]][moment] = value.to(device)
 
 
 def random_state() -> tuple[dict[str, Tensor], list[Any]]:

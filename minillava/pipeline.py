@@ -45,20 +45,25 @@ def run_recipe(recipe: Recipe, resume: bool = False, only: str | None = None) ->
     log = Log(folder / "log.jsonl")
     results: dict[str, dict[str, float]] = {}
     try:
-        for stage in recipe.stage:
+        for stage in recipe.stage[: recipe.stage.index(chosen[-1]) + 1]:
             done = folder / stage.name / "done.json"
-            if done.is_file() and (stage not in chosen or resume):
+            if stage in chosen and not (resume and done.is_file()):
+                results[stage.name] = run_stage(run, stage, log, resume)
+                plot(log.path, folder / "curves.png")
+            elif done.is_file():
                 load_stage(run, folder / stage.name)
                 results[stage.name] = json.loads(done.read_text(encoding="utf-8"))["eval"]
                 print(f"stage {stage.name}: finished before")
-            elif stage in chosen:
-                results[stage.name] = run_stage(run, stage, log, resume)
-                plot(log.path, folder / "curves.png")
-            elif only is not None and recipe.stage.index(stage) < stage_index(recipe, only):
+            elif done.parent.exists():
+                raise UserError(f"{done.parent}: is not finished; finish it with --resume --stage {stage.name}")
+            else:
                 print(f"stage {stage.name}: has not been run in {folder}; going on without it")
     finally:
         log.close()
-    print(f"done in {time.monotonic() - began_s:,.0f} s: {folder}")
+    print(f"done in {time.monotonic() - began_s:,.0f} s; curves: {folder / 'curves.png'}")
+    for stage in chosen[-1:]:
+        if (folder / stage.name / "model").is_dir():
+            print(f"ask it: python generate.py --model {folder / stage.name / 'model'} --image FILE --prompt TEXT")
     return results
 
 
@@ -168,7 +173,7 @@ def new_config(wanted: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
         path = weights.resolve(wanted.vision_from)
         raw, layers = hf_config.read_json(path / "config.json"), tables["vision"].get("select_layers", [-2])
         vision = hf_config.read_vision(raw, str(path / "config.json"), layers, False)
-        pixels = hf_config.read_json(path / "preprocessor_config.json") | {"do_pad": True}
+        pixels = hf_config.read_json(path / "preprocessor_config.json")
         image = hf_config.read_image(pixels, str(path / "preprocessor_config.json"), vision)
         config = dataclasses.replace(config, vision=vision, image=image)
     if wanted.decoder_from:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import deque
 from pathlib import Path
@@ -28,7 +29,9 @@ class Log:
         """Forget what a killed run wrote behind its last checkpoint: it will be computed and written again."""
         kept = [row for row in read_log(self.path) if row["stage"] != stage or row["step"] <= step]
         self.file.close()
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary = self.path.with_name(f".{self.path.name}.partial")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.rename(self.path)
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
 
     def close(self) -> None:
@@ -89,7 +92,7 @@ def plot(log: Path, picture: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
         steps = [row for row in rows if row["stage"] == stage and "loss" in row]
-        losses = [row["loss"] for row in steps]
+        losses = [math.nan if row["loss"] is None else row["loss"] for row in steps]  # null where not finite
         axes.plot([row["step"] for row in steps], losses, color="0.8", linewidth=0.8)
         axes.plot([row["step"] for row in steps], _smooth(losses), color="C0", linewidth=1.5, label="loss")
         shown = {"loss"}
@@ -109,7 +112,7 @@ def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
     """Exponential mean, corrected for its start as Adam's moments are; non-finite losses are passed over."""
     mean, total, result = 0.0, 0.0, []
     for value in values:
-        if value == value and abs(value) != float("inf"):
+        if math.isfinite(value):
             mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-        result.append(mean / total if total else float("nan"))
+        result.append(mean / total if total else math.nan)
     return result

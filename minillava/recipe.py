@@ -64,6 +64,7 @@ class StageConfig:
     micro_batch: int = 0  # samples a forward pass; 0: all of batch_size
     warmup: float = 0.03  # share of the steps in which the rate rises linearly
     schedule: str = "cosine"  # to zero; or constant
+    optimizer: str = "adamw"  # or muon, for the matrices; the rest has AdamW still
     weight_decay: float = 0.0  # of matrices; norms, biases and embeddings never decay
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -183,12 +184,16 @@ def _check(recipe: Recipe, where: str) -> None:
         require(stage.batch_size > 0 and stage.micro_batch >= 0, f"{at}: batch_size and micro_batch must be positive")
         require(0 <= stage.warmup < 1, f"{at}: warmup is a share of the steps, from 0 to below 1")
         require(stage.schedule in SCHEDULES, f"{at}: schedule '{stage.schedule}'{nearest(stage.schedule, SCHEDULES)}")
+        require(
+            stage.optimizer in OPTIMIZERS, f"{at}: optimizer '{stage.optimizer}'{nearest(stage.optimizer, OPTIMIZERS)}"
+        )
         require(stage.dtype in DTYPES, f"{at}: dtype '{stage.dtype}'{nearest(stage.dtype, DTYPES)}")
         require(stage.keep > 0 and stage.log_every > 0, f"{at}: keep and log_every must be at least 1")
         require(stage.max_tokens > 1, f"{at}: max_tokens must be at least 2")
 
 
 DTYPES = ("auto", "float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant")
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +21,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from minillava import checkpoint
 from minillava.config import UserError, nearest
+from minillava.optim import make_optimizer
 from minillava.progress import Bar, Log
 from minillava.recipe import StageConfig
 from minillava.tasks import Task, total_steps
@@ -41,7 +43,7 @@ class Trainer:
         self.steps = total_steps(stage, task.num_samples)
         self.step = self.skipped = self.non_finite = 0
         self.trained = self._choose_parameters()
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_optimizer(task.model, self.trained, stage)
         trained = {id(p) for p in self.trained.values()}
         self.named = dict(task.model.named_parameters())
         # Frozen weights in the compute dtype. Those that have it already are not copied.
@@ -74,23 +76,6 @@ class Trainer:
             raise RuntimeError(f"task '{self.stage.task}': parts overlap or are not inside the model")
         return trained
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW with a group for each part and kind; norms, biases and embeddings do not decay."""
-        embeddings = {id(m.weight) for m in self.task.model.modules() if isinstance(m, nn.Embedding)}
-        groups: dict[tuple[str, bool], list[Tensor]] = {}
-        for name, parameter in self.trained.items():
-            decays = parameter.ndim > 1 and id(parameter) not in embeddings
-            groups.setdefault((name.split(".")[0], decays), []).append(parameter)
-        fused = next(iter(self.trained.values())).device.type in ("cpu", "cuda", "mps")
-        decay = {True: self.stage.weight_decay, False: 0.0}
-        return torch.optim.AdamW(
-            [
-                {"params": params, "part": part, "lr": self.stage.lr[part], "weight_decay": decay[decays]}
-                for (part, decays), params in groups.items()
-            ],
-            betas=self.stage.betas, eps=self.stage.eps, fused=fused,
-        )  # fmt: skip
-
     def describe(self) -> str:
         """What is trained at which rate, read back from the optimizer and the parameters, not from the recipe."""
         rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
@@ -102,9 +87,8 @@ class Trainer:
         stage, accumulation = self.stage, -(-self.stage.batch_size // self.stage.micro)
         batch = f"{stage.batch_size} samples" + (f" ({accumulation} x {stage.micro})" if accumulation > 1 else "")
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{'; '.join(words)}\n  {self.steps:,} steps of {batch} in {dtype}" + (
-            f", from step {self.step:,}" * bool(self.step)
-        )
+        resumed = f", going on at step {self.step:,}" if self.step else ""
+        return f"{'; '.join(words)}\n  {self.steps:,} steps of {batch} in {dtype}{resumed}"
 
     # ---- a step ----
 
@@ -136,7 +120,8 @@ class Trainer:
             scale = 1 / count
             if self.stage.clip:
                 scale *= min(1.0, self.stage.clip / (values["grad_norm"] + 1e-6))
-            torch._foreach_mul_(grads, scale)
+            if grads:
+                torch._foreach_mul_(grads, scale)
             factor = schedule(self.stage, self.step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.stage.lr[group["part"]] * factor
@@ -291,6 +276,9 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def interrupt_asked() -> Iterator[list[int]]:
     """A list that SIGTERM and Ctrl-C fill, so that the step can be finished and saved; the second stops at once."""
     asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield asked
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)

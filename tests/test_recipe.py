@@ -1,0 +1,168 @@
+"""Recipes: every key is checked, --set reaches every value, and what was used reads back as what it was."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minillava.config import UserError
+from minillava.recipe import StageConfig, differences, read_recipe, stage_index, to_toml
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+TEXT = """
+name = "two"
+[model]
+tokenizer = "t"
+[[stage]]
+name = "first"
+lr = {projector = 1e-3}
+steps = 10
+[[stage]]
+name = "second"
+lr = {projector = 1e-3, decoder = 2e-5}
+epochs = 2
+data = [{path = "a.json", images = "a.zip"}, {path = "b.json"}]
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "two.toml"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_reads_and_reads_back_equal(path, tmp_path):
+    recipe = read_recipe(path)
+    saved = tmp_path / "recipe.toml"
+    saved.write_text(to_toml(recipe))
+    assert read_recipe(saved) == recipe
+    assert not differences(recipe, read_recipe(saved))
+
+
+def test_odd_values_read_back_equal(recipe_file):
+    odd = 'C:\\data\\"x" \x7f\t\u00e9\U0001f600.json'
+    recipe = read_recipe(recipe_file, ["stage.second.clip=inf", "stage.second.eps=1e-12"])
+    stages = (dataclasses.replace(recipe.stage[0], shapes={"a b": [1, 2.5, True, odd]}), recipe.stage[1])
+    recipe = dataclasses.replace(recipe, stage=stages, name=odd)
+    recipe_file.write_text(to_toml(recipe))
+    assert read_recipe(recipe_file) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ("seed=7", lambda r: r.seed == 7),
+        ("stage.first.steps=3", lambda r: r.stage[0].steps == 3),
+        ("stage.1.epochs=3", lambda r: r.stage[1].epochs == 3.0),
+        ("stage.*.batch_size=6", lambda r: [s.batch_size for s in r.stage] == [6, 6]),
+        (
+            "stage.second.lr.vision=2e-6",
+            lambda r: r.stage[1].lr == {"projector": 1e-3, "decoder": 2e-5, "vision": 2e-6},
+        ),
+        ("stage.second.lr={decoder = 1.0}", lambda r: r.stage[1].lr == {"decoder": 1.0}),
+        ("stage.second.data.1.path=my data/c.json", lambda r: r.stage[1].data[1].path == "my data/c.json"),
+        ("stage.first.betas=[0.9, 0.98]", lambda r: r.stage[0].betas == (0.9, 0.98)),
+        ("model.vision.hidden_size=64", lambda r: r.model.vision == {"hidden_size": 64}),
+        ("model.base=owner/name", lambda r: r.model.base == "owner/name"),
+    ],
+)
+def test_set_reaches_every_kind_of_value(recipe_file, change, wanted):
+    before = read_recipe(recipe_file)
+    assert not wanted(before)
+    assert wanted(read_recipe(recipe_file, [change]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("sed=7", ["unknown key 'sed'", "'seed'"]),
+        ("stage.frist.steps=3", ["no entry 'frist'", "'first'"]),
+        ("stage.5.steps=3", ["no entry '5'"]),
+        ("stage.first.warm_up=0.1", ["unknown key 'warm_up'", "'warmup'"]),
+        ("stage.first.lr.projector=-1.0", ["lr.projector is -1.0"]),
+        ("stage.first.lr={}", ["lr is empty"]),
+        ("stage.first.epochs=1", ["either steps or epochs"]),
+        ("stage.first.steps=many", ["expected int", "many"]),
+        ("stage.first.schedule=cosin", ["'cosin'", "'cosine'"]),
+        ("stage.first.dtype=float16", ["'float16'"]),
+        ("stage.first.warmup=3", ["warmup is a share"]),
+        ("stage.first.name=second", ["used twice"]),
+        ("stage.first.name=../x", ["a name of letters"]),
+        ("stage.first.chat.template_name=plain", ["unknown key 'template_name'", "'template'"]),
+        ("model.vision.hidden=64", ["unknown key 'hidden'", "'hidden_size'"]),
+        ("model.decoder.num_layers.x=1", ["expected int"]),
+        ("stage.first.steps.x=1", ["inside a value"]),
+        ("stage=[]", ["has no [[stage]]"]),
+        ("seed", ["expected key=value"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(recipe_file, change, words):
+    with pytest.raises(UserError) as caught:
+        read_recipe(recipe_file, [change])
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_unreadable_recipes(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_recipe(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("a = ")
+    with pytest.raises(UserError, match="is not TOML"):
+        read_recipe(tmp_path / "bad.toml")
+    (tmp_path / "latin.toml").write_bytes(b"name = '\xe9'")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_recipe(tmp_path / "latin.toml")
+
+
+def test_differences_name_the_keys_and_pass_over_what_computes_nothing(recipe_file):
+    old = read_recipe(recipe_file)
+    free = read_recipe(recipe_file, ["stage.*.workers=3", "stage.first.save_every=7"], out="elsewhere")
+    assert differences(old, free) == []
+    new = read_recipe(recipe_file, ["stage.second.lr.decoder=1e-4", "seed=1", "stage.second.data.0.path=c.json"])
+    assert differences(old, new) == [
+        "seed: 42 -> 1",
+        "stage.second.data.0.path: a.json -> c.json",
+        "stage.second.lr.decoder: 2e-05 -> 0.0001",
+    ]
+
+
+def test_stage_index_suggests(recipe_file):
+    recipe = read_recipe(recipe_file)
+    assert stage_index(recipe, "second") == 1
+    with pytest.raises(UserError, match="did you mean 'second'"):
+        stage_index(recipe, "secnd")
+
+
+def test_micro_batch_is_bounded_by_the_batch():
+    assert StageConfig(batch_size=8).micro == 8
+    assert StageConfig(batch_size=8, micro_batch=3).micro == 3
+    assert StageConfig(batch_size=8, micro_batch=30).micro == 8
+
+
+def test_the_papers_numbers():
+    """Table 9 of arXiv 2310.03744; 4.2 and the appendix of arXiv 2304.08485."""
+    numbers = {
+        r.stem: [(s.lr, s.batch_size, s.epochs) for s in read_recipe(r).stage] for r in RECIPES if "llava" in r.stem
+    }
+    assert numbers["llava-1.5"] == [({"projector": 1e-3}, 256, 1), ({"projector": 2e-5, "decoder": 2e-5}, 128, 1)]
+    assert numbers["llava-v1"] == [({"projector": 2e-3}, 128, 1), ({"projector": 2e-5, "decoder": 2e-5}, 32, 3)]
+    for recipe in map(read_recipe, RECIPES):
+        if "llava" in recipe.name:
+            for stage in recipe.stage:
+                assert (stage.warmup, stage.weight_decay, stage.betas, stage.eps) == (0.03, 0.0, (0.9, 0.999), 1e-8)
+                assert (stage.schedule, stage.max_tokens, stage.clip) == ("cosine", 2048, 1.0)
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys, runpy; sys.argv = ['train.py', '--help']\ntry: runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    code += "except SystemExit: print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.endswith("False\n") and "--resume" in shown
