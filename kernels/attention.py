@@ -6,6 +6,7 @@ Shapes: T tokens of all sequences together, H heads (G for key/value heads), K h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def attention(
     `cu_seqlens` holds the B + 1 boundaries, from 0 to T, as Python integers. Heads of q come in groups of H / G that
     share a key/value head. The scale defaults to K ** -0.5.
     """
-    lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
     if not lengths or cu_seqlens[0] != 0 or cu_seqlens[-1] != q_THK.shape[0]:
         raise ValueError(f"cu_seqlens {tuple(cu_seqlens)} do not cover {q_THK.shape[0]} tokens")
     B, M, T = len(lengths), max(lengths), q_THK.shape[0]

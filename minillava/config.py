@@ -99,7 +99,7 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """How a conversation becomes ids, and where an answer stops. Stored in the checkpoint, never guessed from a path."""
+    """How a conversation becomes ids, and where an answer stops. Stored in the checkpoint, never guessed from paths."""
 
     template: str = "vicuna_v1"  # a name of minillava.chat.TEMPLATES, or "jinja" for the checkpoint's own
     jinja: str = ""  # the checkpoint's chat template, when template == "jinja"
@@ -148,7 +148,9 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain values of a config, for JSON: tuples become lists."""
-    return dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
+    return dataclasses.asdict(
+        config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
+    )
 
 
 def _type_hints(cls: Any) -> dict[str, Any]:
@@ -178,6 +180,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return from_dict(hint, value, where)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is Any or (isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+    if hint is Any or (
+        isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    ):
         return value
     raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")

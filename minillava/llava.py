@@ -83,7 +83,9 @@ class LLaVA(nn.Module):
         where = (ids_T == self.config.chat.image_token_id).nonzero().squeeze(1)
         visual_TD = visual_NPD.flatten(0, 1)
         if len(where) != len(visual_TD):
-            raise UserError(f"the prompt has {len(where)} image placeholders, the pictures give {len(visual_TD)} visual tokens")
+            raise UserError(
+                f"the prompt has {len(where)} image placeholders, the pictures give {len(visual_TD)} visual tokens"
+            )
         return x_TD.index_copy(0, where, visual_TD.to(x_TD.dtype))
 
     def init_weights(self, seed: int) -> None:

@@ -5,7 +5,8 @@ LLaVA v1 uses one linear layer, LLaVA-1.5 two with an exact (erf) GELU between t
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from minillava.config import ProjectorConfig
@@ -20,12 +21,12 @@ class Projector(nn.Module):
         super().__init__()
         self.config = config
         widths = [in_features] + [out_features] * config.layers
-        self.linears = nn.ModuleList(nn.Linear(i, o, bias=config.bias) for i, o in zip(widths, widths[1:]))
+        self.linears = nn.ModuleList(nn.Linear(i, o, bias=config.bias) for i, o in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         if len(self.linears) == 2:
             first, second = self.linears
             return fused_mlp(x, first.weight, first.bias, second.weight, second.bias, self.config.activation)
         for i, linear in enumerate(self.linears):
-            x = F.linear(ACTIVATIONS[self.config.activation](x) if i else x, linear.weight, linear.bias)
+            x = linear(ACTIVATIONS[self.config.activation](x) if i else x)
         return x
