@@ -137,8 +137,7 @@ class Trainer:
         if self.non_finite >= MAX_NON_FINITE:
             raise UserError(
                 f"stage '{self.stage.name}': {self.non_finite} steps in a row, the last {self.step + 1}, had no finite "
-                f"gradient "
-                f'(loss {values["loss"]}, norm {values["grad_norm"]}); lower lr, or set dtype = "float32"'
+                f'gradient (loss {values["loss"]}, norm {values["grad_norm"]}); lower lr, or set dtype = "float32"'
             )
 
     # ---- the stage ----

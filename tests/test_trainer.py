@@ -14,16 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
 from minillava import checkpoint
-from minillava.config import UserError
+from minillava.config import DecoderConfig, ModelConfig, UserError, VisionConfig
+from minillava.llava import LLaVA
 from minillava.pipeline import make_run, run_recipe
 from minillava.progress import Log, read_log
-from minillava.recipe import read_recipe
+from minillava.recipe import ModelRecipe, read_recipe
 from minillava.tasks import LLaVATask, Task, rounded_up
 from minillava.tokenizer import load_tokenizer, train_small_tokenizer
 from minillava.trainer import MAX_NON_FINITE, Trainer, compute_dtype, schedule
-from minillava.weights import load_model
+from minillava.weights import load_model, rename
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -351,6 +353,43 @@ def test_a_run_learns_and_leaves_what_it_promises(world, tmp_path):
     run_recipe(base, only="finetune")  # and a start for another run
     first = next(row for row in read_log(tmp_path / "on" / "log.jsonl") if row["step"] == 1)
     assert first["loss"] < 0.7 * next(row["loss"] for row in steps if row["stage"] == "finetune")
+
+
+def test_the_papers_start_takes_tower_and_language_model_from_their_own_folders(world, tmp_path):
+    """As recipes/llava-1.5.toml does: weights to the bit, sizes from their config.json, 16 bits stay 16 bits."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    clip = {**sizes, "model_type": "clip_vision_model", "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    llama = {**sizes, "model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500}
+    decoder = DecoderConfig(500, 32, 48, 3, 4, 2, 8)
+    model = LLaVA(ModelConfig(vision=VisionConfig(32, 48, 3, 2, 16, 8), decoder=decoder))
+    model.init_weights(1)
+    model.half()
+    for folder, part, layout, config in (("clip", "vision", "tower", clip), ("llm", "decoder", "original", llama)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+        state = {n: p for n, p in model.state_dict().items() if n.startswith(part)}
+        foreign = {rename(name, layout, to_ours=False): tensor for name, tensor in state.items()}
+        save_file(foreign, tmp_path / folder / "model.safetensors")
+    processor = {"image_processor_type": "CLIPImageProcessor", "crop_size": 16, "size": {"shortest_edge": 16}}
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(processor))
+    load_tokenizer(world / "tokenizer").save(tmp_path / "llm")
+
+    wanted = ModelRecipe(vision_from=f"{tmp_path}/clip", decoder_from=f"{tmp_path}/llm", image={"fit": "pad"})
+    recipe = dataclasses.replace(recipe_of(world, tmp_path / "run", "stage.*.dtype=bfloat16"), model=wanted)
+    run = make_run(recipe, tmp_path, CPU)
+    assert run.model.config.vision == model.config.vision and run.model.config.decoder.num_kv_heads == 2
+    assert run.model.config.image.fit == "pad" and run.model.config.image.size == 16
+    assert run.save_dtype == torch.bfloat16
+    found = run.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name.startswith("projector"):
+            assert found[name].dtype == torch.float32 and found[name].std() > 0
+        else:
+            assert torch.equal(found[name], tensor.bfloat16()), name
+    run_recipe(dataclasses.replace(recipe, out=str(tmp_path / "run")), only="pretrain")
+    saved = load_model(tmp_path / "run" / "pretrain" / "model").state_dict()
+    assert all(torch.equal(saved[n], found[n]) for n in saved if not n.startswith("projector"))
+    assert not torch.equal(saved["projector.linears.0.weight"], found["projector.linears.0.weight"].bfloat16())
 
 
 def launch(world, out, *more):
