@@ -29,7 +29,7 @@ def attention(
     share a key/value head. The scale defaults to K ** -0.5.
     """
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
-    if not lengths or cu_seqlens[0] != 0 or cu_seqlens[-1] != q_THK.shape[0]:
+    if not lengths or min(lengths) < 0 or cu_seqlens[0] != 0 or cu_seqlens[-1] != q_THK.shape[0]:
         raise ValueError(f"cu_seqlens {tuple(cu_seqlens)} do not cover {q_THK.shape[0]} tokens")
     B, M, T = len(lengths), max(lengths), q_THK.shape[0]
     if min(lengths) == M:
