@@ -95,21 +95,25 @@ def plot(log: Path, picture: Path) -> None:
         losses = [math.nan if row["loss"] is None else row["loss"] for row in steps]  # null where not finite
         axes.plot([row["step"] for row in steps], losses, color="0.8", linewidth=0.8)
         axes.plot([row["step"] for row in steps], _smooth(losses), color="C0", linewidth=1.5, label="loss")
-        shown = {"loss"}
         evaluations = [row for row in rows if row["stage"] == stage and "eval" in row]
-        for name in dict.fromkeys(name for row in evaluations for name in row["eval"]):
+        names = list(dict.fromkeys(name for row in evaluations for name in row["eval"]))
+        right = axes.twinx() if any("loss" not in name for name in names) else axes  # shares have a scale of their own
+        for number, name in enumerate(names[:9], 1):
             points = [(row["step"], row["eval"][name]) for row in evaluations if name in row["eval"]]
-            if len(shown) < 10:
-                axes.plot(*zip(*points), marker="o", markersize=3, linewidth=1, label=name)
-                shown.add(name)
+            side = axes if "loss" in name else right
+            axes.plot([], [], marker="o", markersize=3, linewidth=1, color=f"C{number}", label=name)
+            side.plot(*zip(*points), marker="o", markersize=3, linewidth=1, color=f"C{number}")
+        if right is not axes:
+            right.set_ylim(bottom=0)
         axes.set(title=stage, xlabel="step", ylabel="loss")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(picture, dpi=120)
 
 
-def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential mean, corrected for its start as Adam's moments are; non-finite losses are passed over."""
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential mean over a twentieth of the steps, at most 20, corrected for its start; non-finite ones left out."""
+    weight = 1 - 1 / max(1, min(20, len(values) / 20))
     mean, total, result = 0.0, 0.0, []
     for value in values:
         if math.isfinite(value):
