@@ -58,7 +58,7 @@ def test_processes_share_a_zip(archive, method):
         child.start()
     assert reds(store) == set(range(len(NAMES)))
     for (receiver, _), child in zip(pipes, children):
-        assert receiver.poll(60) and receiver.recv() == set(range(len(NAMES)))
+        assert receiver.poll(300) and receiver.recv() == set(range(len(NAMES)))
         child.join(60)
         assert child.exitcode == 0
 
