@@ -410,8 +410,9 @@ def train_small_tokenizer(
     from tokenizers import Tokenizer as Backend
 
     backend = Backend(models.BPE())
-    # A word with its blank, a digit, a punctuation mark, a run of blanks: each is a unit that BPE cannot cross.
-    words = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"), "isolated")
+    # Units that BPE cannot cross: a word with its blank (and its hyphens, and its colon: "USER:"), a digit, a
+    # punctuation mark, blanks.
+    words = pre_tokenizers.Split(Regex(r" ?\p{L}[\p{L}-]*:?| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -297,7 +297,7 @@ def test_sentencepiece_opens_with_bos_unless_told_not_to(tmp_path, said, adds):
 def test_small_tokenizer_gives_one_token_a_word(tmp_path):
     tokenizer = load_tokenizer(small(tmp_path / "a"))
     assert isinstance(tokenizer, JsonTokenizer)
-    for word in " circle", " squares", "USER", " ASSISTANT", " 3", "?", ":", "\n":
+    for word in " circle", " squares", "USER:", " ASSISTANT:", " 3", "?", ":", "\n":
         assert len(tokenizer.encode(word, first=False)) == 1, word
     assert [tokenizer.token_id(token) for token in SPECIALS] == [0, 1, 2, 3]
     assert tokenizer.vocab_size < 700
