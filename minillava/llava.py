@@ -89,7 +89,11 @@ class LLaVA(nn.Module):
         return x_TD.index_copy(0, where, visual_TD.to(x_TD.dtype))
 
     def init_weights(self, seed: int) -> None:
-        """Random weights for training from nothing: normal(0, 0.02), residual outputs scaled down by depth (GPT-2)."""
+        """Random weights for training from nothing: normal, outputs into the residual stream scaled down by depth (GPT-2).
+
+        The deviation is 0.02 in the tower, as in CLIP, and fan_in ** -0.5 elsewhere: 0.02 fits widths near 2500, and a
+        narrow decoder that starts with it hardly attends.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if "norm" in name:
@@ -97,9 +101,10 @@ class LLaVA(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
             else:
-                depth = len(self.vision.blocks) if name.startswith("vision") else len(self.decoder.blocks)
-                is_output = name.endswith(("attn.out.weight", "mlp.down.weight", "mlp.fc2.weight"))
-                std = 0.02 / (2 * depth) ** 0.5 if is_output else 0.02
+                in_tower = name.startswith("vision")
+                std = 0.02 if in_tower else p.shape[-1] ** -0.5
+                if name.endswith(("attn.out.weight", "mlp.down.weight", "mlp.fc2.weight")):
+                    std /= (2 * len(self.vision.blocks if in_tower else self.decoder.blocks)) ** 0.5
                 with torch.no_grad():
                     p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw
 
 from minillava import chat, shapes
 from minillava.chat import Message
 from minillava.config import UserError
 from minillava.data import MARKER, Example, Sample
+from minillava.engine import Engine, Request, user_message
 from minillava.image import prepare
 from minillava.layout import image_tokens
 from minillava.llava import LLaVA
@@ -40,10 +45,14 @@ class ShapesTask(LLaVATask):
             return {}
         measured = {}
         for split in ("unseen", "held_out"):
-            asked = ask(split, self.scenes)
-            right = answered(call, self.run.model, self.run.tokenizer, asked)
+            right = answered(call, self.run.model, self.run.tokenizer, ask(split, self.scenes))
             measured[split] = sum(right) / len(right)
         return measured
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        if self.config.chat.template != "plain":
+            print(report(self.run.model, self.run.tokenizer, self.run.folder))
 
 
 Asked = list[tuple[shapes.Scene, shapes.Question]]
@@ -71,3 +80,45 @@ def answered(call: Callable[..., Any], model: LLaVA, tokenizer: Tokenizer, asked
         pixels_NCHW = prepare(scene.image(), config.image)[None]
         examples.append(Example(ids, labels, torch.zeros_like(pixels_NCHW) if blank else pixels_NCHW))
     return exact(call, examples)
+
+
+def report(model: LLaVA, tokenizer: Tokenizer, folder: Path, scenes: int = 400) -> str:
+    """Write accuracy.json and samples.png into a run's folder; return the table of exact answers by kind of question."""
+    splits = {"unseen scenes": ("unseen", False), "held-out pairs": ("held_out", False), "no picture": ("unseen", True)}
+    shares: dict[str, dict[str, float]] = {}
+    with torch.inference_mode():
+        for title, (split, blank) in splits.items():
+            asked = ask(split, scenes, seed=1)
+            right = answered(model, model, tokenizer, asked, blank)
+            by_kind: dict[str, list[bool]] = {"all": right}
+            for (_, question), hit in zip(asked, right):
+                by_kind.setdefault(question.kind, []).append(hit)
+            shares[title] = {kind: sum(hits) / len(hits) for kind, hits in by_kind.items()}
+    (folder / "accuracy.json").write_text(json.dumps(shares, indent=2) + "\n", encoding="utf-8")
+    draw_samples(model, tokenizer, folder / "samples.png")
+    rows = [f"  {'exact answers':14}" + "".join(f"{title:>16}" for title in shares)]
+    for kind in (*shapes.KINDS, "all"):
+        rows.append(f"  {kind:14}" + "".join(f"{share[kind]:16.1%}" for share in shares.values()))
+    return "\n".join([*rows, f"  pictures with answers: {folder / 'samples.png'}"])
+
+
+def draw_samples(model: LLaVA, tokenizer: Tokenizer, path: Path) -> None:
+    """Twelve scenes, the upper half with seen and the lower half with held-out pairs, each with what the model says."""
+    engine = Engine(model, tokenizer)
+    first = [next(group) for split in ("unseen", "held_out") for _, group in
+             itertools.islice(itertools.groupby(ask(split, 6, seed=2), key=lambda pair: pair[0]), 6)]  # fmt: skip
+    marker = model.config.chat.image_token
+    requests = [Request([user_message(q.text, 1, marker)], [scene.image()], max_new_tokens=16) for scene, q in first]
+    answers = engine.generate(requests)
+    side, gap, text = 192, 16, 44
+    sheet = Image.new("RGB", (6 * (side + gap) + gap, 2 * (side + text + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, ((scene, question), answer) in enumerate(zip(first, answers)):
+        x, y = gap + i % 6 * (side + gap), gap + i // 6 * (side + text + gap)
+        sheet.paste(scene.image().resize((side, side), Image.Resampling.NEAREST), (x, y))
+        draw.multiline_text((x, y + side + 4), textwrap.fill(question.text, 32), fill="black")
+        said = answer.text.strip()
+        colour = "darkgreen" if said == question.answer else "darkred"
+        note = "" if said == question.answer else f"  ({question.answer})"
+        draw.text((x, y + side + 30), said + note, fill=colour)
+    sheet.save(path)

@@ -3,7 +3,7 @@ decoder from text. Both learn from the built-in world, whose held-out combinatio
 
 CLIP: Radford et al. 2021 (arXiv 2103.00020). Differs: a picture goes with a phrase for each thing in it, the score of
 a pair is that of its best patch (late interaction, FILIP, arXiv 2111.07783), and each true phrase is contrasted with
-all false ones of the batch, near misses among them (arXiv 2210.01936).
+all false ones that there are.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from minillava import chat, shapes
 from minillava.chat import Message
-from minillava.config import DecoderConfig, UserError, from_dict
+from minillava.config import UserError
 from minillava.data import Batch, Example, pack
-from minillava.decoder import Decoder
 from minillava.image import prepare
 from minillava.llava import next_labels
 from minillava.recipe import StageConfig
-from minillava.tasks import Run, Task
+from minillava.tasks import Run, Task, rounded_up
 from minillava.tokenizer import train_small_tokenizer
 from minillava.vit import VisionTower
 
@@ -37,13 +36,12 @@ def write_tokenizer(folder: Path) -> None:
     """The tokenizer of the built-in world: every word of it is one token, other text falls back to bytes."""
     rng = random.Random(0)
     texts = []
-    for _, scene in zip(range(2000), shapes.scenes(0, "train")):
-        text = shapes.caption(scene, rng)
-        for q in shapes.questions(scene, rng, 12):
-            text += f"USER: {q.text} ASSISTANT: {q.answer}</s>"
-            texts.append(f"\n{q.text}")
-        texts.append(f"USER: <image>\n{text}")
-    texts += ["What a USER: ASSISTANT:\n"] * 2
+    for scene in itertools.islice(shapes.scenes(0, "train"), 2000):
+        words = shapes.caption(scene, rng)
+        texts.append(f"<image>{words}\n")
+        for opening in (words, "<image>"):
+            for message in shapes.conversation(scene, rng, 12, opening):
+                texts.append(f"USER: {message.text} ASSISTANT:" if message.role == "user" else f" {message.text}</s>")
     train_small_tokenizer(texts, folder, vocab_size=512)
 
 
@@ -80,33 +78,35 @@ class Pairs:
     """N pictures, M phrases, and which of them are true of which."""
 
     pixels_NCHW: Tensor
-    ids_T: Tensor  # the phrases, packed
-    cu_seqlens: tuple[int, ...]
+    ids_T: Tensor  # the phrases, end to end
+    starts_M: Tensor  # where each begins
     true_NM: Tensor
 
 
-class TextTower(nn.Module):
-    """What CLIP has beside its vision tower; a phrase is read off at its last token."""
+class PhraseTower(nn.Module):
+    """What CLIP has beside its vision tower. A phrase is its words' mean through an MLP (arXiv P15-1162): word order
+    says nothing in these phrases, and all of them go through in every step.
+    """
 
-    def __init__(self, config: DecoderConfig, visual_size: int):
+    def __init__(self, vocab_size: int, visual_size: int, size: int = 128):
         super().__init__()
-        self.decoder = Decoder(config)
-        self.visual_projection = nn.Linear(visual_size, config.hidden_size, bias=False)
-        self.text_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.embed = nn.EmbeddingBag(vocab_size, size, mode="sum")
+        self.fc1 = nn.Linear(size, 2 * size)
+        self.fc2 = nn.Linear(2 * size, size)
+        self.visual_projection = nn.Linear(visual_size, size, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.3))
 
-    def forward(self, ids_T: Tensor, cu_seqlens: tuple[int, ...]) -> Tensor:
-        words_TE = self.decoder(self.decoder.embed(ids_T), cu_seqlens)
-        return self.text_projection(words_TE[torch.tensor(cu_seqlens[1:]) - 1])
+    def forward(self, ids_T: Tensor, starts_M: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.embed(ids_T, starts_M))))
 
 
 class Clip(nn.Module):
-    """The vision tower beside a small causal text tower; score of a pair = its best patch's cosine, scaled."""
+    """The vision tower beside a small text tower; score of a pair = its best patch's cosine, scaled."""
 
-    def __init__(self, vision: VisionTower, text: DecoderConfig):
+    def __init__(self, vision: VisionTower, vocab_size: int):
         super().__init__()
         self.vision = vision
-        self.rest = TextTower(text, vision.config.hidden_size)
+        self.rest = PhraseTower(vocab_size, vision.config.hidden_size)
 
     def forward(self, pairs: Pairs) -> Tensor:
         """Scores [N, M] in float32."""
@@ -115,16 +115,16 @@ class Clip(nn.Module):
         for block in self.vision.blocks:
             x_NTD = block(x_NTD)
         patches_NPE = self.rest.visual_projection(self.vision.post_norm(x_NTD)[:, self.vision.config.class_token :])
-        phrases_ME = self.rest(pairs.ids_T, pairs.cu_seqlens)
+        phrases_ME = self.rest(pairs.ids_T, pairs.starts_M)
         patches_NPE, phrases_ME = (F.normalize(x.float(), dim=-1).to(dtype) for x in (patches_NPE, phrases_ME))
         scores_NM = (patches_NPE.flatten(0, 1) @ phrases_ME.T).unflatten(0, patches_NPE.shape[:2]).amax(1)
         return scores_NM.float() * self.rest.log_scale.float().exp()
 
     def init_weights(self, seed: int) -> None:
         torch.manual_seed(seed)
-        for name, p in self.rest.named_parameters():
-            if p.ndim > 1:
-                nn.init.normal_(p, 0, 0.5 if "embed" in name else p.shape[1] ** -0.5)
+        nn.init.normal_(self.rest.embed.weight)
+        for linear in (self.rest.fc1, self.rest.fc2, self.rest.visual_projection):
+            nn.init.xavier_uniform_(linear.weight)
         nn.init.normal_(self.vision.patch_embedding.weight, 0, 0.05)
 
 
@@ -135,40 +135,30 @@ def contrast(scores_NM: Tensor, true_NM: Tensor) -> Tensor:
 
 
 class ClipTask(Stream):
-    """Trains the run's vision tower; the text tower is dropped afterwards. `shapes.phrases`: how many a batch holds."""
+    """Trains the run's vision tower; the text tower is dropped afterwards. Every batch holds all phrases."""
 
     def __init__(self, run: Run, stage: StageConfig):
         super().__init__(run, stage)
-        options = dict(stage.shapes)
-        self.num_phrases = options.pop("phrases", 320)
-        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
-                 "head_dim": 64, "vocab_size": run.model.config.decoder.vocab_size, "tie_embeddings": True}  # fmt: skip
-        text = from_dict(DecoderConfig, sizes | options, f"stage '{stage.name}': shapes")
-        self.model = Clip(run.model.vision, text)
+        self.model = Clip(run.model.vision, run.model.config.decoder.vocab_size)
         self.model.init_weights(self.seed)
         self.model.to(run.device)
         self.parts = {"vision": self.model.vision, "text": self.model.rest}
-        self.things = [thing for thing in shapes.all_things() if not thing.held_out]
-        self.phrases = {thing: run.tokenizer.encode(f"a {thing} {shapes.at(thing.cell)}", True) for thing in self.things}
+        things = [thing for thing in shapes.all_things() if not thing.held_out]
+        self.column = {thing: j for j, thing in enumerate(things)}
+        phrases = [run.tokenizer.encode(f"a {thing} {shapes.at(thing.cell)}", True) for thing in things]
+        starts = [0, *itertools.accumulate(map(len, phrases))]
+        self.ids_T = torch.tensor([id for phrase in phrases for id in phrase], device=run.device)
+        self.starts_M = torch.tensor(starts[:-1], device=run.device)
 
     def make(self, rng: random.Random, size: int) -> Pairs:
-        """Every phrase that is true of some picture, a near miss for each (one word changed), and random others."""
-        scenes = [shapes.make_scene(rng) for _ in range(size)]
-        wanted = dict.fromkeys(thing for scene in scenes for thing in scene.things)
-        for thing in list(wanted):
-            wanted.setdefault(shapes.near_miss(thing, rng))
-        while len(wanted) < self.num_phrases:
-            wanted.setdefault(rng.choice(self.things))
-        return self.pairs(scenes, [thing for thing in wanted if thing in self.phrases])
+        return self.pairs([shapes.make_scene(rng) for _ in range(size)])
 
-    def pairs(self, scenes: Sequence[shapes.Scene], things: Sequence[shapes.Thing]) -> Pairs:
-        column = {thing: j for j, thing in enumerate(things)}
-        true_NM = torch.zeros(len(scenes), len(things), dtype=torch.bool)
+    def pairs(self, scenes: Sequence[shapes.Scene]) -> Pairs:
+        true_NM = torch.zeros(len(scenes), len(self.column), dtype=torch.bool)
         for i, scene in enumerate(scenes):
-            true_NM[i, [column[thing] for thing in scene.things]] = True
-        packed = pack([Example(ids, ids, None) for ids in map(self.phrases.__getitem__, things)])
-        pixels = torch.stack([prepare(scene.image(), self.run.model.config.image) for scene in scenes])
-        return Pairs(pixels, packed.ids_T, packed.cu_seqlens, true_NM)
+            true_NM[i, [self.column[thing] for thing in scene.things]] = True
+        pixels_NCHW = torch.stack([prepare(scene.image(), self.run.model.config.image) for scene in scenes])
+        return Pairs(pixels_NCHW.to(self.run.device), self.ids_T, self.starts_M, true_NM.to(self.run.device))
 
     def loss(self, call: Callable[..., Any], micro: Pairs) -> tuple[Tensor, int]:
         return contrast(call(micro), micro.true_NM), int(micro.true_NM.sum())
@@ -179,13 +169,12 @@ class ClipTask(Stream):
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
         """How often the true word of a phrase beats the other words of its kind, over unseen scenes."""
         scenes = list(itertools.islice(shapes.scenes(self.seed, "unseen"), 128))
-        scores_NM = torch.cat([call(self.pairs(scenes[i : i + 32], self.things)) for i in range(0, len(scenes), 32)]).numpy()
-        column = {thing: j for j, thing in enumerate(self.things)}
+        scores_NM = torch.cat([call(self.pairs(scenes[i : i + 32])) for i in range(0, len(scenes), 32)]).cpu().numpy()
         right: dict[str, list[bool]] = {}
         for scores_M, scene in zip(scores_NM, scenes):
             for thing in scene.things:
                 for name, rivals in shapes.rivals(thing).items():
-                    best = max((r for r in rivals if r in column), key=lambda r: scores_M[column[r]])  # noqa: B023
+                    best = max((r for r in rivals if r in self.column), key=lambda r: scores_M[self.column[r]])  # noqa: B023
                     right.setdefault(name, []).append(best == thing)
         return {name: sum(values) / len(values) for name, values in right.items()}
 
@@ -212,12 +201,12 @@ class TextTask(Stream):
         return pack([self.example(shapes.make_scene(rng), rng) for _ in range(size)])
 
     def example(self, scene: shapes.Scene, rng: random.Random) -> Example:
-        messages = shapes.conversation(scene, rng, self.turns, opening=shapes.caption(scene, rng))
+        messages = shapes.conversation(scene, rng, self.turns, opening=shapes.caption(scene, rng, shuffle=True))
         ids, _ = chat.encode(self.run.model.config.chat, self.run.tokenizer, messages, [], generate=False)
         return Example(ids, [chat.IGNORE, *ids[1:]], None)
 
     def loss(self, call: Callable[..., Any], micro: Batch) -> tuple[Tensor, int]:
-        batch = micro.to(self.run.device)
+        batch = rounded_up(micro.to(self.run.device), self.run.model.config.chat.image_token_id)
         return call(batch.ids_T, labels=batch.labels_T, cu_seqlens=batch.cu_seqlens), batch.supervised
 
     def tokens(self, micro: Batch) -> int:

@@ -37,9 +37,10 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
 SIZES = {"small": (5.0, 6.0), "large": (8.2, 9.6)}  # radius in pixels
-PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+PLACES = ("top-left", "top", "top-right", "left", "middle", "right", "bottom-left", "bottom", "bottom-right")
 HELD_OUT = frozenset((color, SHAPES[(3 * i + 1) % 8]) for i, color in enumerate(COLORS))
 MAX_THINGS = 5
+DESCRIBE = 0.05  # share of conversations that end with a description
 KINDS = ("color", "shape", "size", "place", "count", "exist", "relation", "what")
 
 
@@ -66,12 +67,6 @@ def rivals(thing: Thing) -> dict[str, list[Thing]]:
     """For each attribute, the things that agree with this one in all others (itself among them)."""
     choices = {"color": list(COLORS), "shape": list(SHAPES), "size": list(SIZES), "cell": list(range(9))}
     return {name: [dataclasses.replace(thing, **{name: v}) for v in values] for name, values in choices.items()}
-
-
-def near_miss(thing: Thing, rng: random.Random) -> Thing:
-    """The thing with one attribute changed; most often its shape, which is the hardest to see."""
-    name = rng.choice(("color", "shape", "shape", "size", "cell"))
-    return rng.choice([rival for rival in rivals(thing)[name] if rival != thing])
 
 
 @dataclass(frozen=True)
@@ -216,10 +211,12 @@ def at(cell: int) -> str:
     return "in the middle" if PLACES[cell] == "middle" else f"at the {PLACES[cell]}"
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """All things with all that has a name, in reading order most of the time."""
-    parts = [f"a {t} {at(t.cell)}" for t in scene.things]
-    return ", ".join(parts) + "."
+def caption(scene: Scene, rng: random.Random, shuffle: bool = False) -> str:
+    """All things with all that has a name, in reading order unless `shuffle`; place first or last, as rng has it."""
+    things = rng.sample(scene.things, len(scene.things)) if shuffle else scene.things
+    if rng.random() < 0.5:
+        return ", ".join(f"a {t} {at(t.cell)}" for t in things) + "."
+    return ", ".join(f"{at(t.cell)} a {t}" for t in things) + "."
 
 
 # -------------------------------------------------------------------------------------------------------- questions
@@ -294,7 +291,8 @@ def _ask_exist(scene: Scene, rng: random.Random) -> Question | None:
         color, shape = (rng.choice(list(COLORS)), shape) if rng.random() < 0.5 else (color, rng.choice(SHAPES))
     if (color, shape) in there or (color, shape) in HELD_OUT:
         return None
-    return Question("exist", f"Is there {an(color)} {shape}?", "no")
+    near = any(o.held_out and (o.color == color or o.shape == shape) for o in scene.things)
+    return Question("exist", f"Is there {an(color)} {shape}?", "no", near)
 
 
 RELATIONS = {
@@ -351,29 +349,33 @@ def questions(scene: Scene, rng: random.Random, number: int, kinds: tuple[str, .
 # ------------------------------------------------------------------------------------------------- samples for LLaVA
 
 
-def conversation(scene: Scene, rng: random.Random, turns: int, opening: str) -> tuple[Message, ...]:
-    """Questions about a scene as one conversation; `opening` (a picture's marker, or words) stands before the first."""
+def conversation(scene: Scene, rng: random.Random, turns: int, opening: str, describe: float = DESCRIBE) -> tuple[Message, ...]:
+    """Questions about a scene as one conversation; `opening` (a picture's marker, or words) stands before the first.
+
+    Some (a share of `describe`) end with the request for a description; at the end it gives nothing away.
+    """
+    pairs = [(q.text, q.answer) for q in questions(scene, rng, turns)]
+    if not pairs or rng.random() < describe:
+        pairs.append(("Describe the picture.", caption(scene, rng)))
     messages: list[Message] = []
-    for question in questions(scene, rng, turns):
-        text = question.text if messages else f"{opening}\n{question.text}"
-        messages += [Message("user", text), Message("assistant", question.answer)]
+    for text, answer in pairs:
+        text = text if messages else f"{opening}\n{text}"
+        messages += [Message("user", text), Message("assistant", answer)]
     return tuple(messages)
 
 
-@dataclass(frozen=True)
 class Samples(ImageStore, Sequence[Sample]):
-    """`count` training samples in LLaVA's format, made when they are asked for; the same index gives the same sample.
+    """`number` training samples in LLaVA's format, made when they are asked for; the same index gives the same sample.
 
     With `turns` = 0 a sample is a picture and its caption, as in LLaVA's first stage; else it is a conversation of up
     to that many questions.
     """
 
-    count: int
-    turns: int
-    seed: int
+    def __init__(self, number: int, turns: int, seed: int):
+        self.number, self.turns, self.seed = number, turns, seed
 
     def __len__(self) -> int:
-        return self.count
+        return self.number
 
     def scene(self, index: int) -> Scene:
         return make_scene(random.Random(f"train {self.seed} {index}"))
@@ -381,13 +383,13 @@ class Samples(ImageStore, Sequence[Sample]):
     def __getitem__(self, index):  # type: ignore[override]
         scene, rng = self.scene(index), random.Random(f"words {self.seed} {index}")
         if self.turns:
-            messages = conversation(scene, rng, rng.randint(max(1, self.turns // 2), self.turns), MARKER)
+            messages = conversation(scene, rng, rng.randint((self.turns + 1) // 2, self.turns), MARKER, DESCRIBE)
         else:
             messages = (Message("user", MARKER), Message("assistant", caption(scene, rng)))
         return Sample(str(index), (ImageRef(str(index), self),), messages, "shapes")
 
     def has(self, name: str) -> bool:
-        return name.isdigit() and int(name) < self.count
+        return name.isdigit() and int(name) < self.number
 
     def open(self, name: str, label: str) -> Image.Image:
         return self.scene(int(name)).image()
