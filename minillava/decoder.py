@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from minillava.config import DecoderConfig
 from minillava.kernels.attention import attention
+from minillava.kernels.rms_norm import rms_norm
+from minillava.kernels.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
@@ -29,8 +31,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        return F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_tables(positions_T: Tensor, config: DecoderConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -182,7 +183,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
+        return self.down(swiglu(self.gate(x_TD), self.up(x_TD)))
 
 
 class Block(nn.Module):

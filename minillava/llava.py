@@ -89,7 +89,7 @@ class LLaVA(nn.Module):
         return x_TD.index_copy(0, where, visual_TD.to(x_TD.dtype))
 
     def init_weights(self, seed: int) -> None:
-        """Random weights for training from nothing: normal, outputs into the residual stream scaled down by depth (GPT-2).
+        """Random normal weights for training from nothing; outputs into the residual are scaled by depth (GPT-2).
 
         The deviation is 0.02 in the tower, as in CLIP, and fan_in ** -0.5 elsewhere: 0.02 fits widths near 2500, and a
         narrow decoder that starts with it hardly attends.

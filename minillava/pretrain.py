@@ -174,7 +174,7 @@ class ClipTask(Stream):
         for scores_M, scene in zip(scores_NM, scenes):
             for thing in scene.things:
                 for name, rivals in shapes.rivals(thing).items():
-                    best = max((r for r in rivals if r in self.column), key=lambda r: scores_M[self.column[r]])  # noqa: B023
+                    best = max((r for r in rivals if r in self.column), key=lambda r: scores_M[self.column[r]])
                     right.setdefault(name, []).append(best == thing)
         return {name: sum(values) / len(values) for name, values in right.items()}
 

@@ -13,8 +13,9 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import cos, pi, sin
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -60,12 +61,20 @@ class Thing:
 
 
 def all_things() -> list[Thing]:
-    return [Thing(*words, cell) for *words, cell in itertools.product(COLORS, SHAPES, SIZES, range(9))]
+    return [
+        Thing(color, shape, size, cell)
+        for color, shape, size, cell in itertools.product(COLORS, SHAPES, SIZES, range(9))
+    ]
 
 
 def rivals(thing: Thing) -> dict[str, list[Thing]]:
     """For each attribute, the things that agree with this one in all others (itself among them)."""
-    choices = {"color": list(COLORS), "shape": list(SHAPES), "size": list(SIZES), "cell": list(range(9))}
+    choices: dict[str, list[Any]] = {
+        "color": list(COLORS),
+        "shape": list(SHAPES),
+        "size": list(SIZES),
+        "cell": list(range(9)),
+    }
     return {name: [dataclasses.replace(thing, **{name: v}) for v in values] for name, values in choices.items()}
 
 
@@ -132,7 +141,7 @@ def _paint(canvas: np.ndarray, thing: Thing, rng: random.Random) -> None:
     view += alpha * (color - view)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sprite(shape: str, size: str, variant: int) -> np.ndarray:
     """Coverage of one drawn shape, float32 [28, 28] in 0..1; drawn eight times larger and averaged down."""
     rng = random.Random(f"{shape} {size} {variant}")
@@ -170,7 +179,9 @@ def _sprite(shape: str, size: str, variant: int) -> np.ndarray:
         polygon(spokes(10, (1.15, 0.46), -pi / 2))
     elif shape == "cross":
         a, b = 0.34, 1.0
-        polygon([(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)])
+        polygon(
+            [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        )
     else:  # heart: 16 sin^3 and its companion, the usual parametric curve
         ts = [2 * pi * i / 60 for i in range(60)]
         curve = [(16 * sin(t) ** 3, -(13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t))) for t in ts]
@@ -202,7 +213,7 @@ def make_scene(rng: random.Random, held_out: bool = False) -> Scene:
 
 
 def scenes(seed: int, split: str, start: int = 0) -> Iterator[Scene]:
-    """Endless scenes of a split: train, unseen (same combinations, other scenes) or held_out; item i is always the same."""
+    """Endless scenes of a split: train, unseen (same pairs, other scenes) or held_out; item i is always the same."""
     for i in itertools.count(start):
         yield make_scene(random.Random(f"{split} {seed} {i}"), held_out=split == "held_out")
 
@@ -224,7 +235,9 @@ def caption(scene: Scene, rng: random.Random, shuffle: bool = False) -> str:
 
 def _unique(scene: Scene, thing: Thing, *attributes: str) -> bool:
     """Whether no other thing agrees with this one in all of these attributes."""
-    return all(other is thing or any(getattr(other, a) != getattr(thing, a) for a in attributes) for other in scene.things)
+    return all(
+        other is thing or any(getattr(other, a) != getattr(thing, a) for a in attributes) for other in scene.things
+    )
 
 
 def _ask_color(scene: Scene, rng: random.Random) -> Question | None:
@@ -323,7 +336,9 @@ def _ask_what(scene: Scene, rng: random.Random) -> Question | None:
     return Question("what", f"What is {at(cell)}?", f"a {t}" if t else "nothing", t is not None and t.held_out)
 
 
-_ASK = dict(zip(KINDS, (_ask_color, _ask_shape, _ask_size, _ask_place, _ask_count, _ask_exist, _ask_relation, _ask_what)))
+_ASK = dict(
+    zip(KINDS, (_ask_color, _ask_shape, _ask_size, _ask_place, _ask_count, _ask_exist, _ask_relation, _ask_what))
+)
 
 
 def an(word: str) -> str:
@@ -349,7 +364,9 @@ def questions(scene: Scene, rng: random.Random, number: int, kinds: tuple[str, .
 # ------------------------------------------------------------------------------------------------- samples for LLaVA
 
 
-def conversation(scene: Scene, rng: random.Random, turns: int, opening: str, describe: float = DESCRIBE) -> tuple[Message, ...]:
+def conversation(
+    scene: Scene, rng: random.Random, turns: int, opening: str, describe: float = DESCRIBE
+) -> tuple[Message, ...]:
     """Questions about a scene as one conversation; `opening` (a picture's marker, or words) stands before the first.
 
     Some (a share of `describe`) end with the request for a description; at the end it gives nothing away.
@@ -381,6 +398,8 @@ class Samples(ImageStore, Sequence[Sample]):
         return make_scene(random.Random(f"train {self.seed} {index}"))
 
     def __getitem__(self, index):  # type: ignore[override]
+        if not 0 <= index < self.number:
+            raise IndexError(index)
         scene, rng = self.scene(index), random.Random(f"words {self.seed} {index}")
         if self.turns:
             messages = conversation(scene, rng, rng.randint((self.turns + 1) // 2, self.turns), MARKER, DESCRIBE)

@@ -31,7 +31,7 @@ TASKS = {
     "llava": "minillava.tasks:LLaVATask",
     "clip": "minillava.pretrain:ClipTask",
     "text": "minillava.pretrain:TextTask",
-    "shapes": "minillava.nano:ShapesTask",
+    "shapes": "minillava.shapes_task:ShapesTask",
 }
 
 

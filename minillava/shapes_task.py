@@ -52,7 +52,7 @@ class ShapesTask(LLaVATask):
     def save(self, folder: Path) -> None:
         super().save(folder)
         if self.config.chat.template != "plain":
-            print(report(self.run.model, self.run.tokenizer, self.run.folder))
+            print(report(self.run.model, self.run.tokenizer, self.run.folder, 4 * self.scenes))
 
 
 Asked = list[tuple[shapes.Scene, shapes.Question]]
@@ -65,12 +65,16 @@ def ask(split: str, count: int, seed: int = 0) -> Asked:
         rng = random.Random(f"{split} questions {seed} {number}")
         found = [q for q in shapes.questions(scene, rng, 40) if q.about_held_out or split != "held_out"]
         kinds = rng.sample(shapes.KINDS, PER_SCENE)
-        asked += [(scene, next(q for q in found if q.kind == kind)) for kind in kinds if any(q.kind == kind for q in found)]
+        asked += [
+            (scene, next(q for q in found if q.kind == kind)) for kind in kinds if any(q.kind == kind for q in found)
+        ]
     return asked
 
 
-def answered(call: Callable[..., Any], model: LLaVA, tokenizer: Tokenizer, asked: Asked, blank: bool = False) -> list[bool]:
-    """Which questions are answered exactly, each asked alone in a first turn. `blank`: the picture's pixels are zero."""
+def answered(
+    call: Callable[..., Any], model: LLaVA, tokenizer: Tokenizer, asked: Asked, blank: bool = False
+) -> list[bool]:
+    """Which questions are answered exactly, each asked alone in a first turn. `blank`: all pixels are zero."""
     config = model.config
     spans = [image_tokens(config, shapes.SIDE, shapes.SIDE)]
     examples = []
@@ -82,8 +86,8 @@ def answered(call: Callable[..., Any], model: LLaVA, tokenizer: Tokenizer, asked
     return exact(call, examples)
 
 
-def report(model: LLaVA, tokenizer: Tokenizer, folder: Path, scenes: int = 400) -> str:
-    """Write accuracy.json and samples.png into a run's folder; return the table of exact answers by kind of question."""
+def report(model: LLaVA, tokenizer: Tokenizer, folder: Path, scenes: int) -> str:
+    """Write accuracy.json and samples.png into a run's folder; return the table of exact answers by kind."""
     splits = {"unseen scenes": ("unseen", False), "held-out pairs": ("held_out", False), "no picture": ("unseen", True)}
     shares: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
