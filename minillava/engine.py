@@ -287,7 +287,11 @@ class Conversation:
         self.prefilled_tokens = 0  # computed, not taken from the cache, for the last prompt
 
     def ask(
-        self, question: str, sampling: Sampling, max_new_tokens: int, on_text: Callable[[int, str], None] | None = None
+        self,
+        question: str,
+        sampling: Sampling = GREEDY,
+        max_new_tokens: int = 512,
+        on_text: Callable[[int, str], None] | None = None,
     ) -> Answer:
         """The answer to one more question. If it is interrupted, the conversation is as it was before."""
         engine, marker = self.engine, self.engine.config.chat.image_token
