@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from minillava.kernels import fused_mlp as mlp
 from minillava.kernels import linear_cross_entropy as loss
+from minillava.kernels import rms_norm as norm
+from minillava.kernels import swiglu as glu
 
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 
@@ -22,6 +24,10 @@ PROJECTORS += [("SigLIP 0.5B", 1152, 896, 896, 11664), ("SigLIP 7B", 1152, 3584,
 PROJECTORS += [("SigLIP 7B", 1152, 3584, 3584, 11664)]
 # label, D, V, rows: supervised positions of a training step
 HEADS = [("7B", 4096, 32000, 8192), ("13B", 5120, 32000, 4096), ("0.5B", 896, 151936, 4096), ("8B", 4096, 128256, 4096)]
+# kernel, label, rows, width: a decoder's norms and SwiGLU over the tokens of a training step
+ELEMENTWISE = [("rms_norm", "7B", 8192, 4096), ("rms_norm", "13B", 8192, 5120), ("rms_norm", "0.5B", 8192, 896)]
+ELEMENTWISE += [("swiglu", "7B", 8192, 11008), ("swiglu", "13B", 8192, 13824), ("swiglu", "0.5B", 8192, 4864)]
+TINY_ELEMENTWISE = [("rms_norm", "tiny", 512, 64), ("swiglu", "tiny", 512, 64)]
 TINY_PROJECTORS = [("tiny", 32, 64, 64, rows) for rows in (1, 96)]
 TINY_HEADS = [("tiny", 32, 512, 64)]
 
@@ -34,7 +40,7 @@ class Case:
     label: str
     shape: str
     direction: str  # "forward" or "forward+backward"
-    flops: float  # of the matrix products
+    flops: float  # of the matrix products; of an elementwise kernel, about what it computes
     bytes: float  # least traffic: inputs, weights, results and gradients once
     functions: dict[str, Callable[[], Any]]
 
@@ -46,6 +52,9 @@ def cases(device: str, dtype: torch.dtype, tiny: bool, compiled: bool = True):
             yield _projector(label, K, H, O, rows, direction, device, dtype, compiled)
     for label, D, V, rows in TINY_HEADS if tiny else HEADS:
         yield _head(label, D, V, rows, device, dtype, compiled)
+    for kernel, label, rows, width in TINY_ELEMENTWISE if tiny else ELEMENTWISE:
+        for direction in ("forward", "forward+backward"):
+            yield _elementwise(kernel, label, rows, width, direction, device, dtype, compiled)
 
 
 def _random(shapes, device: str, dtype: torch.dtype, grad: bool) -> list[torch.Tensor]:
@@ -114,3 +123,31 @@ def _head(label, D, V, rows, device, dtype, compiled) -> Case:
     traffic = 2.0 * hidden.element_size() * (rows * D + V * D)
     flops = 6.0 * rows * D * V
     return Case("linear_cross_entropy", label, f"{rows} x {D}-{V}", "forward+backward", flops, traffic, functions)
+
+
+def _elementwise(kernel, label, rows, width, direction, device, dtype, compiled) -> Case:
+    backward = direction != "forward"
+    x, weight, other, dy = _random(((rows, width), (width,), (rows, width), (rows, width)), device, dtype, backward)
+    dy = dy.detach()
+    rms = kernel == "rms_norm"
+    leaves = (x, weight) if rms else (x, other)
+    ours, plain = (norm.rms_norm, norm.reference) if rms else (glu.swiglu, glu.reference)
+    extra = (1e-5,) if rms else ()
+
+    def step(function: Callable) -> Callable:
+        if not backward:
+            return lambda: function(*leaves, *extra)
+        return lambda: torch.autograd.grad(function(*leaves, *extra), leaves, dy)
+
+    functions = {"ours": step(ours), "eager": step(plain)}
+    if compiled:
+        functions["torch.compile"] = step(_compile(plain, device))
+    if HAS_LIGER and device == "cuda":
+        from liger_kernel.transformers.functional import liger_rms_norm, liger_swiglu
+
+        functions["Liger"] = step(liger_rms_norm if rms else liger_swiglu)
+    # numbers moved for each number of x: forward in and out, then gradients and what was saved in, gradients out
+    moved = (2, 3) if rms else (3, 5)
+    traffic = float(x.nbytes * (moved[0] + (moved[1] if backward else 0)))
+    flops = (12.0 if backward else 5.0) * x.numel()
+    return Case(kernel, label, f"{rows} x {width}", direction, flops, traffic, functions)

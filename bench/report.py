@@ -25,6 +25,7 @@ GOALS = {
     ("fused_mlp", "forward+backward", "eager"): 1.05,
 }
 LOSS_SHARE_OF_PEAK = 0.90
+NORM_SHARE_OF_COPY = 0.90
 
 
 def measure(case: Case, device: str, limits: dict[str, float], rounds: int) -> dict[str, Any]:
@@ -46,6 +47,9 @@ def missed(row: dict[str, Any]) -> list[str]:
     if row["kernel"] == "linear_cross_entropy":
         short = row["share_of_roofline"] < LOSS_SHARE_OF_PEAK
         return [f"{row['share_of_roofline']:.2f} of the peak, {LOSS_SHARE_OF_PEAK} wanted"] if short else []
+    if row["kernel"] == "rms_norm":
+        short = row["share_of_roofline"] < NORM_SHARE_OF_COPY
+        return [f"{row['share_of_roofline']:.2f} of copy bandwidth, {NORM_SHARE_OF_COPY} wanted"] if short else []
     few = int(row["shape"].split()[0]) < 4608
     found = []
     for (kernel, direction, peer), goal in GOALS.items():
@@ -95,7 +99,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     intensities = [row["flops"] / row["bytes"] for row in report["rows"]]
     line = [min([*intensities, peak / bandwidth]) / 4, peak / bandwidth, max([*intensities, peak / bandwidth]) * 4]
     axes.loglog(line, [min(peak, bandwidth * x) / 1e12 for x in line], color="black", label="measured roofline")
-    for kernel, marker in (("fused_mlp", "o"), ("linear_cross_entropy", "s")):
+    for kernel, marker in (("fused_mlp", "o"), ("linear_cross_entropy", "s"), ("rms_norm", "^"), ("swiglu", "v")):
         for direction, colour in (("forward", "tab:blue"), ("forward+backward", "tab:orange")):
             rows = [r for r in report["rows"] if (r["kernel"], r["direction"]) == (kernel, direction)]
             if rows:

@@ -7,12 +7,15 @@ import itertools
 import pytest
 import torch
 
-from bench.cases import HEADS, PROJECTORS, TINY_HEADS, TINY_PROJECTORS, cases
+from bench.cases import ELEMENTWISE, HEADS, PROJECTORS, TINY_ELEMENTWISE, TINY_HEADS, TINY_PROJECTORS, cases
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-SKIPPED = f"{2 * len(PROJECTORS) + len(HEADS)} real shapes need a GPU; this is a CPU, so only tiny ones run"
-COUNT = 2 * len(PROJECTORS) + len(HEADS) if CUDA else 2 * len(TINY_PROJECTORS) + len(TINY_HEADS)
+REAL = 2 * len(PROJECTORS) + len(HEADS) + 2 * len(ELEMENTWISE)
+SKIPPED = f"{REAL} real shapes need a GPU; this is a CPU, so only tiny ones run"
+COUNT = REAL if CUDA else 2 * len(TINY_PROJECTORS) + len(TINY_HEADS) + 2 * len(TINY_ELEMENTWISE)
+PRODUCTS = COUNT - 2 * len(ELEMENTWISE if CUDA else TINY_ELEMENTWISE)  # the cases from here on have no products
+PAIRS = [(number, peer) for number in range(COUNT) for peer in ("ours", "eager", "products only")]
 
 
 @pytest.mark.skipif(not CUDA, reason=SKIPPED)
@@ -20,8 +23,7 @@ def test_real_shapes():
     """Carries the line that says what a CPU leaves out; on a GPU the rows below are the real shapes."""
 
 
-@pytest.mark.parametrize("peer", ("ours", "eager", "products only"))
-@pytest.mark.parametrize("number", range(COUNT))
+@pytest.mark.parametrize(("number", "peer"), [p for p in PAIRS if p[0] < PRODUCTS or p[1] != "products only"])
 def test_kernel(benchmark, number, peer):
     case = next(itertools.islice(cases(DEVICE, torch.bfloat16, not CUDA, compiled=False), number, None))
     function = case.functions[peer]

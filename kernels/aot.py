@@ -23,7 +23,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from minillava.kernels import configs, frame, fused_mlp, linear_cross_entropy
+from minillava.kernels import configs, frame, fused_mlp, linear_cross_entropy, rms_norm, swiglu
 from minillava.kernels.frame import Card
 
 MARKERS = {
@@ -176,6 +176,25 @@ def compile_loss(arch: str, config: dict[str, Any], vocabulary: int) -> list[Com
     return found
 
 
+def compile_swiglu(arch: str, part: str, config: dict[str, Any]) -> list[Compiled]:
+    """Compile one configuration of SwiGLU, at LLaMA-7B's hidden width."""
+    gate, up, dy = (_meta(64, 11008) for _ in range(3))
+    with compiling(arch) as found:
+        swiglu.triton_forward(gate, up, config) if part == "forward" else swiglu.triton_backward(dy, gate, up, config)
+    return found
+
+
+def compile_norm(arch: str, part: str, config: dict[str, Any], width: int) -> list[Compiled]:
+    """Compile one configuration of RMSNorm."""
+    x, dy, weight, rstd = _meta(577, width), _meta(577, width), _meta(width), _meta(577, 1, dtype=torch.float32)
+    with compiling(arch) as found:
+        if part == "forward":
+            rms_norm.triton_forward(x, weight, 1e-5, config)
+        else:
+            rms_norm.triton_backward(dy, x, weight, rstd, config)
+    return found
+
+
 def shipped(arch: str) -> Iterator[Compiled]:
     """Compile everything that tuned/*.json ships for `arch`: erf GELU throughout, tanh where descriptors are used."""
     for part, cards in configs.table("fused_mlp").items():
@@ -185,6 +204,12 @@ def shipped(arch: str) -> Iterator[Compiled]:
                 yield from compile_mlp(arch, part, config, activation, bucket.get("rows", 4608))
     for bucket in _buckets(configs.table("linear_cross_entropy")["loss"], arch):
         yield from compile_loss(arch, bucket["config"], bucket.get("width", VOCABULARY))
+    for part, cards in configs.table("swiglu").items():
+        for bucket in _buckets(cards, arch):
+            yield from compile_swiglu(arch, part, bucket["config"])
+    for part, cards in configs.table("rms_norm").items():
+        for bucket in _buckets(cards, arch):
+            yield from compile_norm(arch, part, bucket["config"], bucket.get("width", rms_norm.WIDEST))
 
 
 def _buckets(cards: dict[str, list], arch: str) -> list[dict[str, Any]]:
