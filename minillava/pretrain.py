@@ -46,7 +46,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 class Stream(Task):
-    """A task whose micro-batches are made from the number of the step alone, one ahead of their use in a thread."""
+    """A task whose micro-batches are made from the number of the step alone, two ahead of their use in a thread."""
 
     def __init__(self, run: Run, stage: StageConfig):
         self.run, self.stage = run, stage
@@ -84,7 +84,7 @@ class Pairs:
 
 
 class PhraseTower(nn.Module):
-    """What CLIP has beside its vision tower. A phrase is its words' mean through an MLP (arXiv P15-1162): word order
+    """What CLIP has beside its vision tower. A phrase is its words' sum through an MLP: word order
     says nothing in these phrases, and all of them go through in every step.
     """
 
@@ -213,7 +213,7 @@ class TextTask(Stream):
         return len(micro.ids_T)
 
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
-        """Loss a token, and a perfect reader's share: exact answers when the scene is told in words."""
+        """Share of exact answers when the scene is told in words."""
         rng = random.Random("text evaluation")
         asked = []
         for scene in itertools.islice(shapes.scenes(self.seed, "unseen"), 200):
@@ -222,18 +222,20 @@ class TextTask(Stream):
                 asked.append((Message("user", text), Message("assistant", question.answer)))
         chat_config, tokenizer = self.run.model.config.chat, self.run.tokenizer
         rows = [chat.encode(chat_config, tokenizer, messages, [], generate=False) for messages in asked]
-        right = exact(call, [Example(ids, labels, None) for ids, labels in rows])
+        right = exact(call, [Example(ids, labels, None) for ids, labels in rows], self.run.device)
         return {"reading": sum(right) / len(right)}
 
 
-def exact(call: Callable[..., Any], examples: Sequence[Example], rows: int = 64) -> list[bool]:
+def exact(
+    call: Callable[..., Any], examples: Sequence[Example], device: torch.device | str = "cpu", rows: int = 64
+) -> list[bool]:
     """For each example whether greedy decoding would give its supervised tokens, stop token included.
 
     One pass over the given answer tells: decoding leaves it exactly where some token is not the most likely one.
     """
     right: list[bool] = []
     for first in range(0, len(examples), rows):
-        batch = pack(examples[first : first + rows])
+        batch = pack(examples[first : first + rows]).to(device)
         logits_TV = call(batch.ids_T, images=batch.pixels_NCHW, cu_seqlens=batch.cu_seqlens)
         wanted_T = next_labels(batch.labels_T, batch.cu_seqlens)
         hit_T = (logits_TV.argmax(-1) == wanted_T) | (wanted_T == chat.IGNORE)

@@ -364,15 +364,13 @@ def questions(scene: Scene, rng: random.Random, number: int, kinds: tuple[str, .
 # ------------------------------------------------------------------------------------------------- samples for LLaVA
 
 
-def conversation(
-    scene: Scene, rng: random.Random, turns: int, opening: str, describe: float = DESCRIBE
-) -> tuple[Message, ...]:
+def conversation(scene: Scene, rng: random.Random, turns: int, opening: str) -> tuple[Message, ...]:
     """Questions about a scene as one conversation; `opening` (a picture's marker, or words) stands before the first.
 
-    Some (a share of `describe`) end with the request for a description; at the end it gives nothing away.
+    Some (a share of DESCRIBE) end with the request for a description; at the end it gives nothing away.
     """
     pairs = [(q.text, q.answer) for q in questions(scene, rng, turns)]
-    if not pairs or rng.random() < describe:
+    if not pairs or rng.random() < DESCRIBE:
         pairs.append(("Describe the picture.", caption(scene, rng)))
     messages: list[Message] = []
     for text, answer in pairs:
@@ -402,7 +400,7 @@ class Samples(ImageStore, Sequence[Sample]):
             raise IndexError(index)
         scene, rng = self.scene(index), random.Random(f"words {self.seed} {index}")
         if self.turns:
-            messages = conversation(scene, rng, rng.randint((self.turns + 1) // 2, self.turns), MARKER, DESCRIBE)
+            messages = conversation(scene, rng, rng.randint((self.turns + 1) // 2, self.turns), MARKER)
         else:
             messages = (Message("user", MARKER), Message("assistant", caption(scene, rng)))
         return Sample(str(index), (ImageRef(str(index), self),), messages, "shapes")

@@ -83,7 +83,7 @@ def answered(
         ids, labels = chat.encode(config.chat, tokenizer, messages, spans, generate=False)
         pixels_NCHW = prepare(scene.image(), config.image)[None]
         examples.append(Example(ids, labels, torch.zeros_like(pixels_NCHW) if blank else pixels_NCHW))
-    return exact(call, examples)
+    return exact(call, examples, model.decoder.embed.weight.device)
 
 
 def report(model: LLaVA, tokenizer: Tokenizer, folder: Path, scenes: int) -> str:
