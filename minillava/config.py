@@ -98,6 +98,33 @@ class ImageConfig:
 
 
 @dataclass(frozen=True)
+class LayoutConfig:
+    """How a picture or clip becomes views of the tower's size, and their features visual tokens: `minillava.layout`.
+
+    The defaults are LLaVA-1.5's: a picture is one view, and its features are the tokens.
+    """
+
+    grids: tuple[tuple[int, int], ...] = ()  # AnyRes: (columns, rows) of tiles; of equals the first wins; (): one view
+    merge: str = "flat"  # flat: view after view; spatial: base view, then the tiles as one map; unpad (the original's
+    # spatial_unpad, and all that transformers knows): that map without its padding, a learned newline behind each row
+    max_tiles: int = 0  # k of anyres_max_k: a map larger than that of k tiles is shrunk; 0: never
+    round_unpad: bool = False  # round at 7 decimals before truncating, as transformers does and the original does not
+    several: str = "tiles"  # of several pictures in a prompt, each is: tiles (as one alone) or pad (one padded square)
+    video_fit: str = ""  # ImageConfig.fit for frames; "": as for pictures
+    video_pool: str = "average"  # average, max or bilinear, of the patches of a frame
+    video_stride: int = 2  # patches a side that become one
+    video_newline: str = (
+        "no_token"  # where the newline goes: no_token, one_token (at the end), frame or grid (each row)
+    )
+    pool_first: bool = (
+        False  # pool before the projector (LLaVA-NeXT-Video in transformers), not behind it (the original)
+    )
+    video_fps: float = 0.0  # frames a second that are looked at; 0: spread evenly over the clip
+    max_frames: int = 32  # of a clip; where there are more they are spread evenly
+    time_instruction: bool = False  # tell the model the clip's length and when its frames are (LLaVA-Video)
+
+
+@dataclass(frozen=True)
 class ChatConfig:
     """How a conversation becomes ids, and where an answer stops. Stored in the checkpoint, never guessed from paths."""
 
@@ -107,10 +134,18 @@ class ChatConfig:
     image_start_end: bool = False  # wrap the image in <im_start> and <im_end> (LLaVA v1)
     image_token: str = "<image>"  # what stands for a picture in a prompt
     image_token_id: int = -200  # id that is repeated once per visual token; -200 where the vocabulary has none
+    video_token: str = ""  # what stands for a clip; "": the same as for a picture, and the same id
+    video_token_id: int = -200
     bos_id: int | None = 1
     eos_ids: tuple[int, ...] = (2,)  # any of them ends an answer
     pad_id: int | None = None
     stop_strings: tuple[str, ...] = ()  # texts that end an answer ("###" of llava_v0)
+
+    @property
+    def markers(self) -> dict[str, int]:
+        """What stands for a picture and for a clip in a prompt, and the id that it becomes: one entry or two."""
+        clip = {self.video_token: self.video_token_id} if self.video_token else {}
+        return {self.image_token: self.image_token_id} | clip
 
 
 @dataclass(frozen=True)
@@ -121,6 +156,7 @@ class ModelConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
 
 

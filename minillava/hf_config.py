@@ -270,7 +270,7 @@ def _read_hf(raw: dict[str, Any], folder: Path) -> ModelConfig:
         image_token_id=index,
         **_special_ids(raw, text, decoder, folder),
     )
-    return ModelConfig(vision, projector, decoder, image, _overridden(chat, ours, where))
+    return ModelConfig(vision, projector, decoder, image, chat=_overridden(chat, ours, where))
 
 
 def _ours(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -356,7 +356,7 @@ def _read_original(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig
         image_start_end=top.one_of("mm_use_im_start_end", False, [False, True]),
         **ids,
     )
-    return ModelConfig(vision, projector, decoder, image, _overridden(chat, _ours(raw, where), where))
+    return ModelConfig(vision, projector, decoder, image, chat=_overridden(chat, _ours(raw, where), where))
 
 
 def is_original(raw: dict[str, Any]) -> bool:

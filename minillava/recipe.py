@@ -40,11 +40,12 @@ class ModelRecipe:
     projector: dict[str, Any] = field(default_factory=dict)  # keys of ProjectorConfig
     decoder: dict[str, Any] = field(default_factory=dict)  # keys of DecoderConfig
     image: dict[str, Any] = field(default_factory=dict)  # keys of ImageConfig
+    layout: dict[str, Any] = field(default_factory=dict)  # keys of LayoutConfig
     chat: dict[str, Any] = field(default_factory=dict)  # keys of ChatConfig
 
     @property
     def tables(self) -> dict[str, dict[str, Any]]:
-        return {name: getattr(self, name) for name in ("vision", "projector", "decoder", "image", "chat")}
+        return {name: getattr(self, name) for name in ("vision", "projector", "decoder", "image", "layout", "chat")}
 
 
 @dataclass(frozen=True)
