@@ -38,48 +38,74 @@ def attention(
     if min(lengths) == M:
         q, k, v = (x.unflatten(0, (B, M)) for x in (q_THK, k_TGK, v_TGK))
         return _sdpa(q, k, v, causal, scale).flatten(0, 1)
-    blocks, inverse_T = _blocks(tuple(cu_seqlens), SIMILAR if causal else 1.0, q_THK.device)
+    blocks, token_S, slot_T = _layout(tuple(cu_seqlens), SIMILAR if causal else 1.0, q_THK.device)
+    sizes = [rows * length for rows, length in blocks]
+    padded = [_Pad.apply(x, token_S, slot_T).split(sizes) for x in (q_THK, k_TGK, v_TGK)]
     out = []
-    for rows, length, take_T, put_T in blocks:
-        q, k, v = (_to_block(x, take_T, put_T, rows, length) for x in (q_THK, k_TGK, v_TGK))
-        out.append(_sdpa(q, k, v, causal, scale).flatten(0, 1).index_select(0, put_T))
-    return torch.cat(out).index_select(0, inverse_T)
+    for block, q, k, v in zip(blocks, *padded):
+        out.append(
+            _sdpa(q.unflatten(0, block), k.unflatten(0, block), v.unflatten(0, block), causal, scale).flatten(0, 1)
+        )
+    return _Unpad.apply(torch.cat(out), slot_T)
 
 
 @lru_cache(maxsize=16)  # all layers of a step ask for the same
-def _blocks(
+def _layout(
     cu_seqlens: tuple[int, ...], similar: float, device: torch.device
-) -> tuple[list[tuple[int, int, Tensor, Tensor]], Tensor]:
-    """Sequences of similar length together: for each block its rows, its length, which tokens it takes and where they
-    lie in it; and the order that brings the blocks' tokens back."""
+) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
+    """Sequences of similar length side by side: (rows, length) of each block; the token in each of the S slots of all
+    blocks, where a slot behind the end of its sequence repeats the last token; and the slot of each token."""
     spans = sorted(pairwise(cu_seqlens), key=lambda span: span[0] - span[1])  # longest first
-    groups: list[list[tuple[int, int]]] = []
+    blocks: list[tuple[int, int]] = []
     for start, end in spans:
-        if not groups or end - start < similar * (groups[-1][0][1] - groups[-1][0][0]):
-            groups.append([])
-        groups[-1].append((start, end))
-    blocks = []
-    for group in groups:
-        length = group[0][1] - group[0][0]
-        take = np.concatenate([np.arange(start, end) for start, end in group])
-        put = np.concatenate([np.arange(end - start) + row * length for row, (start, end) in enumerate(group)])
-        blocks.append((len(group), length, torch.from_numpy(take).to(device), torch.from_numpy(put).to(device)))
-    return blocks, torch.argsort(torch.cat([take for _, _, take, _ in blocks]))
+        if not blocks or end - start < similar * blocks[-1][1]:
+            blocks.append((0, end - start))
+        blocks[-1] = (blocks[-1][0] + 1, blocks[-1][1])
+    starts, ends = np.array([span for span in spans if span[0] < span[1]]).reshape(-1, 2).T
+    lengths = np.repeat([length for _, length in blocks], [rows for rows, _ in blocks])[: len(starts)]
+    first_slots = np.cumsum(lengths) - lengths
+    token_S = np.arange(lengths.sum()) - np.repeat(first_slots - starts, lengths)
+    token_S = np.minimum(token_S, np.repeat(ends - 1, lengths))
+    order = np.argsort(starts)
+    sizes = (ends - starts)[order]
+    slot_T = np.arange(sizes.sum()) + np.repeat((first_slots - starts)[order], sizes)
+    return blocks, torch.from_numpy(token_S).to(device), torch.from_numpy(slot_T).to(device)
+
+
+class _Pad(torch.autograd.Function):
+    """Tokens into slots. A slot that repeats a token has no gradient, so that the backward gathers and adds nothing."""
+
+    @staticmethod
+    def forward(ctx, x_THK: Tensor, token_S: Tensor, slot_T: Tensor) -> Tensor:
+        ctx.slot_T = slot_T
+        return x_THK.index_select(0, token_S)
+
+    @staticmethod
+    def backward(ctx, grad_SHK: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad_SHK.index_select(0, ctx.slot_T), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_SHK: Tensor, slot_T: Tensor) -> Tensor:
+        ctx.slots, ctx.slot_T = len(x_SHK), slot_T
+        return x_SHK.index_select(0, slot_T)
+
+    @staticmethod
+    def backward(ctx, grad_THK: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad_SHK = grad_THK.new_zeros(ctx.slots, *grad_THK.shape[1:])
+        return grad_SHK.index_copy_(0, ctx.slot_T, grad_THK), None
 
 
 def _explicit(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, causal: bool, scale: float | None) -> Tensor:
     """The formula as two batched products: while the scores stay in cache, its backward beats SDPA's on a CPU."""
     T, S = q_BHTK.shape[2], k_BHSK.shape[2]
-    q = q_BHTK * (q_BHTK.shape[3] ** -0.5 if scale is None else scale)
-    scores = q.flatten(0, 1) @ k_BHSK.flatten(0, 1).transpose(1, 2)
+    scale = q_BHTK.shape[3] ** -0.5 if scale is None else scale
+    mask_TS = q_BHTK.new_zeros(T, S)
     if causal:
-        scores = scores + torch.full((T, S), float("-inf"), dtype=scores.dtype).triu(S - T + 1)
+        mask_TS.fill_(float("-inf")).triu_(S - T + 1)
+    scores = torch.baddbmm(mask_TS, q_BHTK.flatten(0, 1), k_BHSK.flatten(0, 1).transpose(1, 2), alpha=scale)
     return (scores.softmax(-1) @ v_BHSK.flatten(0, 1)).unflatten(0, q_BHTK.shape[:2])
-
-
-def _to_block(x_THK: Tensor, take_T: Tensor, put_T: Tensor, rows: int, length: int) -> Tensor:
-    block = x_THK.new_zeros(rows * length, *x_THK.shape[1:]).index_copy(0, put_T, x_THK.index_select(0, take_T))
-    return block.unflatten(0, (rows, length))
 
 
 def _sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, causal: bool, scale: float | None) -> Tensor:

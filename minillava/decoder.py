@@ -164,13 +164,14 @@ class Attention(nn.Module):
     def forward(
         self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], cu_seqlens: Sequence[int], cache: KVCache | None, layer: int
     ) -> Tensor:
+        """What each token saw, [T, H * K], before the output product."""
         q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))
         q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
         if cache is None:
             o_THK = attention(q, k, v, cu_seqlens, causal=True)
         else:
             o_THK = cache.attend(layer, q, k, v, cu_seqlens)
-        return self.out(o_THK.flatten(1))
+        return o_THK.flatten(1)
 
 
 class MLP(nn.Module):
@@ -194,8 +195,11 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_TD: Tensor, *context) -> Tensor:
-        x_TD = x_TD + self.attn(self.attn_norm(x_TD), *context)
+    def forward(self, x_TD: Tensor, keep_S: Tensor | None, *context) -> Tensor:
+        seen_TD = self.attn(self.attn_norm(x_TD), *context)
+        if keep_S is not None:
+            x_TD, seen_TD = x_TD.index_select(0, keep_S), seen_TD.index_select(0, keep_S)
+        x_TD = x_TD + self.attn.out(seen_TD)
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
 
@@ -214,10 +218,13 @@ class Decoder(nn.Module):
         """[V, D]; the embedding matrix itself where the two are tied."""
         return self.embed.weight if self.config.tie_embeddings else self.head.weight
 
-    def forward(self, x_TD: Tensor, cu_seqlens: Sequence[int], cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, cu_seqlens: Sequence[int], cache: KVCache | None = None, keep_S: Tensor | None = None
+    ) -> Tensor:
         """Embeddings [T, D] of B packed sequences -> hidden states [T, D] after the last norm.
 
-        With a cache, sequence b continues row b of it: its positions start at `cache.lengths[b]`.
+        With a cache, sequence b continues row b of it: its positions start at `cache.lengths[b]`. With `keep_S` only
+        those positions come out, [S, D], and the last block works on no other behind its attention.
         """
         if cache is None:
             spans = pairwise(cu_seqlens)
@@ -226,7 +233,8 @@ class Decoder(nn.Module):
             positions_T = cache.begin(cu_seqlens)
         rotary = rotary_tables(positions_T, self.config, x_TD.dtype)
         for layer, block in enumerate(self.blocks):
-            x_TD = block(x_TD, rotary, cu_seqlens, cache, layer)
+            last = layer == len(self.blocks) - 1
+            x_TD = block(x_TD, keep_S if last else None, rotary, cu_seqlens, cache, layer)
         if cache is not None:
             cache.advance(cu_seqlens)
         return self.norm(x_TD)

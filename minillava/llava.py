@@ -54,15 +54,13 @@ class LLaVA(nn.Module):
         x_TD = self.embed(ids_T)
         if images is not None and len(images):
             x_TD = self.splice(x_TD, ids_T, self.see(images))
-        x_TD = self.decoder(x_TD, cu_seqlens, cache)
-
         if labels is not None:
             next_T = next_labels(labels.flatten(), cu_seqlens)
             where_S = (next_T != IGNORE).nonzero().squeeze(1)
-            return linear_cross_entropy(x_TD[where_S], self.decoder.head_weight, next_T[where_S])
-        if last_only:
-            x_TD = x_TD[torch.tensor(cu_seqlens[1:], device=x_TD.device) - 1]
-        return self.decoder.logits(x_TD)
+            x_SD = self.decoder(x_TD, cu_seqlens, cache, where_S)
+            return linear_cross_entropy(x_SD, self.decoder.head_weight, next_T[where_S])
+        ends_B = torch.tensor(cu_seqlens[1:], device=x_TD.device) - 1 if last_only else None
+        return self.decoder.logits(self.decoder(x_TD, cu_seqlens, cache, ends_B))
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Word embeddings [T, D]; a placeholder outside the vocabulary gets those of id 0 until it is replaced."""
