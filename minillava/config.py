@@ -68,6 +68,17 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """A rotary embedding stretched over a longer context than it was trained for; `minillava.decoder.frequencies`."""
+
+    kind: str = "linear"  # linear: all frequencies over `factor`; llama3: only the slow ones
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3: slower than this many turns in the old context is slow
+    high_freq_factor: float = 4.0  # llama3: faster than this many is left alone; in between it is blended
+    original_positions: int = 8192  # llama3: the context before
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """A LLaMA-like decoder. The defaults are Vicuna-7B v1.5."""
 
@@ -79,10 +90,15 @@ class DecoderConfig:
     num_kv_heads: int = 32  # fewer than num_heads: grouped-query attention
     head_dim: int = 128
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     max_positions: int = 4096  # the context: prompt (visual tokens included) plus answer
     qkv_bias: bool = False  # biases on q, k and v (Qwen2)
     qk_norm: bool = False  # RMSNorm on q and k per head (Qwen3)
+    num_experts: int = 0  # 0: one MLP a block; else so many, of which each token takes a few (Qwen3-MoE)
+    experts_per_token: int = 8
+    expert_size: int = 768  # width inside an expert
+    norm_expert_weights: bool = True  # the weights of a token's experts add up to 1
     tie_embeddings: bool = False  # the head is the embedding matrix
     model_type: str = "llama"  # what transformers calls it; written at export, never decided on
 

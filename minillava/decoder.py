@@ -1,4 +1,4 @@
-"""The decoder: LLaMA (arXiv 2302.13971, 2307.09288) with grouped-query attention, and the cache that it writes to.
+"""The decoder: LLaMA (arXiv 2302.13971, 2307.09288) and what Mistral, Qwen2 and Qwen3 changed, and its cache.
 
 It works on packed rows: the tokens of all sequences lie end to end in one [T, D] matrix, `cu_seqlens` holds the
 boundaries, positions restart at each, and attention never crosses one. There is no padding and no mask.
@@ -9,6 +9,7 @@ Letters: T tokens, B sequences (cache rows), D width, H heads, G key/value heads
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -34,10 +35,27 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
+    """Radians a position [K/2] of the rotary embedding, in float32 (arXiv 2104.09864), stretched by `rope_scaling`.
+
+    Linear (arXiv 2306.15595) divides all by `factor`. Llama 3.1 leaves those that turn more often than
+    `high_freq_factor` in the old context, divides those below `low_freq_factor`, and blends what is between.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    radians, scaling = 1 / config.rope_theta**exponents, config.rope_scaling
+    if scaling is None:
+        return radians
+    if scaling.kind == "linear":
+        return radians / scaling.factor
+    turns = scaling.original_positions * radians / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * radians / scaling.factor + keep * radians
+
+
 def rotary_tables(positions_T: Tensor, config: DecoderConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, K] of the rotary embedding, angles computed in float32 (arXiv 2104.09864)."""
-    exponents = torch.arange(0, config.head_dim, 2, device=positions_T.device, dtype=torch.float32) / config.head_dim
-    angles_TK = torch.outer(positions_T.float(), 1 / config.rope_theta**exponents).repeat(1, 2)
+    """cos and sin [T, 1, K] of the rotary embedding, angles computed in float32."""
+    angles_TK = torch.outer(positions_T.float(), frequencies(config, positions_T.device)).repeat(1, 2)
     return angles_TK.cos().to(dtype)[:, None], angles_TK.sin().to(dtype)[:, None]
 
 
@@ -187,13 +205,50 @@ class MLP(nn.Module):
         return self.down(swiglu(self.gate(x_TD), self.up(x_TD)))
 
 
+class Experts(nn.Module):
+    """Many small MLPs, of which each token takes the likeliest R, weighted (Qwen3-MoE, arXiv 2505.09388).
+
+    The weights of E experts lie in one matrix each, so that on a GPU one grouped product serves all of them.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.per_token, self.normalise = config.experts_per_token, config.norm_expert_weights
+        E, I, D = config.num_experts, config.expert_size, config.hidden_size
+        self.router = nn.Linear(D, E, bias=False)
+        self.gate = nn.Parameter(torch.empty(E, I, D))
+        self.up = nn.Parameter(torch.empty(E, I, D))
+        self.down = nn.Parameter(torch.empty(E, D, I))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        share_TR, expert_TR = self.router(x_TD).softmax(-1, dtype=torch.float32).topk(self.per_token)
+        if self.normalise:
+            share_TR = share_TR / share_TR.sum(-1, keepdim=True)
+        # S = T * R turns of a token at an expert, sorted by expert: those of expert e end at ends_E[e].
+        expert_S, order_S = expert_TR.flatten().sort()
+        number_E = torch.arange(len(self.gate), device=x_TD.device)
+        ends_E = torch.searchsorted(expert_S, number_E, right=True, out_int32=True)
+        x_SD = x_TD[order_S // self.per_token]
+        y_SD = _grouped(swiglu(_grouped(x_SD, self.gate, ends_E), _grouped(x_SD, self.up, ends_E)), self.down, ends_E)
+        y_TRD = y_SD[order_S.argsort()].unflatten(0, expert_TR.shape)
+        return (y_TRD * share_TR.to(x_TD.dtype)[:, :, None]).sum(1)
+
+
+def _grouped(x_SD: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows up to ends_E[0] through the first matrix, those up to ends_E[1] through the second, ...: [S, O]."""
+    if x_SD.is_cuda and x_SD.dtype == torch.bfloat16:  # asks nothing of the host
+        return F.grouped_mm(x_SD, weight_EOD.transpose(1, 2), offs=ends_E)
+    parts = x_SD.tensor_split(ends_E[:-1].tolist())
+    return torch.cat([F.linear(part, weight_OD) for part, weight_OD in zip(parts, weight_EOD)])
+
+
 class Block(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = Experts(config) if config.num_experts else MLP(config)
 
     def forward(self, x_TD: Tensor, keep_S: Tensor | None, *context) -> Tensor:
         seen_TD = self.attn(self.attn_norm(x_TD), *context)

@@ -21,6 +21,7 @@ from minillava.config import (
     ImageConfig,
     ModelConfig,
     ProjectorConfig,
+    RopeScaling,
     UserError,
     VisionConfig,
     from_dict,
@@ -41,6 +42,10 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": _LLAMA
     | dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
            bos_token_id=None, eos_token_id=None, head_dim=128),
+    "qwen3_moe": _LLAMA
+    | dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=24, num_key_value_heads=4,
+           max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, num_experts=128, num_experts_per_tok=8,
+           moe_intermediate_size=768, norm_topk_prob=False),
 }  # fmt: skip
 _TOWER: dict[str, Any] = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224
@@ -131,14 +136,14 @@ def read_decoder(values: dict[str, Any], where: str, default_type: str = "llama"
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{where}: rope_parameters is {rope!r}, expected an object")
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default" and not (scaling == "linear" and rope.get("factor") == 1):
-        raise UserError(f"{where}: rope scaling {scaling!r} is not supported (supported: default)")
+    scaling = _read_rope(_Fields(rope, f"{where}: rope scaling"))
     heads, hidden = f.integer("num_attention_heads"), f.integer("hidden_size")
     kv_heads, head_dim = f.integer("num_key_value_heads", heads), f.integer("head_dim", max(1, hidden // heads))
     if heads % kv_heads or head_dim % 2 or (f.values.get("head_dim") is None and hidden % heads):
         raise UserError(f"{where}: {heads} heads, {kv_heads} key/value heads and width {hidden} do not divide evenly")
     max_positions = f.integer("max_position_embeddings", most=1 << 30)
+    if scaling is not None and scaling.kind == "linear":  # files keep the number from before; llama3's is that after
+        max_positions = round(max_positions * scaling.factor)
     window = f.values.get("sliding_window")
     if window is not None and (model_type == "mistral" or f.values.get("use_sliding_window")):
         max_positions = min(max_positions, f.integer("sliding_window"))  # within its window attention is full
@@ -151,12 +156,41 @@ def read_decoder(values: dict[str, Any], where: str, default_type: str = "llama"
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         rope_theta=_Fields({"rope_theta": rope.get("rope_theta", f.values["rope_theta"])}, where).number("rope_theta"),
+        rope_scaling=scaling,
         norm_eps=f.number("rms_norm_eps"),
         max_positions=max_positions,
         qkv_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
+        qk_norm=model_type.startswith("qwen3"),
+        **(_read_experts(f, where) if model_type == "qwen3_moe" else {}),
         tie_embeddings=f.one_of("tie_word_embeddings", tied, [False, True]),
         model_type=model_type,
+    )
+
+
+def _read_rope(f: _Fields) -> RopeScaling | None:
+    """rope_parameters, or rope_scaling as it was called before transformers 5."""
+    kind = f.one_of("rope_type", f.values.get("type", "default"), ["default", "linear", "llama3"])
+    if kind == "default" or (kind == "linear" and f.number("factor") == 1):
+        return None
+    if kind == "linear":
+        return RopeScaling(factor=f.number("factor"))
+    low, high = f.number("low_freq_factor"), f.number("high_freq_factor")
+    if low >= high:
+        raise UserError(f"{f.where}: low_freq_factor {low} is not below high_freq_factor {high}")
+    return RopeScaling("llama3", f.number("factor"), low, high, f.integer("original_max_position_embeddings"))
+
+
+def _read_experts(f: _Fields, where: str) -> dict[str, Any]:
+    """The routed experts of Qwen3-MoE; every block has them."""
+    f.one_of("decoder_sparse_step", 1, [1])
+    if f.values.get("mlp_only_layers"):
+        raise UserError(f"{where}: mlp_only_layers {f.values['mlp_only_layers']} is not supported (supported: none)")
+    experts = f.integer("num_local_experts", f.integer("num_experts"))  # the newer spelling first
+    return dict(
+        num_experts=experts,
+        experts_per_token=f.integer("num_experts_per_tok", most=experts),
+        expert_size=f.integer("moe_intermediate_size"),
+        norm_expert_weights=f.one_of("norm_topk_prob", False, [False, True]),
     )
 
 

@@ -24,7 +24,8 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
     instead of loading with a second layer of random numbers; `_read_hf` reads them back.
     """
     v, d, p, chat, S = config.vision, config.decoder, config.projector, config.chat, config.image.size
-    if d.qkv_bias != (d.model_type == "qwen2") or d.qk_norm != (d.model_type == "qwen3"):
+    traits = (d.qkv_bias, d.qk_norm, d.num_experts > 0)
+    if traits != (d.model_type == "qwen2", d.model_type.startswith("qwen3"), d.model_type == "qwen3_moe"):
         raise UserError(
             f"a decoder of type {d.model_type} with qkv_bias {d.qkv_bias}, qk_norm {d.qk_norm} has no foreign name"
         )
@@ -41,6 +42,20 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
         rope_theta=d.rope_theta, rope_parameters={"rope_theta": d.rope_theta, "rope_type": "default"},
         tie_word_embeddings=d.tie_embeddings, sliding_window=None, dtype=dtype, **ids,
     )  # fmt: skip
+    if scaling := d.rope_scaling:
+        text["rope_parameters"] |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "linear":
+            text["max_position_embeddings"] = round(d.max_positions / scaling.factor)
+        else:
+            text["rope_parameters"] |= dict(
+                low_freq_factor=scaling.low_freq_factor, high_freq_factor=scaling.high_freq_factor,
+                original_max_position_embeddings=scaling.original_positions,
+            )  # fmt: skip
+    if d.num_experts:
+        text |= dict(
+            num_experts=d.num_experts, num_local_experts=d.num_experts, num_experts_per_tok=d.experts_per_token,
+            moe_intermediate_size=d.expert_size, norm_topk_prob=d.norm_expert_weights,
+        )  # fmt: skip
     tower = dict(
         model_type="clip_vision_model" if v.class_token else "siglip_vision_model", hidden_size=v.hidden_size,
         intermediate_size=v.intermediate_size, num_hidden_layers=v.num_layers, num_attention_heads=v.num_heads,

@@ -101,7 +101,7 @@ class LLaVA(nn.Module):
             else:
                 in_tower = name.startswith("vision")
                 std = 0.02 if in_tower else p.shape[-1] ** -0.5
-                if name.endswith(("attn.out.weight", "mlp.down.weight", "mlp.fc2.weight")):
+                if name.endswith(("attn.out.weight", "mlp.down.weight", "mlp.down", "mlp.fc2.weight")):
                     std /= (2 * len(self.vision.blocks if in_tower else self.decoder.blocks)) ** 0.5
                 with torch.no_grad():
                     p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))

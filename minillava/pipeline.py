@@ -212,11 +212,9 @@ def new_model(wanted: ModelRecipe, config: ModelConfig, seed: int) -> LLaVA:
             folder = weights.resolve(source)
             plan = weights.Plan()
             plan.add(tensor_files.inspect_folder(folder), layout)
-            wanted_shapes = {name: tuple(p.shape) for name, p in named.items() if name.startswith(part)}
-            plan.check(str(folder), wanted_shapes)
-            tensors = zip(plan.source, tensor_files.read(plan.source.values()))
-            state = {name: tensor.clone() for name, tensor in tensors if name in wanted_shapes}
-            model.load_state_dict(state, strict=False, assign=True)
+            empty = {name: p.detach() for name, p in named.items() if name.startswith(part)}
+            plan.check(str(folder), {name: tuple(t.shape) for name, t in weights.unstack(empty).items()})
+            model.load_state_dict(weights.take(plan, empty), strict=False, assign=True)
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:
         raise UserError(f"{wanted.vision_from}, {wanted.decoder_from}: no weights for {', '.join(left)}")

@@ -51,6 +51,8 @@ DECODER: tuple[Row, ...] = (
     ("layers.<n>.self_attn.o_proj.weight", "blocks.<n>.attn.out.weight"),
     ("layers.<n>.self_attn.<q|k>_norm.weight", "blocks.<n>.attn.<q|k>_norm.weight"),
     ("layers.<n>.mlp.<gate|up|down>_proj.weight", "blocks.<n>.mlp.<gate|up|down>.weight"),
+    ("layers.<n>.mlp.gate.weight", "blocks.<n>.mlp.router.weight"),
+    ("layers.<n>.mlp.experts.<n>.<gate|up|down>_proj.weight", "blocks.<n>.mlp.experts.<n>.<gate|up|down>"),
     ("norm.weight", "norm.weight"),
 )
 
@@ -122,6 +124,19 @@ def rename(name: str, layout: str, to_ours: bool) -> str | None:
             groups = iter(match.groups())
             return "".join(next(groups) if p[0] == "<" else p.strip("[]") for p in _parts(target))
     return None
+
+
+EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(gate|up|down)")  # one of those stacked in the parameter \1.\3
+
+
+def unstack(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stacked parameters of routed experts taken apart, as files hold them: one matrix an expert."""
+    apart: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        part, _, kind = name.rpartition(".")
+        stacked = part.endswith(".mlp") and kind in ("gate", "up", "down")
+        apart |= {f"{part}.experts.{e}.{kind}": tensor[e] for e in range(len(tensor))} if stacked else {name: tensor}
+    return apart
 
 
 # ---- which tensor goes where ----
@@ -256,16 +271,14 @@ def load_model(
     config = model_config(raw, folder, find)
     with torch.device("meta"):
         model = LLaVA(config)
-    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    empty = model.state_dict()
+    wanted = {name: tuple(p.shape) for name, p in unstack(empty).items()}
     plan, delta = _plan(folder, raw, None if base is None else resolve(base))
     head = plan.source.pop("decoder.head.weight", None) if config.decoder.tie_embeddings else None
     plan.check(str(folder), wanted)
     if dtype is None:
         dtype = next(read([plan.source["decoder.embed.weight"]])).dtype
-    state: dict[str, Tensor] = {}
-    ordered = sorted(plan.source.items(), key=lambda item: (str(item[1].path), item[1].name))
-    for (name, _), tensor in zip(ordered, read([stored for _, stored in ordered])):
-        state[name] = tensor.to(device, None if delta else dtype, copy=True)
+    state = take(plan, empty, None if delta else dtype, device)
     if head is not None:
         _check_tied(head, plan.source["decoder.embed.weight"], state["decoder.embed.weight"].dtype)
     if delta is not None:
@@ -276,6 +289,24 @@ def load_model(
         state[name] = torch.full(wanted[name], OPTIONAL[name], dtype=dtype, device=device)
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def take(
+    plan: Plan, empty: dict[str, Tensor], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Read what a plan found, in the order of the files; `empty` holds the parameters (on meta, say) by our names."""
+    state: dict[str, Tensor] = {}
+    ordered = sorted(plan.source.items(), key=lambda item: (str(item[1].path), item[1].name))
+    for (name, _), stored in zip(ordered, read([stored for _, stored in ordered])):
+        tensor = stored.to(device, dtype, copy=True)
+        if expert := EXPERT.fullmatch(name):
+            name = f"{expert[1]}.{expert[3]}"
+            if name not in state:
+                state[name] = tensor.new_empty(empty[name].shape)
+            state[name][int(expert[2])] = tensor
+        else:
+            state[name] = tensor
+    return state
 
 
 def _check_tied(head: Stored, embed: Stored, dtype: torch.dtype) -> None:
@@ -335,7 +366,9 @@ def save_model(model: LLaVA, folder: Path | str, tokenizer: Tokenizer | None = N
         for name, values in files.items():
             (temporary / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (temporary / "chat_template.jinja").write_text(jinja_of(config.chat), encoding="utf-8")
-        write({rename(name, "hf", to_ours=False) or name: t for name, t in state.items()}, temporary, shard_bytes)
+        write(
+            {rename(name, "hf", to_ours=False) or name: t for name, t in unstack(state).items()}, temporary, shard_bytes
+        )
         if folder.is_dir():
             old = temporary.with_name(temporary.name + "-old")
             os.rename(folder, old)
