@@ -615,7 +615,7 @@ def test_missing_shard_and_bad_index_are_named(checkpoint, tmp_path):
         ({"model_type": "llava_next"}, "model_type 'llava_next' is not supported .*llava"),
         ({"quantization_config": {"load_in_4bit": True}}, "quantised"),
         ({"text_config": {"model_type": "gpt2"}}, "text_config: model_type 'gpt2' is not supported .*llama"),
-        ({"text_config": {"rope_scaling": {"type": "linear", "factor": 2.5}}}, "rope scaling 'linear'"),
+        ({"text_config": {"rope_scaling": {"type": "yarn", "factor": 2.5}}}, "rope_type 'yarn'"),
         ({"text_config": {"attention_bias": True}}, "attention_bias True"),
         ({"text_config": {"hidden_size": -3}}, "hidden_size is -3"),
         ({"text_config": {"num_key_value_heads": 3}}, "3 key/value heads"),
