@@ -165,7 +165,7 @@ def test_what_no_decoder_here_does_is_refused_by_name(values, message):
 
 
 def test_a_window_bounds_the_context():
-    """LLaVA's Mistrals state null; a file that says nothing means transformers' 4096, within which attention is full."""
+    """LLaVA's Mistrals state null; saying nothing means transformers' 4096, within which attention is full."""
     mistral = TEXT | {"model_type": "mistral", "max_position_embeddings": 32768, "num_key_value_heads": 4}
     assert hf_config.read_decoder(mistral | {"sliding_window": None}, "x").max_positions == 32768
     assert hf_config.read_decoder(mistral, "x").max_positions == 4096
