@@ -17,9 +17,10 @@ class Answer:
     prompt_tokens: int  # visual tokens included
     image_tokens: int
     finish_reason: str  # "stop": an eos token or a stop string; "length": max_new_tokens or the end of the context
-    vision_s: float = 0.0  # the batch's pictures through tower and projector
-    prefill_s: float = 0.0  # the batch's prompts, up to the first token
+    vision_s: float = 0.0  # through tower and projector: the pictures of all requests that entered together
+    prefill_s: float = 0.0  # their prompts, up to the first token
     decode_s: float = 0.0  # from the first token to this answer's last
+    token_s: float | None = None  # median time of one token after the first; None if there is none
 
     @property
     def decode_tok_per_s(self) -> float | None:

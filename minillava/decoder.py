@@ -1,4 +1,4 @@
-"""The decoder: LLaMA (arXiv 2302.13971, 2307.09288) and what Mistral, Qwen2 and Qwen3 changed, and its cache.
+"""The decoder: LLaMA (arXiv 2302.13971, 2307.09288) and what Mistral, Qwen2 and Qwen3 changed.
 
 It works on packed rows: the tokens of all sequences lie end to end in one [T, D] matrix, `cu_seqlens` holds the
 boundaries, positions restart at each, and attention never crosses one. There is no padding and no mask.
@@ -8,15 +8,15 @@ Letters: T tokens, B sequences (cache rows), D width, H heads, G key/value heads
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillava.cache import KVCache
 from minillava.config import DecoderConfig
 from minillava.kernels.attention import attention
 from minillava.kernels.rms_norm import rms_norm
@@ -65,106 +65,64 @@ def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
     return x_THK * cos_T1K + torch.cat((-b, a), dim=-1) * sin_T1K
 
 
-class KVCache:
-    """Keys and values of `rows` sequences with room for `capacity` tokens each, allocated once.
+FEW = 16  # rows up to which a CPU reads bf16 weights fastest as weight @ x^T (bench/LOG.md)
 
-    `lengths[b]` is how many tokens row b holds; it lives on the host, so no step has to ask the device. A pass over
-    the decoder is `begin`, then `attend` once a layer, then `advance`.
-    """
 
-    def __init__(self, config: DecoderConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
-        self.k_LBGSK = torch.zeros(shape, device=device, dtype=dtype)  # zeros: what a mask hides must still be finite
-        self.v_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = [0] * rows
+def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x weight^T + bias. For few bf16 rows on a CPU the weights are read once, by the product that reads them fastest:
+    torch.mv for one row, weight @ x^T for several (27 and 29 GB/s where F.linear reaches 22 on two cores)."""
+    few = x_TD.is_cpu and x_TD.ndim == 2 and 0 < len(x_TD) <= FEW and x_TD.dtype == weight_OD.dtype == torch.bfloat16
+    if not few or torch.is_grad_enabled():
+        return F.linear(x_TD, weight_OD, bias_O)
+    y_TO = torch.mv(weight_OD, x_TD[0])[None] if len(x_TD) == 1 else torch.mm(weight_OD, x_TD.T).T
+    return y_TO if bias_O is None else y_TO + bias_O
 
-    @property
-    def capacity(self) -> int:
-        return self.k_LBGSK.shape[3]
 
-    def begin(self, cu_seqlens: Sequence[int]) -> Tensor:
-        """Positions [T] of the new tokens. What all layers share, where to write and what to hide, is settled here."""
-        new = [end - start for start, end in pairwise(cu_seqlens)]
-        longest = max(at + n for at, n in zip(self.lengths, new))
-        if len(new) != len(self.lengths) or longest > self.capacity:
-            raise ValueError(f"{new} new tokens do not fit rows that hold {self.lengths} of {self.capacity}")
-        device = self.k_LBGSK.device
-        self._decoding = set(new) == {1} and any(self.lengths)
-        if not self._decoding:
-            return torch.cat([torch.arange(at, at + n) for at, n in zip(self.lengths, new)]).to(device)
-        positions_B = torch.tensor(self.lengths, device=device)
-        self._at = self.lengths[0] if min(self.lengths) == max(self.lengths) else None
-        if self._at is None:
-            self._rows_B = torch.arange(len(new), device=device)
-            self._positions_B = positions_B
-            hidden_BS = torch.arange(longest, device=device) > positions_B[:, None]
-            mask_BS = torch.zeros_like(hidden_BS, dtype=self.k_LBGSK.dtype).masked_fill(hidden_BS, float("-inf"))
-            self._mask_B11S = mask_BS[:, None, None]
-        return positions_B
+class Linear(nn.Linear):
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return linear(x_TD, self.weight, self.bias)
 
-    def attend(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
-        """Append the new keys and values to their rows; attention of each query over all that its row now holds."""
-        if self._decoding:
-            return self._attend_one(layer, q_THK, k_TGK, v_TGK)
-        for row, (start, end) in enumerate(pairwise(cu_seqlens)):
-            at, n = self.lengths[row], end - start
-            self.k_LBGSK[layer, row, :, at : at + n] = k_TGK[start:end].transpose(0, 1)
-            self.v_LBGSK[layer, row, :, at : at + n] = v_TGK[start:end].transpose(0, 1)
-        if not any(self.lengths):
-            return attention(q_THK, k_TGK, v_TGK, cu_seqlens, causal=True)
-        out = []
-        for row, (start, end) in enumerate(pairwise(cu_seqlens)):
-            before, n = self.lengths[row], end - start
-            q = q_THK[start:end].transpose(0, 1)[None]
-            k, v = (x[layer, row, :, : before + n][None] for x in (self.k_LBGSK, self.v_LBGSK))
-            # Query i sees the `before` old tokens and the new ones up to itself.
-            mask = torch.ones(n, before + n, dtype=torch.bool, device=q.device).tril(before)
-            grouped = q.shape[1] != k.shape[1]
-            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)[0].transpose(0, 1))
-        return torch.cat(out)
+    @classmethod
+    def holding(cls, weight_OD: Tensor, bias_O: Tensor | None) -> Linear:
+        """A layer around tensors that are there."""
+        layer = cls(1, 1, bias_O is not None, device="meta")
+        layer.out_features, layer.in_features = weight_OD.shape
+        layer.weight = nn.Parameter(weight_OD.detach())
+        layer.bias = None if bias_O is None else nn.Parameter(bias_O.detach())
+        return layer
 
-    def _attend_one(self, layer: int, q_BHK: Tensor, k_BGK: Tensor, v_BGK: Tensor) -> Tensor:
-        """One new token a row. The query heads that share a key/value head go through as queries of that head, so no
-        key is repeated; on a CPU that is 2.4 times as fast as SDPA's own grouping (8 heads a group, 700 tokens)."""
-        k_BGSK, v_BGSK = self.k_LBGSK[layer], self.v_LBGSK[layer]
-        if self._at is None:
-            k_BGSK[self._rows_B, :, self._positions_B] = k_BGK
-            v_BGSK[self._rows_B, :, self._positions_B] = v_BGK
-            mask, end = self._mask_B11S, self._mask_B11S.shape[-1]
-        else:
-            k_BGSK[:, :, self._at] = k_BGK
-            v_BGSK[:, :, self._at] = v_BGK
-            mask, end = None, self._at + 1
-        q_BGRK = q_BHK.unflatten(1, (k_BGK.shape[1], -1))  # R = H / G query heads a group
-        o_BGRK = F.scaled_dot_product_attention(q_BGRK, k_BGSK[:, :, :end], v_BGSK[:, :, :end], attn_mask=mask)
-        return o_BGRK.flatten(1, 2)
+    def rows(self, start: int, stop: int) -> Linear:
+        """The layer of outputs start to stop, of the same memory."""
+        return Linear.holding(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
 
-    def advance(self, cu_seqlens: Sequence[int]) -> None:
-        for row, (start, end) in enumerate(pairwise(cu_seqlens)):
-            self.lengths[row] += end - start
 
-    def drop(self, done: list[bool]) -> list[int]:
-        """Drop the rows that are done; returns which row each of those left was. Rows from the end move into the gaps,
-        so that the rest stays one block and little is copied."""
-        left = done.count(False)
-        movers = [row for row in range(left, len(done)) if not done[row]]
-        order = [movers.pop() if done[row] else row for row in range(left)]
-        for to, row in enumerate(order):
-            if to != row:
-                n = self.lengths[row]
-                self.k_LBGSK[:, to, :, :n] = self.k_LBGSK[:, row, :, :n]
-                self.v_LBGSK[:, to, :, :n] = self.v_LBGSK[:, row, :, :n]
-        self.lengths = [self.lengths[row] for row in order]
-        self.k_LBGSK, self.v_LBGSK = self.k_LBGSK[:, :left], self.v_LBGSK[:, :left]
-        return order
+class Fused(nn.Module):
+    """Linear layers of one input as one product, for inference. The state dict still shows them one by one."""
 
-    def resized(self, capacity: int, length: int) -> KVCache:
-        """A new cache of one row with another capacity that holds the first `length` tokens of this one's first row."""
-        cache = copy.copy(self)
-        cache.k_LBGSK = F.pad(self.k_LBGSK[:, :1, :, :length], (0, 0, 0, capacity - length))
-        cache.v_LBGSK = F.pad(self.v_LBGSK[:, :1, :, :length], (0, 0, 0, capacity - length))
-        cache.lengths = [length]
-        return cache
+    def __init__(self, names: Sequence[str], parts: Sequence[nn.Linear]):
+        super().__init__()
+        self.names, self.sizes = names, [part.out_features for part in parts]
+        weights, biases = [part.weight for part in parts], [part.bias for part in parts if part.bias is not None]
+        self.product = Linear.holding(torch.cat(weights), torch.cat(biases) if biases else None)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+        return self.product(x_TD).split(self.sizes, dim=-1)
+
+    def state_dict(self, *args, prefix: str = "", **more):
+        outer = prefix.removesuffix(".").rpartition(".")[0]
+        ends = list(accumulate(self.sizes, initial=0))
+        for name, start, end in zip(self.names, ends, ends[1:]):
+            state = self.product.rows(start, end).state_dict(*args, prefix=f"{outer}.{name}.", **more)
+        return state
+
+
+def fuse(module: nn.Module, name: str, names: Sequence[str]) -> None:
+    """Replace the linear layers `names` of `module` by one, `name`; anything but plain ones stays as it is."""
+    parts = [getattr(module, part) for part in names]
+    if all(type(part) is Linear for part in parts):
+        for part in names:
+            delattr(module, part)
+        setattr(module, name, Fused(names, parts))
 
 
 class Attention(nn.Module):
@@ -172,23 +130,31 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         D, K, bias = config.hidden_size, config.head_dim, config.qkv_bias
-        self.q = nn.Linear(D, config.num_heads * K, bias=bias)
-        self.k = nn.Linear(D, config.num_kv_heads * K, bias=bias)
-        self.v = nn.Linear(D, config.num_kv_heads * K, bias=bias)
-        self.out = nn.Linear(config.num_heads * K, D, bias=False)
+        self.q = Linear(D, config.num_heads * K, bias=bias)
+        self.k = Linear(D, config.num_kv_heads * K, bias=bias)
+        self.v = Linear(D, config.num_kv_heads * K, bias=bias)
+        self.qkv: Fused | None = None  # the three as one, after Decoder.fuse
+        self.out = Linear(config.num_heads * K, D, bias=False)
         self.q_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], cu_seqlens: Sequence[int], cache: KVCache | None, layer: int
+        self,
+        x_TD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cu_seqlens: Sequence[int] | None,
+        cache: KVCache | None,
+        layer: int,
     ) -> Tensor:
         """What each token saw, [T, H * K], before the output product."""
-        q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))
+        qkv = self.qkv(x_TD) if self.qkv else (self.q(x_TD), self.k(x_TD), self.v(x_TD))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
         q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
-        if cache is None:
-            o_THK = attention(q, k, v, cu_seqlens, causal=True)
-        else:
+        if cache is not None:
             o_THK = cache.attend(layer, q, k, v, cu_seqlens)
+        else:
+            assert cu_seqlens is not None
+            o_THK = attention(q, k, v, cu_seqlens, causal=True)
         return o_THK.flatten(1)
 
 
@@ -197,12 +163,14 @@ class MLP(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up: Fused | None = None
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate(x_TD), self.up(x_TD)))
+        gate_up = self.gate_up(x_TD) if self.gate_up else (self.gate(x_TD), self.up(x_TD))
+        return self.down(swiglu(*gate_up))
 
 
 class Experts(nn.Module):
@@ -274,25 +242,40 @@ class Decoder(nn.Module):
         return self.embed.weight if self.config.tie_embeddings else self.head.weight
 
     def forward(
-        self, x_TD: Tensor, cu_seqlens: Sequence[int], cache: KVCache | None = None, keep_S: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        cu_seqlens: Sequence[int] | None,
+        cache: KVCache | None = None,
+        keep_S: Tensor | None = None,
+        slots: Sequence[int] | None = None,
     ) -> Tensor:
         """Embeddings [T, D] of B packed sequences -> hidden states [T, D] after the last norm.
 
-        With a cache, sequence b continues row b of it: its positions start at `cache.lengths[b]`. With `keep_S` only
-        those positions come out, [S, D], and the last block works on no other behind its attention.
+        With a cache, sequence b continues slot `slots[b]` of it (b if None); `cu_seqlens` None is a decode step: one
+        token for each of the first T slots. With `keep_S` only those positions come out, [S, D], and the last block
+        works on no other behind its attention.
         """
-        if cache is None:
+        if cache is not None:
+            positions_T = cache.begin(len(x_TD), cu_seqlens, slots)
+        else:
+            assert cu_seqlens is not None
             spans = pairwise(cu_seqlens)
             positions_T = torch.cat([torch.arange(end - start) for start, end in spans]).to(x_TD.device)
-        else:
-            positions_T = cache.begin(cu_seqlens)
         rotary = rotary_tables(positions_T, self.config, x_TD.dtype)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
             x_TD = block(x_TD, keep_S if last else None, rotary, cu_seqlens, cache, layer)
         if cache is not None:
-            cache.advance(cu_seqlens)
+            cache.advance()
         return self.norm(x_TD)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.head_weight)
+        return linear(x_TD, self.head_weight)
+
+    def fuse(self) -> None:
+        """One product for q, k and v and one for gate and up: for inference, once the weights are there."""
+        for module in list(self.modules()):
+            if isinstance(module, Attention):
+                fuse(module, "qkv", ("q", "k", "v"))
+            elif isinstance(module, MLP):
+                fuse(module, "gate_up", ("gate", "up"))

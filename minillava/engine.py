@@ -1,18 +1,20 @@
 """Generation: prompts and pictures in, answers out.
 
-One step function for everything: a packed pass over new tokens of a batch of rows, only the last position of each
-through the head. Prefill is its first call, with prompts of any lengths; decoding is every later one, with one token a
-row. Rows that have stopped leave the batch. An answer does not depend on the batch it was computed in, up to rounding.
+Prompts of any lengths are prefilled as one packed pass; then every step of `minillava.slots` gives each sequence one
+more token. Sequences that have stopped leave, waiting ones take their slots. An answer does not depend on the batch it
+was computed in, up to rounding.
 Letters: B rows, T tokens of all rows together, N images, P visual tokens of one, C channels, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,11 +24,11 @@ from minillava import chat
 from minillava.answer import Answer, AnswerText, stop_strings
 from minillava.chat import Message
 from minillava.config import UserError
-from minillava.decoder import KVCache
 from minillava.image import open_image, prepare
 from minillava.layout import image_tokens
 from minillava.llava import LLaVA
-from minillava.sampling import GREEDY, Sampler, Sampling
+from minillava.sampling import GREEDY, Sampling
+from minillava.slots import Slots
 from minillava.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
 
 TOWER_BATCH = 16  # pictures in one pass of the tower: CLIP-L/336 takes about 30 MB of float32 activations for each
 MAX_ROWS = 64  # requests computed together
-PREFILL_TOKENS = 1 << 14  # prompt tokens of one batch: the MLP of a 7B holds 22 kB of bf16 for each
-CACHE_BYTES = 4 << 30  # keys and values of one batch; a single request may take more
+PREFILL_TOKENS = 1 << 14  # prompt tokens of one pass: the MLP of a 7B holds 22 kB of bf16 for each
+CACHE_BYTES = 4 << 30  # keys and values of all slots; a single request may take more
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,15 @@ class Row:
     text: AnswerText
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
-    decode_s: float = 0.0
+    held: int = 0  # tokens of the prompt that the slot holds already
+    vision_s: float = 0.0
+    prefill_s: float = 0.0
+    times: list[float] = field(default_factory=list)  # when each token came
 
     def accept(self, id: int, eos_ids: frozenset[int]) -> str:
         """Take one more token; returns the text that it settles. Sets `finish_reason` if the answer ends with it."""
         self.token_ids.append(id)
+        self.times.append(time.perf_counter())
         piece = "" if id in eos_ids else self.text.push(id)
         if id in eos_ids or self.text.stopped:
             self.finish_reason = "stop"
@@ -120,11 +126,11 @@ class Engine:
         opened: dict[object, Picture] = {}
         rows = [self.row(index, request, opened) for index, request in enumerate(requests)]
         del opened  # from here on a picture lives as long as rows need it
-        answers: list[Answer] = []
-        for batch in self._batches(rows):
-            capacity = max(len(row.ids) + row.limit for row in batch)
-            answers += yield from self.run(batch, self.new_cache(len(batch), capacity))
-        return answers
+        if not rows:
+            return []
+        capacity = max(len(row.ids) + row.limit for row in rows)
+        slots = min(len(rows), MAX_ROWS, max(1, CACHE_BYTES // (capacity * self._cache_bytes())))
+        return (yield from self.run(rows, self.new_slots(slots, capacity)))
 
     def row(self, index: int, request: Request, opened: dict[object, Picture]) -> Row:
         """Check a request and make its ids. `opened` holds the pictures opened so far; new ones are put there."""
@@ -170,27 +176,15 @@ class Engine:
             raise UserError("the prompt is empty; write one")
         return ids
 
-    def _batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
-        """Neighbours that fit together."""
-        decoder = self.config.decoder
-        token_bytes = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * self._cache_dtype().itemsize
-        batch: list[Row] = []
-        capacity = prompt_tokens = 0
-        for row in rows:
-            capacity = max(capacity, len(row.ids) + row.limit)
-            prompt_tokens += len(row.ids)
-            too_big = (len(batch) + 1) * capacity * token_bytes > CACHE_BYTES or prompt_tokens > PREFILL_TOKENS
-            if batch and (len(batch) == MAX_ROWS or too_big):
-                yield batch
-                batch, capacity, prompt_tokens = [], len(row.ids) + row.limit, len(row.ids)
-            batch.append(row)
-        if batch:
-            yield batch
-
     # ---- the model ----
 
-    def new_cache(self, rows: int, capacity: int) -> KVCache:
-        return KVCache(self.config.decoder, rows, capacity, self.device, self._cache_dtype())
+    def new_slots(self, rows: int, capacity: int) -> Slots:
+        return Slots(self.model, rows, capacity, self._cache_dtype(), self.eos_ids)
+
+    def _cache_bytes(self) -> int:
+        """Of the keys and values of one token."""
+        decoder = self.config.decoder
+        return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * self._cache_dtype().itemsize
 
     def _cache_dtype(self) -> torch.dtype:
         kind = self.device.type
@@ -208,65 +202,89 @@ class Engine:
                 picture.visual_PD = visual_PD
         self.pictures_seen += len(unseen)
 
-    def step(self, ids_T: Tensor, cu_seqlens: Sequence[int], cache: KVCache, visual_TD: Tensor | None = None) -> Tensor:
-        """New tokens of all rows, packed, and visual tokens for their placeholders -> logits [B, V] of what follows."""
-        x_TD = self.model.embed(ids_T)
-        if visual_TD is not None:
-            x_TD = self.model.splice(x_TD, ids_T, visual_TD[None])
-        x_TD = self.model.decoder(x_TD, cu_seqlens, cache)
-        if len(ids_T) > len(cu_seqlens) - 1:
-            x_TD = x_TD[torch.tensor(cu_seqlens[1:], device=x_TD.device) - 1]
-        return self.model.decoder.logits(x_TD)
-
     @torch.inference_mode()
-    def run(self, rows: Sequence[Row], cache: KVCache) -> Generator[tuple[int, str], None, list[Answer]]:
-        """Prefill what the cache lacks of each row, then decode until all have stopped."""
+    def run(self, rows: Sequence[Row], slots: Slots) -> Generator[tuple[int, str], None, list[Answer]]:
+        """Rows enter as slots come free, get their tokens together, and leave when they have stopped."""
+        waiting, live = deque(rows), list[Row]()  # live[i] is in slot i
+        slots.flight.clear()  # of a run that was interrupted
+        while waiting or live:
+            entering = [waiting.popleft() for _ in range(min(len(waiting), slots.rows - len(live)))]
+            if entering:
+                ids = self._enter(entering, slots, len(live))
+                live += entering
+                yield from self._accept(entering, ids)
+            while live and not any(row.finish_reason for row in live):
+                slots.launch(len(live))
+                if len(slots.flight) > slots.lag:
+                    yield from self._accept(live, slots.take())
+            while slots.flight:
+                yield from self._accept(live, slots.take())
+            for slot in reversed(range(len(live))):  # the last one moves into the gap
+                if live[slot].finish_reason:
+                    last = live.pop()
+                    slots.leave(slot)
+                    if slot < len(live):
+                        slots.move(slot, len(live), len(last.ids) + len(last.token_ids) - 1)
+                        slots.leave(len(live))
+                        live[slot] = last
+        return [self._answer(row) for row in rows]
+
+    def _accept(self, live: Sequence[Row], ids: Sequence[int]) -> Generator[tuple[int, str], None, None]:
+        for row, id in zip(live, ids):
+            if not row.finish_reason and (piece := row.accept(id, self.eos_ids)):
+                yield row.index, piece
+
+    def _enter(self, rows: Sequence[Row], slots: Slots, start: int) -> list[int]:
+        """Prefill what slots `start` and on lack of each prompt; returns the first tokens."""
         started = self._now()
         self.see([picture for row in rows for picture in row.pictures])
         seen = self._now()
-        logits_BV = self._prefill(rows, cache)
-        sampler = Sampler([row.sampling for row in rows], max(row.limit for row in rows), self.device)
-        tokens_B = sampler(logits_BV)
-        ids = tokens_B.tolist()
+        for slot, row in enumerate(rows, start):
+            slots.enter(slot, row.sampling, row.limit, row.held)
+        ids = slots.first(self._prefill(rows, slots, start), start)
         prefilled = self._now()
-        live = list(rows)
-        while True:
-            for row, id in zip(live, ids):
-                if piece := row.accept(id, self.eos_ids):
-                    yield row.index, piece
-            done = [bool(row.finish_reason) for row in live]
-            if any(done):
-                now = time.perf_counter()
-                for row in live:
-                    row.decode_s = now - prefilled if row.finish_reason else 0.0
-                if all(done):
-                    break
-                order = cache.drop(done)
-                sampler.keep(order)
-                live, tokens_B = [live[i] for i in order], tokens_B[torch.tensor(order, device=self.device)]
-            tokens_B = sampler(self.step(tokens_B, range(len(live) + 1), cache))
-            ids = tokens_B.tolist()
-        return [self._answer(row, seen - started, prefilled - seen) for row in rows]
-
-    def _prefill(self, rows: Sequence[Row], cache: KVCache) -> Tensor:
-        placeholder = self.config.chat.image_token_id
-        new = [row.ids[at:] for row, at in zip(rows, cache.lengths)]
-        visual = []
-        for row, at in zip(rows, cache.lengths):
-            parts = [picture.visual_PD for picture in row.pictures if picture.visual_PD is not None]
-            if parts:
-                visual.append(torch.cat(parts)[row.ids[:at].count(placeholder) :])
+        for row in rows:
             row.pictures = []
-        ids_T = torch.tensor([id for ids in new for id in ids], device=self.device)
-        cu_seqlens = list(accumulate(map(len, new), initial=0))
-        return self.step(ids_T, cu_seqlens, cache, torch.cat(visual) if visual else None)
+            row.vision_s, row.prefill_s = seen - started, prefilled - seen
+        return ids
 
-    def _answer(self, row: Row, vision_s: float, prefill_s: float) -> Answer:
-        visual = row.ids.count(self.config.chat.image_token_id)
-        tokens = len(row.ids)
-        return Answer(
-            row.text.text, row.token_ids, tokens, visual, row.finish_reason, vision_s, prefill_s, row.decode_s
-        )
+    def _prefill(self, rows: Sequence[Row], slots: Slots, start: int) -> Tensor:
+        """The last hidden states [B, D] of the prompts, in packed passes of at most PREFILL_TOKENS new tokens."""
+        passes: list[list[tuple[int, int, int]]] = [[]]  # (row, first token, end)
+        room = PREFILL_TOKENS
+        for b, row in enumerate(rows):
+            at = row.held
+            while at < len(row.ids):
+                end = min(len(row.ids), at + room)
+                passes[-1].append((b, at, end))
+                room, at = room - (end - at), end
+                if room == 0:
+                    passes.append([])
+                    room = PREFILL_TOKENS
+        return torch.cat([self._pass(rows, slots, start, spans) for spans in passes if spans])
+
+    def _pass(self, rows: Sequence[Row], slots: Slots, start: int, spans: Sequence[tuple[int, int, int]]) -> Tensor:
+        """One packed pass over parts of prompts -> hidden states [B, D] where a prompt ends."""
+        placeholder = self.config.chat.image_token_id
+        ids_T = torch.tensor([id for b, at, end in spans for id in rows[b].ids[at:end]], device=self.device)
+        cu_seqlens = list(accumulate((end - at for _, at, end in spans), initial=0))
+        x_TD, visual = self.model.embed(ids_T), []
+        for b, at, end in spans:
+            parts = [picture.visual_PD for picture in rows[b].pictures if picture.visual_PD is not None]
+            before, new = rows[b].ids[:at].count(placeholder), rows[b].ids[at:end].count(placeholder)
+            if new:
+                visual.append(torch.cat(parts)[before : before + new])
+        if visual:
+            x_TD = self.model.splice(x_TD, ids_T, torch.cat(visual)[None])
+        ends = [last - 1 for (b, _, end), last in zip(spans, cu_seqlens[1:]) if end == len(rows[b].ids)]
+        keep_S = torch.tensor(ends, device=self.device, dtype=torch.int64)
+        return self.model.decoder(x_TD, cu_seqlens, slots.cache, keep_S, [start + b for b, _, _ in spans])
+
+    def _answer(self, row: Row) -> Answer:
+        visual, decode_s = row.ids.count(self.config.chat.image_token_id), row.times[-1] - row.times[0]
+        token_s = median(b - a for a, b in pairwise(row.times)) if len(row.times) > 1 else None
+        common = (row.text.text, row.token_ids, len(row.ids), visual, row.finish_reason)
+        return Answer(*common, row.vision_s, row.prefill_s, decode_s, token_s)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -282,8 +300,8 @@ class Conversation:
         self.images = list(images)  # also keeps the sources alive, whose identity names them in `opened`
         self.opened: dict[object, Picture] = {}
         self.messages: list[Message] = []
-        self.cache: KVCache | None = None
-        self.cached_ids: list[int] = []
+        self.slots: Slots | None = None
+        self.cached_ids: list[int] = []  # that the slot holds
         self.prefilled_tokens = 0  # computed, not taken from the cache, for the last prompt
 
     def ask(
@@ -300,14 +318,26 @@ class Conversation:
         same = 0  # the answer's ids are made from its text again, and may differ from those that were sampled
         while same < min(len(self.cached_ids), len(row.ids) - 1) and self.cached_ids[same] == row.ids[same]:
             same += 1
-        capacity = len(row.ids) + row.limit
-        with torch.inference_mode():
-            cache = self.cache.resized(capacity, same) if self.cache and same else engine.new_cache(1, capacity)
+        row.held, self.cached_ids = same, self.cached_ids[:same]  # what is interrupted is not lost beyond this
         self.prefilled_tokens = len(row.ids) - same
-        (answer,) = drain(engine.run([row], cache), on_text)
-        self.cache, self.cached_ids = cache, [*row.ids, *answer.token_ids[:-1]]
+        (answer,) = drain(engine.run([row], self._room(len(row.ids) + row.limit)), on_text)
+        self.cached_ids = [*row.ids, *answer.token_ids[:-1]]
         self.messages = [*messages, Message("assistant", answer.text)]
         return answer
+
+    @torch.inference_mode()
+    def _room(self, capacity: int) -> Slots:
+        """Slots for so many tokens, the old ones while they last: at least twice as large, so that few are made."""
+        old = self.slots
+        if old is None or old.capacity < capacity:
+            context = self.engine.config.decoder.max_positions
+            self.slots = self.engine.new_slots(1, max(capacity, min(2 * capacity, context)))
+            if old is not None:
+                n = len(self.cached_ids)
+                self.slots.cache.k_LBSGK[:, :, :n] = old.cache.k_LBSGK[:, :, :n]
+                self.slots.cache.v_LBSGK[:, :, :n] = old.cache.v_LBSGK[:, :, :n]
+        assert self.slots is not None
+        return self.slots
 
 
 def drain(

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from minillava.cache import KVCache
 from minillava.config import ModelConfig, UserError
-from minillava.decoder import Decoder, KVCache
+from minillava.decoder import Decoder
 from minillava.kernels.linear_cross_entropy import linear_cross_entropy
 from minillava.projector import Projector
 from minillava.vit import VisionTower

@@ -57,7 +57,9 @@ class LLaVA:
         folder = resolve(source)
         place = _device(device)
         chosen = default_dtype(read_config(folder), place) if dtype is None else _dtype(dtype)
-        return cls(load_model(folder, chosen, place), load_tokenizer(folder))
+        model = load_model(folder, chosen, place)
+        model.decoder.fuse()
+        return cls(model, load_tokenizer(folder))
 
     def generate(
         self,

@@ -1,13 +1,13 @@
 """The next token: greedy, or drawn with temperature, top-k and top-p (nucleus sampling, arXiv 1904.09751).
 
 A row's random numbers are drawn from its own seed before the first step, so its answer does not depend on the batch it
-is computed in, and a step needs no generator: everything in it happens on the device.
+is computed in, and a step needs no generator: everything in it happens on the device, in tensors that stay in place.
 Letters: B rows, V vocabulary, N tokens of an answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -38,51 +38,66 @@ class Sampling:
 
 
 GREEDY = Sampling()
+ARGMAX, WHOLE, CUT = range(3)  # the likeliest; drawn from the whole distribution; drawn from its top-k, top-p part
+
+
+def kind_of(sampling: Sampling) -> int:
+    if sampling.temperature == 0:
+        return ARGMAX
+    return CUT if sampling.top_p < 1 or sampling.top_k else WHOLE
 
 
 class Sampler:
-    """Chooses one token for each row of a batch, `steps` times at most."""
+    """Chooses one token for each slot of a batch, `steps` times at most; its state lives on the device."""
 
-    def __init__(self, rows: Sequence[Sampling], steps: int, device: torch.device):
-        self.step = 0
-        self.sampled = [row.temperature > 0 for row in rows]
-        if not any(self.sampled):
-            return
-        draws_BN = torch.zeros(len(rows), steps)
-        for row, sampling in zip(draws_BN, rows):
-            if sampling.temperature > 0:  # drawn on the CPU: the same numbers on every device
-                row.uniform_(generator=torch.Generator().manual_seed(sampling.seed))
-        self.draws_BN = draws_BN.to(device)
-        self.greedy_B = torch.tensor([not sampled for sampled in self.sampled], device=device)
-        self.temperature_B1 = torch.tensor([[row.temperature or 1.0] for row in rows], device=device)
-        self.top_p_B1 = torch.tensor([[row.top_p] for row in rows], device=device)
-        self.top_k_B1 = torch.tensor([[row.top_k or 2**31] for row in rows], device=device)
+    def __init__(self, rows: int, steps: int, device: torch.device):
+        self.draws_BN = torch.zeros(rows, steps, device=device)
+        self.used_B = torch.zeros(rows, device=device, dtype=torch.int64)  # of each row's random numbers
+        self.kind_B = torch.zeros(rows, device=device, dtype=torch.int64)
+        self.temperature_B = torch.ones(rows, device=device)
+        self.top_p_B = torch.ones(rows, device=device)
+        self.top_k_B = torch.ones(rows, device=device, dtype=torch.int64)
+        self.state = (self.draws_BN, self.used_B, self.kind_B, self.temperature_B, self.top_p_B, self.top_k_B)
 
-    def __call__(self, logits_BV: Tensor) -> Tensor:
-        """Tokens [B]; every call is the next step."""
+    def enter(self, slot: int, sampling: Sampling, steps: int) -> None:
+        """A new answer of at most `steps` tokens starts in `slot`."""
+        kind = kind_of(sampling)
+        if kind != ARGMAX:  # drawn on the CPU: the same numbers on every device
+            generator = torch.Generator().manual_seed(sampling.seed)
+            self.draws_BN[slot, :steps] = torch.empty(steps).uniform_(generator=generator).to(self.draws_BN.device)
+        values = (0, kind, sampling.temperature or 1.0, sampling.top_p, sampling.top_k or 2**31)
+        for state_B, value in zip(self.state[1:], values):
+            state_B[slot] = value
+
+    def __call__(self, logits_BV: Tensor, rows: slice, kinds: Set[int]) -> Tensor:
+        """Tokens [B] for the slots `rows`, among which no other kinds than these are; every call is the next step."""
         tokens_B = logits_BV.argmax(-1)
-        if any(self.sampled):
-            tokens_B = torch.where(self.greedy_B, tokens_B, self._draw(logits_BV.float()))
-        self.step += 1
+        if not kinds - {ARGMAX}:
+            return tokens_B
+        kind_B, used_B = self.kind_B[rows], self.used_B[rows]
+        p_BV = (logits_BV.float() / self.temperature_B[rows, None]).softmax(-1)
+        draw_B1 = self.draws_BN[rows].gather(1, used_B[:, None])
+        if WHOLE in kinds:
+            tokens_B = torch.where(kind_B == WHOLE, _invert(p_BV, draw_B1), tokens_B)
+        if CUT in kinds:
+            p_BV, order_BV = p_BV.sort(dim=-1, descending=True)
+            rank_V = torch.arange(p_BV.shape[1], device=p_BV.device)
+            p_BV = p_BV.masked_fill(rank_V >= self.top_k_B[rows, None], 0.0)
+            p_BV = p_BV / p_BV.sum(-1, keepdim=True)
+            before_BV = p_BV.cumsum(-1) - p_BV  # a token stays while those before it have less than top_p
+            p_BV = p_BV.masked_fill((before_BV >= self.top_p_B[rows, None]) & (rank_V > 0), 0.0)
+            drawn_B = order_BV.gather(1, _invert(p_BV, draw_B1)[:, None]).squeeze(1)
+            tokens_B = torch.where(kind_B == CUT, drawn_B, tokens_B)
+        used_B += 1
         return tokens_B
 
-    def _draw(self, logits_BV: Tensor) -> Tensor:
-        """Invert the cumulative distribution over the tokens in falling order, cut off by top-k and top-p."""
-        sorted_BV, tokens_BV = logits_BV.sort(dim=-1, descending=True)
-        rank_V = torch.arange(logits_BV.shape[1], device=logits_BV.device)
-        p_BV = (sorted_BV / self.temperature_B1).masked_fill(rank_V >= self.top_k_B1, float("-inf")).softmax(-1)
-        before_BV = p_BV.cumsum(-1) - p_BV  # a token stays while those before it have less than top_p
-        p_BV = p_BV.masked_fill((before_BV >= self.top_p_B1) & (rank_V > 0), 0.0)
-        cumulative_BV = p_BV.cumsum(-1)
-        target_B1 = self.draws_BN[:, self.step, None] * cumulative_BV[:, -1:]
-        last_B1 = (p_BV > 0).sum(-1, keepdim=True) - 1  # rounding must not lead past the tokens that stay
-        chosen_B1 = torch.minimum((cumulative_BV <= target_B1).sum(-1, keepdim=True), last_B1)
-        return tokens_BV.gather(1, chosen_B1).squeeze(1)
+    def move(self, to: int, slot: int) -> None:
+        for state_B in self.state:
+            state_B[to] = state_B[slot]
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, in this order."""
-        self.sampled = [self.sampled[row] for row in rows]
-        if any(self.sampled):
-            index_B = torch.tensor(rows, device=self.draws_BN.device)
-            for name in ("draws_BN", "greedy_B", "temperature_B1", "top_p_B1", "top_k_B1"):
-                setattr(self, name, getattr(self, name)[index_B])
+
+def _invert(p_BV: Tensor, draw_B1: Tensor) -> Tensor:
+    """Where the cumulative distribution passes the draw, a number in [0, 1): [B]."""
+    cumulative_BV = p_BV.cumsum(-1)
+    passed_B = (cumulative_BV <= draw_B1 * cumulative_BV[:, -1:]).sum(-1)
+    return passed_B.clamp(max=p_BV.shape[1] - 1)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from minillava.answer import AnswerText
+from minillava.cache import KVCache
 from minillava.chat import Message, segments
 from minillava.config import DecoderConfig, UserError
-from minillava.decoder import KVCache
 from minillava.engine import Conversation, Engine, Request, user_message
-from minillava.sampling import Sampler, Sampling
+from minillava.sampling import ARGMAX, CUT, WHOLE, Sampler, Sampling
 
 
 @pytest.fixture
@@ -58,20 +58,23 @@ def test_rows_that_stop_early_change_nothing_for_the_others(engine):
         assert long.token_ids[: len(short.token_ids)] == short.token_ids
 
 
-def test_many_requests_are_split_into_batches(engine, monkeypatch):
+def test_waiting_rows_take_the_slots_of_those_that_left(engine, monkeypatch):
+    """Three slots for eight rows, or one; prompts prefilled in pieces of 7 tokens; tokens read a step late."""
     expected = [a.token_ids for a in engine.generate(mixed_requests())]
-    sizes = []
-    run = engine.run
-    monkeypatch.setattr(engine, "run", lambda rows, cache: sizes.append(len(rows)) or run(rows, cache))
-    monkeypatch.setattr("minillava.engine.MAX_ROWS", 3)
-    assert [a.token_ids for a in engine.generate(mixed_requests())] == expected
-    assert sizes == [3, 3, 2]
-    for bound in ("PREFILL_TOKENS", "CACHE_BYTES"):
-        sizes.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(f"minillava.engine.{bound}", 1)
-            assert [a.token_ids for a in engine.generate(mixed_requests())] == expected
-        assert sizes == [1] * 8
+    made, new_slots = [], engine.new_slots
+
+    def watched(rows, capacity):
+        made.append(new_slots(rows, capacity))
+        made[-1].lag = lag
+        return made[-1]
+
+    monkeypatch.setattr(engine, "new_slots", watched)
+    for bound, value, rows in (("MAX_ROWS", 3, 3), ("CACHE_BYTES", 1, 1), ("PREFILL_TOKENS", 7, 8)):
+        for lag in (0, 1, 2):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"minillava.engine.{bound}", value)
+                assert [a.token_ids for a in engine.generate(mixed_requests())] == expected, (bound, lag)
+            assert made[-1].rows == rows
 
 
 def test_a_picture_asked_ten_questions_is_seen_once(engine):
@@ -80,23 +83,12 @@ def test_a_picture_asked_ten_questions_is_seen_once(engine):
     assert engine.pictures_seen == 1
 
 
-def test_drop_moves_rows_into_the_gaps():
-    config = DecoderConfig(num_layers=1, num_kv_heads=1, head_dim=2)
-    cache = KVCache(config, 5, 3, torch.device("cpu"), torch.float32)
-    cache.k_LBGSK += torch.arange(5.0)[:, None, None, None]
-    cache.lengths = [1, 2, 3, 1, 2]
-    assert cache.drop([True, False, True, False, False]) == [4, 1, 3]
-    assert cache.lengths == [2, 2, 1]
-    for row, was in enumerate([4, 1, 3]):
-        assert (cache.k_LBGSK[0, row, 0, : cache.lengths[row]] == was).all()
-
-
 def test_a_cache_refuses_what_does_not_fit():
     cache = KVCache(DecoderConfig(num_layers=1, num_kv_heads=1, head_dim=2), 2, 3, torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match="do not fit"):
-        cache.begin([0, 2, 6])
-    with pytest.raises(ValueError, match="do not fit"):
-        cache.begin([0, 2])
+    with pytest.raises(ValueError, match="4 new tokens do not fit slot 1 with 0 of 3"):
+        cache.begin(6, [0, 2, 6])
+    with pytest.raises(ValueError, match="do not fit slot 2"):
+        cache.begin(2, [0, 2], [2])
 
 
 # ---- stopping ----
@@ -180,8 +172,10 @@ def test_sampling_draws_from_the_distribution():
     logits_BV = p_V.log().expand(4000, 5)
 
     def frequencies(**options):
-        rows = [Sampling(seed=seed, **options) for seed in range(4000)]
-        tokens_B = Sampler(rows, 1, torch.device("cpu"))(logits_BV)
+        sampler = Sampler(4000, 1, torch.device("cpu"))
+        for seed in range(4000):
+            sampler.enter(seed, Sampling(seed=seed, **options), 1)
+        tokens_B = sampler(logits_BV, slice(0, 4000), {ARGMAX, WHOLE, CUT})
         return torch.bincount(tokens_B, minlength=5) / 4000
 
     def expected(keep, temperature=1.0):

@@ -10,8 +10,9 @@ import dataclasses
 import pytest
 import torch
 
+from minillava.cache import KVCache
 from minillava.config import UserError
-from minillava.decoder import KVCache
+from minillava.decoder import linear
 from minillava.llava import IGNORE, next_labels
 
 LENGTHS = (7, 12, 5, 9)  # of four sequences, of which the second and the last have a picture
@@ -45,6 +46,11 @@ def cache_for(model, rows, capacity):
     return KVCache(model.config.decoder, rows, capacity, weight.device, weight.dtype)
 
 
+def decode(model, token_B, cache):
+    """One decode step: logits [B, V]."""
+    return model.decoder.logits(model.decoder(model.embed(token_B), None, cache))
+
+
 # ---- the cache ----
 
 
@@ -64,8 +70,8 @@ def test_cached_decoding_equals_uncached(model, batch, dtype):
             assert cached_V.argmax() == plain_V.argmax()
             token = cached_V.argmax()[None]
             all_T = torch.cat([all_T, token])
-            cached_V = model(token, cache=cache)[-1]
-    assert cache.lengths == [len(prompt_T) + 24] and len(all_T[len(prompt_T) :].unique()) > 6
+            cached_V = decode(model, token, cache)[-1]
+    assert cache.lengths_B.tolist() == [len(prompt_T) + 24] and len(all_T[len(prompt_T) :].unique()) > 6
 
 
 def test_a_prompt_may_come_in_parts(model, batch):
@@ -93,17 +99,42 @@ def test_rows_of_unequal_lengths_decode_together(model, batch):
     with torch.no_grad():
         cache = cache_for(model, 4, 14)
         model(torch.cat(ids), pixels_NCHW, cu_seqlens=boundaries(ids), cache=cache)
-        logits_BV = model(token_B, cu_seqlens=range(5), cache=cache)
+        logits_BV = decode(model, token_B, cache)
         longer = [torch.cat([row_T, token[None]]) for row_T, token in zip(ids, token_B)]
         alone = [model(row_T, picture) for row_T, picture in zip(longer, pictures)]
         torch.testing.assert_close(logits_BV, torch.stack([logits_TV[-1] for logits_TV in alone]), **EXACT)
 
-        order = cache.drop([True, False, True, False])
-        logits_BV = model(token_B[order], cu_seqlens=range(3), cache=cache)
-        for row, was in enumerate(order):
-            alone_TV = model(torch.cat([longer[was], token_B[was][None]]), pictures[was])
-            torch.testing.assert_close(logits_BV[row], alone_TV[-1], **EXACT)
-    assert sorted(order) == [1, 3]
+        cache.move(0, 3, len(longer[3]))
+        cache.live_B[1] = False
+        for _ in range(2):  # a slot that is not live stays where it is
+            logits_BV = decode(model, token_B[[3, 1]], cache)
+            for row, was in enumerate([3, 1]):
+                tokens_T = token_B[was].repeat(cache.lengths_B[0] - len(longer[3]) if was == 3 else 1)
+                alone_TV = model(torch.cat([longer[was], tokens_T]), pictures[was])
+                torch.testing.assert_close(logits_BV[row], alone_TV[-1], **EXACT)
+
+
+def test_fused_products_change_nothing(model, batch):
+    """q, k and v as one product, gate and up as one: equal logits, and the state dict that the parts had."""
+    fused = copy.deepcopy(model)
+    fused.decoder.fuse()
+    assert sum("qkv" in name or "gate_up" in name for name, _ in fused.named_parameters()) == 2 * 3
+    with torch.no_grad():
+        torch.testing.assert_close(fused(batch[0][0]), model(batch[0][0]), **EXACT)
+    state, expected = fused.state_dict(), model.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], t) for name, t in expected.items())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 17])
+def test_few_rows_are_as_exact_as_the_library(rows, bias):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, b = (torch.randn(shape, generator=generator).bfloat16() for shape in ((rows, 304), (200, 304), (200,)))
+    b = b if bias else None
+    with torch.no_grad():
+        exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        ours, library = linear(x, weight, b), torch.nn.functional.linear(x, weight, b)
+    assert ours.shape == library.shape and (ours - exact).abs().max() <= 2 * (library - exact).abs().max()
 
 
 # ---- packing ----
