@@ -88,7 +88,7 @@ class Linear(nn.Linear):
         layer = cls(1, 1, bias_O is not None, device="meta")
         layer.out_features, layer.in_features = weight_OD.shape
         layer.weight = nn.Parameter(weight_OD.detach())
-        layer.bias = None if bias_O is None else nn.Parameter(bias_O.detach())
+        layer.register_parameter("bias", None if bias_O is None else nn.Parameter(bias_O.detach()))
         return layer
 
     def rows(self, start: int, stop: int) -> Linear:
@@ -102,8 +102,9 @@ class Fused(nn.Module):
     def __init__(self, names: Sequence[str], parts: Sequence[nn.Linear]):
         super().__init__()
         self.names, self.sizes = names, [part.out_features for part in parts]
-        weights, biases = [part.weight for part in parts], [part.bias for part in parts if part.bias is not None]
-        self.product = Linear.holding(torch.cat(weights), torch.cat(biases) if biases else None)
+        biases = [part.bias.detach() for part in parts if part.bias is not None]
+        weight_OD = torch.cat([part.weight.detach() for part in parts])
+        self.product = Linear.holding(weight_OD, torch.cat(biases) if biases else None)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, ...]:
         return self.product(x_TD).split(self.sizes, dim=-1)

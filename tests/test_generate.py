@@ -190,6 +190,10 @@ def test_ctrl_c_is_no_traceback(capsys, folder, monkeypatch):
 def test_public_class(folder, tiny_model, tmp_path):
     model = LLaVA.from_pretrained(folder, dtype="bf16", device="cpu")
     assert model.model.decoder.embed.weight.dtype == torch.bfloat16
+    assert model.model.decoder.blocks[0].attn.qkv, "16-bit weights are fused when they are loaded"
+    model.save_pretrained(tmp_path / "fused")
+    again = load_model(tmp_path / "fused", torch.bfloat16)
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(again.parameters(), tiny_model.parameters()))
     assert LLaVA.from_pretrained(folder).model.decoder.embed.weight.dtype == torch.float32
     with pytest.raises(minillava.config.UserError, match="quantize='nf4' is not supported yet"):
         LLaVA.from_pretrained(folder, quantize="nf4")
