@@ -38,6 +38,10 @@ class VisionConfig:
     patch_bias: bool = False  # a bias in the patch convolution
     select_layers: tuple[int, ...] = (-2,)  # hidden states used, counted as transformers does; several are concatenated
     keep_class_token: bool = False  # "cls_patch"/"full": hand the class token to the projector too
+    rotary: bool = False  # 2D rotary embedding in place of a position table: pictures of any size, of which a view is
+    # one patch (image_size == patch_size), and a class token in front of each frame (RICE)
+    strip_slip: bool = False  # rotary: drop the class tokens of several frames as OneVision-1.5's own file does, which
+    # takes one wrong row more for each frame behind the first; its training code and the default here do not
 
     @property
     def patches_per_side(self) -> int:
@@ -65,6 +69,9 @@ class ProjectorConfig:
     layers: int = 2  # 1 is LLaVA v1's single linear layer, 2 is mlp2x_gelu of LLaVA-1.5
     activation: str = "gelu"  # gelu (exact, erf) or gelu_tanh
     bias: bool = True
+    merge: int = 1  # patches a side that become one token, behind a LayerNorm; the hidden layer has all their width (2
+    # in OneVision-1.5's merger)
+    norm_eps: float = 1e-5  # of that LayerNorm
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,10 @@ class ImageConfig:
     """How pixels are prepared for the tower."""
 
     size: int = 336  # pixels a side that come out
-    fit: str = "pad"  # pad: to a square of the mean colour; crop: shortest edge + centre crop; squash: ignore aspect
+    fit: str = "pad"  # pad: to a square of the mean colour; crop: shortest edge + centre crop; squash: ignore aspect;
+    # native: nearest size that is whole in blocks of patches, within these two bounds (its views are single patches)
+    min_pixels: int = 3136
+    max_pixels: int = 2_560_000
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
