@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ Segment = tuple[str, bool]  # text, supervised
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `text` holds ChatConfig.image_token wherever a picture goes."""
+    """One turn. `text` holds ChatConfig.image_token wherever a picture goes, and video_token for a clip."""
 
     role: str  # user, assistant or system (first only, in place of the template's own)
     text: str
@@ -107,7 +108,9 @@ def segments(
         if message.role == "assistant":
             pieces.append((template.answer.format(text=message.text), True))
             continue
-        text = image_first(message.text, chat.image_token)
+        text = message.text
+        for marker in chat.markers:
+            text = image_first(text, marker)
         if chat.image_start_end:
             text = text.replace(chat.image_token, f"<im_start>{chat.image_token}<im_end>")
         images = chat.image_token * message.text.count(chat.image_token)
@@ -117,11 +120,17 @@ def segments(
 
 
 def encode(
-    chat: ChatConfig, tokenizer: Tokenizer, messages: Sequence[Message], image_tokens: Sequence[int], generate: bool
+    chat: ChatConfig,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    image_tokens: Sequence[int],
+    generate: bool,
+    video_tokens: Sequence[int] = (),
 ) -> tuple[list[int], list[int]]:
     """Ids of the conversation, BOS included, and their labels (IGNORE where there is no loss), of equal length.
 
-    `image_tokens`: visual tokens of each picture; its marker becomes that many `chat.image_token_id`.
+    `image_tokens`: visual tokens of each picture; its marker becomes that many `chat.image_token_id`. `video_tokens`:
+    those of clips; where these have no marker of their own they follow the pictures.
     Special tokens that a message spells out become their ids, as in transformers. Raises UserError as `segments` does
     and where markers and pictures differ in number.
     """
@@ -133,7 +142,7 @@ def encode(
             raise UserError(
                 f"template '{chat.template}' writes '{token}', which the tokenizer lacks; pick another template"
             )
-    ids, labels = _encode_pieces(chat, tokenizer, pieces, image_tokens)
+    ids, labels = _encode_pieces(chat, tokenizer, pieces, image_tokens, video_tokens)
     # Some checkpoints' own templates (llava-1.5's) never close a turn. What is taught last is then to stop.
     if not generate and chat.template == "jinja" and ids[-1] not in tokenizer.added_ids and chat.eos_ids:
         ids.append(chat.eos_ids[0])
@@ -141,9 +150,41 @@ def encode(
     return ids, labels
 
 
-def encode_raw(chat: ChatConfig, tokenizer: Tokenizer, prompt: str, image_tokens: Sequence[int]) -> list[int]:
+def encode_raw(
+    chat: ChatConfig, tokenizer: Tokenizer, prompt: str, image_tokens: Sequence[int], video_tokens: Sequence[int] = ()
+) -> list[int]:
     """Ids of a finished prompt, with BOS in front unless it is spelled out there, pictures expanded as in `encode`."""
-    return _encode_pieces(chat, tokenizer, [(prompt, False)], image_tokens)[0]
+    return _encode_pieces(chat, tokenizer, [(prompt, False)], image_tokens, video_tokens)[0]
+
+
+def in_order(
+    chat: ChatConfig, ids: Sequence[int], image_tokens: Sequence[int], video_tokens: Sequence[int]
+) -> list[int]:
+    """The pictures' indices, and the clips' behind them, by their place among the ids of a prompt."""
+    count, tokens = len(image_tokens), [*image_tokens, *video_tokens]
+    if not video_tokens or not chat.video_token or chat.video_token_id == chat.image_token_id:
+        return list(range(len(tokens)))
+    waiting = {chat.image_token_id: iter(range(count)), chat.video_token_id: iter(range(count, len(tokens)))}
+    order, at = [], 0
+    while at < len(ids):
+        if ids[at] in waiting:
+            order.append(next(waiting[ids[at]]))
+        at += tokens[order[-1]] if ids[at] in waiting else 1
+    return order
+
+
+def tell_times(chat: ChatConfig, messages: Sequence[Message], pictures: int, told: Sequence[str]) -> list[Message]:
+    """Behind the marker of each clip what is told of its times, on a line of its own (add_time_instruction)."""
+    marker = chat.video_token or chat.image_token
+    left = ["" for _ in range(0 if chat.video_token else pictures)] + list(told)
+    changed = []
+    for message in messages:
+        head, *tails = message.text.split(marker)
+        for tail in tails:
+            text = left.pop(0) if left else ""
+            head += marker + (f"\n{text}\n{tail.removeprefix(chr(10))}" if text else tail)
+        changed.append(Message(message.role, head))
+    return changed
 
 
 def image_first(text: str, image_token: str) -> str:
@@ -174,40 +215,56 @@ def check_roles(messages: Sequence[Message], generate: bool) -> None:
 
 
 def _encode_pieces(
-    chat: ChatConfig, tokenizer: Tokenizer, pieces: Sequence[Segment], image_tokens: Sequence[int]
+    chat: ChatConfig,
+    tokenizer: Tokenizer,
+    pieces: Sequence[Segment],
+    image_tokens: Sequence[int],
+    video_tokens: Sequence[int],
 ) -> tuple[list[int], list[int]]:
-    marker = chat.image_token
-    found = sum(text.count(marker) for text, _ in pieces)
-    if found != len(image_tokens):
-        raise UserError(f"{found} '{marker}' in the text, but {len(image_tokens)} pictures; give one picture for each")
+    markers = chat.markers
+    given = {chat.image_token: ("pictures", [*image_tokens])}
+    if chat.video_token in markers:
+        given[chat.video_token] = ("videos", [*video_tokens])
+    else:
+        given[chat.image_token][1].extend(video_tokens)
+    for marker, (kind, counts) in given.items():
+        found = sum(text.count(marker) for text, _ in pieces)
+        if found != len(counts):
+            one = kind.removesuffix("s")
+            raise UserError(f"{found} '{marker}' in the text, but {len(counts)} {kind}; give one {one} for each")
+        if found and tokenizer.token_id(marker) is None and not chat.split_at_image:
+            raise UserError(
+                f"the tokenizer has no token '{marker}'; set split_at_image, as for original LLaVA checkpoints"
+            )
     # A run is text that is tokenised as one, in parts. Original LLaVA starts afresh behind every picture, which with
     # SentencePiece gives a lone blank there; in transformers the marker is one more token inside the text.
+    either = re.compile("|".join(map(re.escape, markers)))
     runs: list[list[Segment]] = [[]]
+    between: list[str] = []  # the markers that the runs were split at
     for text, supervised in pieces:
-        for number, chunk in enumerate(text.split(marker) if chat.split_at_image else [text]):
+        between += either.findall(text) if chat.split_at_image else []
+        for number, chunk in enumerate(either.split(text) if chat.split_at_image else [text]):
             if number:
                 runs.append([])
             runs[-1].append((chunk, supervised))
-    marker_id = tokenizer.token_id(marker)
-    if found and marker_id is None and not chat.split_at_image:
-        raise UserError(f"the tokenizer has no token '{marker}'; set split_at_image, as for original LLaVA checkpoints")
+    marker_of = {tokenizer.token_id(marker): marker for marker in markers if tokenizer.token_id(marker) is not None}
 
     ids: list[int] = []
     labels: list[int] = []
-    counts = iter(image_tokens)
+    counts_of = {marker: iter(counts) for marker, (_, counts) in given.items()}
 
-    def put_image() -> None:
-        count = next(counts)
-        ids.extend([chat.image_token_id] * count)
+    def put_image(marker: str) -> None:
+        count = next(counts_of[marker])
+        ids.extend([markers[marker]] * count)
         labels.extend([IGNORE] * count)
 
     for number, run in enumerate(runs):
         if number:
-            put_image()
+            put_image(between[number - 1])
         for (_, supervised), part in zip(run, tokenizer.encode_parts(text for text, _ in run)):
             for id in part:
-                if id == marker_id:
-                    put_image()
+                if id in marker_of:
+                    put_image(marker_of[id])
                     continue
                 ids.append(id)
                 labels.append(id if supervised else IGNORE)
@@ -229,7 +286,7 @@ def _jinja_segments(
     lists = _takes_lists(chat.jinja)
 
     def render(count: int, prompt: bool) -> str:
-        content = (_content(m.text, chat.image_token) if lists else m.text for m in messages[:count])
+        content = (_content(m.text, chat) if lists else m.text for m in messages[:count])
         turns = [{"role": m.role, "content": c} for m, c in zip(messages, content)]
         return _render(chat.jinja, turns, prompt, special_tokens)
 
@@ -253,16 +310,16 @@ def _jinja_segments(
     return [*pieces, (whole[len(done) :], False)] if generate else pieces
 
 
-def _content(text: str, marker: str) -> list[dict[str, str]]:
+def _content(text: str, chat: ChatConfig) -> list[dict[str, str]]:
     """A message as multimodal checkpoints' templates expect it; the line break beside a picture is theirs to write."""
     parts: list[dict[str, str]] = []
-    chunks = text.split(marker)
+    chunks = re.split("(" + "|".join(map(re.escape, chat.markers)) + ")", text)
     for number, chunk in enumerate(chunks):
-        if number:
-            parts.append({"type": "image"})
-            chunk = chunk.removeprefix("\n")
-        if number < len(chunks) - 1:
-            chunk = chunk.removesuffix("\n")
+        if number % 2:
+            parts.append({"type": "image" if chunk == chat.image_token else "video"})
+            continue
+        chunk = chunk.removeprefix("\n") if number else chunk
+        chunk = chunk.removesuffix("\n") if number < len(chunks) - 1 else chunk
         if chunk:
             parts.append({"type": "text", "text": chunk})
     return parts

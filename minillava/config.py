@@ -149,6 +149,21 @@ class LayoutConfig:
     max_frames: int = 32  # of a clip; where there are more they are spread evenly
     time_instruction: bool = False  # tell the model the clip's length and when its frames are (LLaVA-Video)
 
+    def __post_init__(self) -> None:
+        for key, known in (
+            ("merge", ("flat", "spatial", "unpad")),
+            ("several", ("tiles", "pad")),
+            ("video_pool", ("average", "max", "bilinear")),
+            ("video_newline", ("no_token", "one_token", "frame", "grid") if self.merge == "unpad" else ("no_token",)),
+        ):
+            if (value := getattr(self, key)) not in known:
+                why = " where merge is not 'unpad': there is no newline" if known == ("no_token",) else ""
+                raise UserError(f"layout.{key} is {value!r}; use one of {', '.join(known)}{why}")
+        if self.max_tiles and self.merge != "unpad":
+            raise UserError("layout.max_tiles goes with merge 'unpad'; set that, or 0 tiles")
+        if self.video_stride < 1 or self.max_frames < 1 or any(min(grid) < 1 for grid in self.grids):
+            raise UserError("layout: video_stride, max_frames and the sides of grids must be 1 or more")
+
 
 @dataclass(frozen=True)
 class ChatConfig:

@@ -1,15 +1,16 @@
 """LLaVA's JSON in, packed batches out.
 
 Reads the format of LLaVA (docs/Finetune_Custom_Data.md of haotian-liu/LLaVA) and its relatives: a JSON list or JSON
-lines; from/value or role/content turns; no image, one, or several; images in a folder or in a zip read in place.
+lines; from/value or role/content turns; no image, one, or several, and videos; in a folder or in a zip read in place.
 Differs: every sample is checked before anything is trained (`scan`), and rows are packed end to end without padding.
-Shape letters: T tokens of all rows end to end, N images, C channels, H height, W width.
+Shape letters: T tokens of all rows end to end, N views of images and videos, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,13 @@ import torch
 from minillava import chat
 from minillava.chat import IGNORE, Message
 from minillava.config import ModelConfig, UserError
-from minillava.image import prepare
-from minillava.layout import image_tokens
+from minillava.image import prepare_clip, prepare_views
+from minillava.layout import Span
 from minillava.store import ImageRef, ImageStore, open_store
 from minillava.tokenizer import Tokenizer
 
 MARKER = "<image>"  # stands for a picture in the JSON, whatever the checkpoint's own placeholder is
+VIDEO_MARKER = "<video>"  # stands for a video; LLaVA-Video's JSON has <image> there as well
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -36,12 +38,13 @@ class SampleError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One conversation; its pictures in the order of their markers."""
+    """One conversation; its pictures in the order of their markers, its videos in the order of theirs."""
 
     id: str
     images: tuple[ImageRef, ...]
     messages: tuple[Message, ...]
     source: str = ""  # the file that it came from
+    videos: tuple[ImageRef, ...] = ()
 
     @property
     def name(self) -> str:
@@ -58,6 +61,7 @@ class Report:
     text_only: int = 0
     images: int = 0
     several_images: int = 0  # samples with more than one
+    videos: int = 0
     turns: int = 0
     dropped_first_turns: int = 0  # conversations that opened with the model's turn, which was dropped as LLaVA does
     missing_images: int = 0
@@ -99,8 +103,9 @@ def scan(path: Path, image_root: Path | None) -> tuple[list[Sample], Report]:
             continue
         samples.append(sample)
         report.samples += 1
-        report.text_only += not sample.images
+        report.text_only += not sample.images and not sample.videos
         report.images += len(sample.images)
+        report.videos += len(sample.videos)
         report.several_images += len(sample.images) > 1
         report.turns += len(sample.messages)
     if not samples and not report.problems:
@@ -141,29 +146,49 @@ def _parse(raw: Any, number: int, store: ImageStore | None, report: Report) -> S
     where = f"{report.path}: sample {str(identity)!r} (number {number})"
     if not isinstance(raw, dict):
         raise UserError(f"{where}: expected an object with 'conversations', got {_kind(raw)}; check the file")
-    if "video" in raw:
-        raise UserError(f"{where}: has a 'video', which is not supported; remove the sample or use images")
-    names = raw.get("image", raw.get("images")) or []
+    images, videos = (_names(raw, key, where) for key in ("image", "video"))
+    messages = _parse_turns(raw.get("conversations", raw.get("messages")), where, report)
+    count = {marker: sum(message.text.count(marker) for message in messages) for marker in (MARKER, VIDEO_MARKER)}
+    if videos and not count[VIDEO_MARKER] and count[MARKER] == len(images) + len(videos):
+        messages = _mark_videos(messages, len(images))
+        count = {MARKER: len(images), VIDEO_MARKER: len(videos)}
+    for marker, names, kind in ((MARKER, images, "image"), (VIDEO_MARKER, videos, "video")):
+        if count[marker] != len(names) and (names or marker == MARKER):  # without videos <video> is a word
+            report.marker_mismatches += 1
+            add, many = f"add a {marker} for each {kind}", f"add the {kind}s or remove markers"
+            raise UserError(
+                f"{where}: {count[marker]} {marker} in the text but {len(names)} {kind}s; "
+                f"{many if count[marker] > len(names) else add}"
+            )
+        if names and store is None:
+            raise UserError(f"{where}: has an {kind} but no image folder was given; set one")
+        for name in names:
+            if store is not None and not store.has(name):
+                report.missing_images += 1
+                raise UserError(f"{where}: {kind} {name} is missing; add it or remove the sample")
+    refs = [tuple(ImageRef(name, store) for name in names) if store is not None else () for names in (images, videos)]
+    return Sample(str(identity), refs[0], messages, report.path, refs[1])
+
+
+def _names(raw: dict[str, Any], key: str, where: str) -> list[str]:
+    """The paths under a sample's `image` or `images`."""
+    names = raw.get(key, raw.get(f"{key}s")) or []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{where}: 'image' must be a path or a list of paths; correct it")
-    messages = _parse_turns(raw.get("conversations", raw.get("messages")), where, report)
+        raise UserError(f"{where}: '{key}' must be a path or a list of paths; correct it")
+    return names
 
-    markers = sum(message.text.count(MARKER) for message in messages)
-    if markers != len(names):
-        report.marker_mismatches += 1
-        raise UserError(
-            f"{where}: {markers} {MARKER} in the text but {len(names)} images; "
-            f"{'add the images or remove markers' if markers > len(names) else f'add a {MARKER} for each image'}"
-        )
-    if names and store is None:
-        raise UserError(f"{where}: has an image but no image folder was given; set one")
-    for name in names:
-        if store is not None and not store.has(name):
-            report.missing_images += 1
-            raise UserError(f"{where}: image {name} is missing; add it or remove the sample")
-    refs = tuple(ImageRef(name, store) for name in names) if store is not None else ()
-    return Sample(str(identity), refs, messages, report.path)
+
+def _mark_videos(messages: tuple[Message, ...], images: int) -> tuple[Message, ...]:
+    """Messages in which every <image> but the first few stands for a video."""
+    marked = []
+    for message in messages:
+        mine = min(images, message.text.count(MARKER))
+        images -= mine
+        parts = message.text.split(MARKER)
+        text = MARKER.join(parts[: mine + 1]) + "".join(VIDEO_MARKER + part for part in parts[mine + 1 :])
+        marked.append(Message(message.role, text))
+    return tuple(marked)
 
 
 def _parse_turns(turns: Any, where: str, report: Report) -> tuple[Message, ...]:
@@ -211,6 +236,7 @@ class Example:
     labels: list[int]
     pixels_NCHW: torch.Tensor | None
     cut: int = 0  # tokens left out because the sample was longer than allowed
+    spans: tuple[Span, ...] = ()  # which of the views make one picture or clip; none: each is a picture
 
 
 def encode_sample(sample: Sample, config: ModelConfig, tokenizer: Tokenizer, max_tokens: int) -> Example:
@@ -219,38 +245,51 @@ def encode_sample(sample: Sample, config: ModelConfig, tokenizer: Tokenizer, max
     Raises SampleError if an image cannot be read or no supervised token is left.
     """
     try:
-        images = [ref.open(sample.name) for ref in sample.images]
+        seen = [
+            prepare_views(ref.open(sample.name), config, len(sample.images) > 1, f"{sample.name}: {ref.name}")
+            for ref in sample.images
+        ]
+        clips = [ref.open_clip(sample.name, config) for ref in sample.videos]
+        filmed = [prepare_clip(clip.frames, config, sample.name) for clip in clips]
     except UserError as error:
         raise SampleError(str(error)) from None
-    spans = [image_tokens(config, *image.size) for image in images]
-    messages = sample.messages
-    if config.chat.image_token != MARKER:
-        messages = tuple(Message(m.role, m.text.replace(MARKER, config.chat.image_token)) for m in messages)
+    tokens = [span.tokens for _, span in seen], [span.tokens for _, span in filmed]
+    messages: Sequence[Message] = sample.messages
+    theirs = config.chat.image_token, config.chat.video_token or config.chat.image_token
+    if theirs != (MARKER, VIDEO_MARKER):
+        messages = [Message(m.role, _remark(m.text, theirs, bool(clips))) for m in messages]
+    if clips and config.layout.time_instruction:
+        messages = chat.tell_times(config.chat, messages, len(seen), [clip.instruction() for clip in clips])
     try:
-        ids, labels = chat.encode(config.chat, tokenizer, messages, spans, generate=False)
+        ids, labels = chat.encode(config.chat, tokenizer, messages, tokens[0], False, tokens[1])
     except UserError as error:
         raise UserError(f"{sample.name}: {error}") from None
+    visuals = [(seen + filmed)[i] for i in chat.in_order(config.chat, ids, *tokens)]
     length = len(ids)
     if length > max_tokens:
-        end, kept = _cut(ids, spans, config, max_tokens)
-        ids, labels, images = ids[:end], labels[:end], images[:kept]
+        end, kept = _cut(ids, [span.tokens for _, span in visuals], config, max_tokens)
+        ids, labels, visuals = ids[:end], labels[:end], visuals[:kept]
     if ids:
         labels[0] = IGNORE  # nothing predicts the first token
     if labels.count(IGNORE) == len(labels):
         why = f"cut from {length} to {max_tokens} tokens it " if length > max_tokens else ""
         raise SampleError(f"{sample.name}: {why}has no token to learn; raise max_tokens or remove the sample")
-    try:
-        pixels = [prepare(image, config.image, sample.name) for image in images]
-    except UserError as error:
-        raise SampleError(str(error)) from None
-    return Example(ids, labels, torch.stack(pixels) if pixels else None, length - len(ids))
+    pixels = torch.cat([views_NCHW for views_NCHW, _ in visuals]) if visuals else None
+    return Example(ids, labels, pixels, length - len(ids), tuple(span for _, span in visuals))
+
+
+def _remark(text: str, markers: tuple[str, str], clips: bool) -> str:
+    """The JSON's markers as those of a checkpoint; without clips <video> is a word."""
+    parts = re.split(f"({MARKER}|{VIDEO_MARKER})" if clips else f"({MARKER})", text)
+    return "".join({MARKER: markers[0], VIDEO_MARKER: markers[1]}[p] if i % 2 else p for i, p in enumerate(parts))
 
 
 def _cut(ids: Sequence[int], spans: Sequence[int], config: ModelConfig, max_tokens: int) -> tuple[int, int]:
     """Where to end and how many images stay: at max_tokens, or in front of the image that it would cut through."""
+    placeholders = set(config.chat.markers.values())
     end = start = 0
     for number, span in enumerate(spans):
-        start = ids.index(config.chat.image_token_id, end)
+        start = next(at for at in range(end, len(ids)) if ids[at] in placeholders)
         end = start + span
         if end > max_tokens:
             before = start - 1 if config.chat.image_start_end else start  # no <im_start> without its image
@@ -265,12 +304,13 @@ class Batch:
     ids_T: torch.Tensor  # int64
     labels_T: torch.Tensor  # int64, the id at each supervised position, else IGNORE
     cu_seqlens: tuple[int, ...]
-    pixels_NCHW: torch.Tensor | None  # float32, in the order of their placeholders
+    pixels_NCHW: torch.Tensor | None  # float32 views, in the order of their placeholders
     supervised: int  # positions with a label: what the loss is divided by
     cut_rows: int = 0  # rows that were longer than allowed
     cut_tokens: int = 0  # what they lost
     lost: tuple[tuple[int, str], ...] = ()  # (index, why) of samples that another one stands in for
     epoch: int = 0
+    spans: tuple[Span, ...] = ()  # which of the views make one picture or clip; none: each is a picture
 
     def to(self, device: torch.device | str) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -302,4 +342,5 @@ def pack(examples: Sequence[Example]) -> Batch:
         supervised=int(np.count_nonzero(labels_T != IGNORE)),
         cut_rows=sum(example.cut > 0 for example in examples),
         cut_tokens=sum(example.cut for example in examples),
+        spans=tuple(span for example in examples for span in example.spans),
     )

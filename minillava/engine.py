@@ -3,7 +3,7 @@
 Prompts of any lengths are prefilled as one packed pass; then every step of `minillava.slots` gives each sequence one
 more token. Sequences that have stopped leave, waiting ones take their slots. An answer does not depend on the batch it
 was computed in, up to rounding.
-Letters: B rows, T tokens of all rows together, N images, P visual tokens of one, C channels, D width, V vocabulary.
+Letters: B rows, T tokens of all rows together, N views of a picture or clip, C channels, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from minillava import chat
 from minillava.answer import Answer, AnswerText, stop_strings
 from minillava.chat import Message
 from minillava.config import UserError
-from minillava.image import open_image, prepare
-from minillava.layout import image_tokens
+from minillava.image import open_image, prepare_clip, prepare_views
+from minillava.layout import Span, view_span
 from minillava.llava import LLaVA
 from minillava.sampling import GREEDY, Sampling
 from minillava.slots import Slots
 from minillava.tokenizer import Tokenizer
+from minillava.video import Clip, VideoSource, open_clip
 
 if TYPE_CHECKING:
     from PIL import Image
 
     ImageSource = str | Path | bytes | Image.Image | Tensor  # a tensor holds prepared pixels_CHW
 
-TOWER_BATCH = 16  # pictures in one pass of the tower: CLIP-L/336 takes about 30 MB of float32 activations for each
+TOWER_BATCH = 16  # views in one pass of the tower: CLIP-L/336 takes about 30 MB of float32 activations for each
 MAX_ROWS = 64  # requests computed together
 PREFILL_TOKENS = 1 << 14  # prompt tokens of one pass: the MLP of a 7B holds 22 kB of bf16 for each
 CACHE_BYTES = 4 << 30  # keys and values of all slots; a single request may take more
@@ -53,22 +54,29 @@ class Request:
     max_new_tokens: int = 512
     sampling: Sampling = GREEDY
     name: str = ""  # how an error calls it
+    videos: Sequence[VideoSource] = ()  # files, folders of frames, or lists of pictures; see `minillava.video`
 
 
-def user_message(text: str, images: int, image_token: str) -> Message:
-    """A question about pictures: each marker stays where the user put it; without any, the pictures come first."""
-    if image_token not in text:
-        text = f"{image_token}\n" * images + text
-    return Message("user", text)
+def user_message(text: str, images: int, image_token: str, videos: int = 0, video_token: str = "") -> Message:
+    """A question about pictures and clips: each marker stays where the user put it; without any, they come first."""
+    wanted = {image_token: images}
+    wanted[video_token or image_token] = wanted.get(video_token or image_token, 0) + videos
+    front = "".join(f"{marker}\n" * count for marker, count in wanted.items() if marker not in text)
+    return Message("user", front + text)
 
 
 @dataclass
 class Picture:
-    """A picture that rows may share: prepared pixels, and what the tower and projector made of them."""
+    """A picture or clip that rows may share: its prepared views, and what the tower and projector made of them."""
 
-    pixels_CHW: Tensor
-    tokens: int
-    visual_PD: Tensor | None = None
+    pixels_NCHW: Tensor
+    span: Span
+    visual_TD: Tensor | None = None
+    told: str = ""  # of a clip: when its frames are
+
+    @property
+    def tokens(self) -> int:
+        return self.span.tokens
 
 
 @dataclass
@@ -138,8 +146,12 @@ class Engine:
             request.sampling.check()
             if request.max_new_tokens < 1:
                 raise UserError(f"max_new_tokens is {request.max_new_tokens}; use 1 or more")
-            pictures = [self._open(source, opened) for source in request.images]
-            ids = self._ids(request, [picture.tokens for picture in pictures])
+            several = len(request.images) > 1
+            pictures = [self._open(source, several, opened) for source in request.images]
+            clips = [self._open_clip(source, opened) for source in request.videos]
+            counts = [picture.tokens for picture in pictures], [clip.tokens for clip in clips]
+            ids = self._ids(request, *counts, [clip.told for clip in clips])
+            pictures = [(pictures + clips)[i] for i in chat.in_order(self.config.chat, ids, *counts)]
             context = self.config.decoder.max_positions
             if len(ids) >= context:
                 visual = sum(picture.tokens for picture in pictures)
@@ -152,26 +164,34 @@ class Engine:
         text = AnswerText(self.tokenizer, self.stops, strip=bool(request.messages))
         return Row(index, ids, pictures, min(request.max_new_tokens, context - len(ids)), request.sampling, text)
 
-    def _open(self, source: ImageSource, opened: dict[object, Picture]) -> Picture:
-        key = str(source) if isinstance(source, str | Path) else id(source)
+    def _open(self, source: ImageSource, several: bool, opened: dict[object, Picture]) -> Picture:
+        key = (several, str(source) if isinstance(source, str | Path) else id(source))
         if key not in opened:
             if isinstance(source, Tensor):
-                pixels_CHW, size = source, (source.shape[2], source.shape[1])
+                opened[key] = Picture(source[None], view_span(self.config))
             else:
-                image = open_image(source)
-                pixels_CHW, size = prepare(image, self.config.image), image.size
-            opened[key] = Picture(pixels_CHW, image_tokens(self.config, *size))
+                opened[key] = Picture(*prepare_views(open_image(source), self.config, several))
         return opened[key]
 
-    def _ids(self, request: Request, counts: Sequence[int]) -> list[int]:
+    def _open_clip(self, source: VideoSource, opened: dict[object, Picture]) -> Picture:
+        key = ("video", str(source) if isinstance(source, str | Path) else id(source))
+        if key not in opened:
+            clip: Clip = open_clip(source, self.config)
+            told = clip.instruction() if self.config.layout.time_instruction else ""
+            opened[key] = Picture(*prepare_clip(clip.frames, self.config), told=told)
+        return opened[key]
+
+    def _ids(self, request: Request, images: list[int], videos: list[int], told: list[str]) -> list[int]:
+        config = self.config.chat
         if request.prompt_ids is not None:
-            ids, expected = list(request.prompt_ids), sum(counts)
-            if (found := ids.count(self.config.chat.image_token_id)) != expected:
+            ids, expected = list(request.prompt_ids), sum(images) + sum(videos)
+            if (found := self._visual(ids)) != expected:
                 raise UserError(f"the ids hold {found} image placeholders, the pictures make {expected} visual tokens")
         elif request.raw is not None:
-            ids = chat.encode_raw(self.config.chat, self.tokenizer, request.raw, counts)
+            ids = chat.encode_raw(config, self.tokenizer, request.raw, images, videos)
         else:
-            ids, _ = chat.encode(self.config.chat, self.tokenizer, request.messages, counts, generate=True)
+            messages = chat.tell_times(config, request.messages, len(images), told) if any(told) else request.messages
+            ids, _ = chat.encode(config, self.tokenizer, messages, images, True, videos)
         if not ids:
             raise UserError("the prompt is empty; write one")
         return ids
@@ -194,13 +214,17 @@ class Engine:
 
     def see(self, pictures: Sequence[Picture]) -> None:
         """Give each picture its visual tokens, unless it has them."""
-        unseen = list({id(picture): picture for picture in pictures if picture.visual_PD is None}.values())
-        for at in range(0, len(unseen), TOWER_BATCH):
-            some = unseen[at : at + TOWER_BATCH]
-            visual_NPD = self.model.see(torch.stack([picture.pixels_CHW for picture in some]).to(self.device))
-            for picture, visual_PD in zip(some, visual_NPD):
-                picture.visual_PD = visual_PD
-        self.pictures_seen += len(unseen)
+        unseen = list({id(picture): picture for picture in pictures if picture.visual_TD is None}.values())
+        while unseen:
+            some: list[Picture] = []
+            views = 0
+            while unseen and (not some or views + unseen[0].span.views <= TOWER_BATCH):
+                views += unseen[0].span.views
+                some.append(unseen.pop(0))
+            pixels_NCHW = torch.cat([picture.pixels_NCHW for picture in some]).to(self.device)
+            for picture, visual_TD in zip(some, self.model.see(pixels_NCHW, [p.span for p in some], TOWER_BATCH)):
+                picture.visual_TD = visual_TD
+            self.pictures_seen += len(some)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], slots: Slots) -> Generator[tuple[int, str], None, list[Answer]]:
@@ -265,23 +289,26 @@ class Engine:
 
     def _pass(self, rows: Sequence[Row], slots: Slots, start: int, spans: Sequence[tuple[int, int, int]]) -> Tensor:
         """One packed pass over parts of prompts -> hidden states [B, D] where a prompt ends."""
-        placeholder = self.config.chat.image_token_id
         ids_T = torch.tensor([id for b, at, end in spans for id in rows[b].ids[at:end]], device=self.device)
         cu_seqlens = list(accumulate((end - at for _, at, end in spans), initial=0))
         x_TD, visual = self.model.embed(ids_T), []
         for b, at, end in spans:
-            parts = [picture.visual_PD for picture in rows[b].pictures if picture.visual_PD is not None]
-            before, new = rows[b].ids[:at].count(placeholder), rows[b].ids[at:end].count(placeholder)
+            parts = [picture.visual_TD for picture in rows[b].pictures if picture.visual_TD is not None]
+            before, new = self._visual(rows[b].ids[:at]), self._visual(rows[b].ids[at:end])
             if new:
                 visual.append(torch.cat(parts)[before : before + new])
         if visual:
-            x_TD = self.model.splice(x_TD, ids_T, torch.cat(visual)[None])
+            x_TD = self.model.splice(x_TD, ids_T, visual)
         ends = [last - 1 for (b, _, end), last in zip(spans, cu_seqlens[1:]) if end == len(rows[b].ids)]
         keep_S = torch.tensor(ends, device=self.device, dtype=torch.int64)
         return self.model.decoder(x_TD, cu_seqlens, slots.cache, keep_S, [start + b for b, _, _ in spans])
 
+    def _visual(self, ids: list[int]) -> int:
+        """Placeholders among ids."""
+        return sum(map(ids.count, set(self.config.chat.markers.values())))
+
     def _answer(self, row: Row) -> Answer:
-        visual, decode_s = row.ids.count(self.config.chat.image_token_id), row.times[-1] - row.times[0]
+        visual, decode_s = self._visual(row.ids), row.times[-1] - row.times[0]
         token_s = median(b - a for a, b in pairwise(row.times)) if len(row.times) > 1 else None
         common = (row.text.text, row.token_ids, len(row.ids), visual, row.finish_reason)
         return Answer(*common, row.vision_s, row.prefill_s, decode_s, token_s)
@@ -295,8 +322,8 @@ class Engine:
 class Conversation:
     """Turns about pictures that stay: they are seen once, and of each new prompt only what is new is computed."""
 
-    def __init__(self, engine: Engine, images: Sequence[ImageSource] = ()):
-        self.engine = engine
+    def __init__(self, engine: Engine, images: Sequence[ImageSource] = (), videos: Sequence[VideoSource] = ()):
+        self.engine, self.videos = engine, list(videos)
         self.images = list(images)  # also keeps the sources alive, whose identity names them in `opened`
         self.opened: dict[object, Picture] = {}
         self.messages: list[Message] = []
@@ -312,9 +339,12 @@ class Conversation:
         on_text: Callable[[int, str], None] | None = None,
     ) -> Answer:
         """The answer to one more question. If it is interrupted, the conversation is as it was before."""
-        engine, marker = self.engine, self.engine.config.chat.image_token
-        messages = [*self.messages, user_message(question, 0 if self.messages else len(self.images), marker)]
-        row = engine.row(0, Request(messages, self.images, None, None, max_new_tokens, sampling), self.opened)
+        engine, config, first = self.engine, self.engine.config.chat, not self.messages
+        counts = len(self.images) * first, len(self.videos) * first
+        message = user_message(question, counts[0], config.image_token, counts[1], config.video_token)
+        messages = [*self.messages, message]
+        request = Request(messages, self.images, None, None, max_new_tokens, sampling, videos=self.videos)
+        row = engine.row(0, request, self.opened)
         same = 0  # the answer's ids are made from its text again, and may differ from those that were sampled
         while same < min(len(self.cached_ids), len(row.ids) - 1) and self.cached_ids[same] == row.ids[same]:
             same += 1

@@ -1,25 +1,29 @@
-"""Pixels: open a picture safely, make it RGB, fit it to the tower's square, normalise.
+"""Pixels: open a picture safely, make it RGB, fit it to the tower's square or cut it into tiles, normalise.
 
 Follows the image processors of LLaVA v1 and 1.5 (CLIP's, after `expand2square` where image.fit is "pad"), to the bit.
 Differs from the original loaders where they show the model something else than a person sees: a file's EXIF orientation
 is applied (as transformers' load_image does), transparency is composited on white (as transformers 5.23 does; the
 original drops alpha), and 16-bit grey keeps its high byte (a plain PIL conversion clips it to white).
-Shape letters: C channels (RGB), H height, W width.
+Shape letters: N views, C channels (RGB), H height, W width.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
+import math
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from minillava.config import ImageConfig, UserError
+from minillava.config import ImageConfig, ModelConfig, UserError
+from minillava.layout import Span, clip_span, image_span
 
 MAX_PIXELS = 178_956_970  # of a file, and of what it is padded or resized to: PIL's own hard limit, 537 MB as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO", "AVIF")  # others run odd parsers
@@ -78,8 +82,46 @@ def prepare(image: Image.Image, config: ImageConfig, name: str = "the image") ->
     """
     if config.fit not in _FITS:
         raise UserError(f"config: image.fit is '{config.fit}'; use one of {', '.join(_FITS)}")
-    pixels_HWC = np.asarray(_FITS[config.fit](image, config, name))
-    pixels_CHW = np.empty((3, config.size, config.size), dtype=np.float32)
+    return _normalised(_FITS[config.fit](image, config, name), config)
+
+
+def prepare_views(
+    image: Image.Image, config: ModelConfig, several: bool = False, name: str = "the image"
+) -> tuple[torch.Tensor, Span]:
+    """The views of a picture as pixels_NCHW, and what becomes of them; `several`: there are others in its prompt.
+
+    Of a tiled picture (AnyRes) the first is all of it, squashed; the rest are its tiles, row by row, which it
+    fills with its aspect kept, centred on black. Equal to transformers' processors of LLaVA-NeXT and OneVision on PIL.
+    """
+    span = image_span(config, *image.size, several)
+    if not span.rows:
+        padded = config.layout.grids and several
+        fit = dataclasses.replace(config.image, fit="pad") if padded else config.image
+        return prepare(image, fit, name)[None], span
+    size, (width, height) = config.image.size, image.size
+    across, down = span.columns * size, span.rows * size
+    if across / width < down / height:
+        inside = (across, min(math.ceil(height * (across / width)), down))
+    else:
+        inside = (min(math.ceil(width * (down / height)), across), down)
+    canvas = Image.new("RGB", (across, down))
+    canvas.paste(_resized(image, inside), ((across - inside[0]) // 2, (down - inside[1]) // 2))
+    tiles = _normalised(canvas, config.image).unflatten(2, (span.columns, size)).unflatten(1, (span.rows, size))
+    base_CHW = _normalised(_resized(image, (size, size)), config.image)
+    return torch.cat([base_CHW[None], tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)]), span
+
+
+def prepare_clip(
+    frames: Sequence[Image.Image], config: ModelConfig, name: str = "the video"
+) -> tuple[torch.Tensor, Span]:
+    """The frames of a clip as pixels_NCHW, one view each, and what becomes of them."""
+    fit = dataclasses.replace(config.image, fit=config.layout.video_fit or config.image.fit)
+    return torch.stack([prepare(frame, fit, name) for frame in frames]), clip_span(config, len(frames))
+
+
+def _normalised(image: Image.Image, config: ImageConfig) -> torch.Tensor:
+    pixels_HWC = np.asarray(image)
+    pixels_CHW = np.empty((3, *pixels_HWC.shape[:2]), dtype=np.float32)
     for channel, levels in enumerate(_levels(config.mean, config.std)):
         np.take(levels, pixels_HWC[:, :, channel], out=pixels_CHW[channel], mode="clip")
     return torch.from_numpy(pixels_CHW)
@@ -111,16 +153,18 @@ def _crop(image: Image.Image, config: ImageConfig, name: str) -> Image.Image:
     else:
         width, height = int(size * width / height), size
     _check_area(width, height, f"resized to {size} pixels on its shorter edge", name)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = _resized(image, (width, height))
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size)) if left or top or width != height else image
 
 
 def _squash(image: Image.Image, config: ImageConfig, name: str) -> Image.Image:
     """Resize to the square, whatever the shape was."""
-    square = (config.size, config.size)
-    return image if image.size == square else image.resize(square, Image.Resampling.BICUBIC)
+    return _resized(image, (config.size, config.size))
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 _FITS = {"pad": _pad, "crop": _crop, "squash": _squash}

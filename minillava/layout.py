@@ -1,12 +1,34 @@
-"""Geometry without pixels: how many visual tokens an image of W x H becomes. THE count.
+"""Geometry without pixels: how many visual tokens a picture of W x H, or a clip of T frames, becomes. THE count.
 
-The data pipeline, the prompt, the memory planner and the model all ask `image_tokens`; nothing else counts patches.
-LLaVA v1 (arXiv 2304.08485) and LLaVA-1.5 (arXiv 2310.03744) show the tower one square view of every image.
+The data pipeline, the prompt, the memory planner and the model all ask here; nothing else counts patches. What the
+systems added to one another: one square view (LLaVA v1, arXiv 2304.08485, and 1.5), AnyRes tiles behind a squashed
+base view with a newline behind each row (1.5-HD, arXiv 2310.03744, and NeXT), pooled frames (NeXT-Video), and maps
+shrunk to a bound, several pictures as one padded view each (OneVision, arXiv 2408.03326).
 """
 
 from __future__ import annotations
 
-from minillava.config import ModelConfig, UserError, VisionConfig
+import math
+from dataclasses import dataclass
+
+from minillava.config import LayoutConfig, ModelConfig, UserError, VisionConfig
+
+TEXT_ROOM = 1024  # tokens of the context that a clip leaves to question and answer
+
+
+@dataclass(frozen=True)
+class Span:
+    """A picture or clip as the tower and the prompt see it. Maps are in patches; the default is one square view."""
+
+    tokens: int  # in the prompt
+    views: int = 1  # squares of the tower's size; a tiled picture's first is the whole picture
+    clip: bool = False  # the views are frames
+    rows: int = 0  # tiles behind the base view
+    columns: int = 0
+    top: int = 0  # padding above, and below, in the map of all tiles
+    left: int = 0
+    height: int = 0  # of the map after unpadding and shrinking
+    width: int = 0
 
 
 def view_tokens(vision: VisionConfig) -> int:
@@ -14,21 +36,85 @@ def view_tokens(vision: VisionConfig) -> int:
     return vision.num_patches + int(vision.keep_class_token and vision.class_token)
 
 
-def num_views(config: ModelConfig, width: int, height: int) -> int:
-    """Square views of the tower's size that an image of width x height pixels is shown as: one."""
-    return 1
+def view_span(config: ModelConfig) -> Span:
+    """A picture of one view. It too ends with a newline where there is one, as the original's lists do."""
+    return Span(view_tokens(config.vision) + (config.layout.merge == "unpad"))
 
 
-def image_tokens(config: ModelConfig, width: int, height: int) -> int:
-    """Visual tokens that an image of width x height pixels takes up in the prompt.
+def best_grid(config: ModelConfig, width: int, height: int) -> tuple[int, int]:
+    """(columns, rows) of the tiles that keep most of the picture's pixels, and among these waste least.
 
-    Raises UserError if the image has no area or the prepared pixels would not be what the tower sees.
+    As select_best_resolution of the original. Of equals the first in the list wins, and here original and transformers
+    differ: the one's list holds (width, height), the other reads the same pairs as (height, width).
     """
+    side = config.vision.image_size
+
+    def quality(grid: tuple[int, int]) -> tuple[int, int]:
+        area_width, area_height = grid[0] * side, grid[1] * side
+        scale = min(area_width / width, area_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, -area_width * area_height
+
+    return max(config.layout.grids, key=quality)
+
+
+def unpadding(layout: LayoutConfig, width: int, height: int, rows: int, columns: int) -> tuple[int, int]:
+    """Patches of padding (above and below, left and right) in a map of rows x columns that shows width x height pixels.
+
+    The kept part is truncated, and an odd rest stays with it; transformers rounds off what floats leave first.
+    """
+
+    def kept(patches: float) -> int:
+        return int(round(patches, 7) if layout.round_unpad else patches)
+
+    if width / height > columns / rows:
+        return (rows - kept(height * (columns / width))) // 2, 0
+    return 0, (columns - kept(width * (rows / height))) // 2
+
+
+def image_span(config: ModelConfig, width: int, height: int, several: bool = False) -> Span:
+    """What a picture of width x height pixels becomes; `several`: it is not the only one in its prompt.
+
+    Raises UserError if the picture has no area or the prepared pixels would not be what the tower sees.
+    """
+    vision, layout, P = config.vision, config.layout, config.vision.patches_per_side
     if width < 1 or height < 1:
         raise UserError(f"an image of {width} x {height} pixels has no area; leave it out")
-    if config.image.size != config.vision.image_size:
+    if config.image.size != vision.image_size:
         raise UserError(
             f"config: images are prepared at {config.image.size} pixels a side but the vision tower sees "
-            f"{config.vision.image_size}; make image.size and vision.image_size equal"
+            f"{vision.image_size}; make image.size and vision.image_size equal"
         )
-    return num_views(config, width, height) * view_tokens(config.vision)
+    unpad = layout.merge == "unpad"
+    if not layout.grids or (several and layout.several == "pad"):
+        return view_span(config)
+    columns, rows = best_grid(config, width, height)
+    views = 1 + columns * rows
+    top, left = unpadding(layout, width, height, rows * P, columns * P) if unpad else (0, 0)
+    h, w = rows * P - 2 * top, columns * P - 2 * left
+    if layout.max_tiles:
+        ratio = math.sqrt(h * w / (layout.max_tiles * P**2))
+        if ratio > 1.1:
+            h, w = int(h // ratio), int(w // ratio)
+    return Span(P * P + h * (w + unpad), views, False, rows, columns, top, left, h, w)
+
+
+def clip_span(config: ModelConfig, frames: int) -> Span:
+    """What a clip becomes of which `frames` frames are looked at. Raises UserError if there are none."""
+    layout, P = config.layout, config.vision.patches_per_side
+    if frames < 1:
+        raise UserError("a video without frames; leave it out")
+    side = -(-P // layout.video_stride) if layout.video_pool == "bilinear" else P // layout.video_stride
+    newlines = {"no_token": 0, "one_token": 1, "frame": frames, "grid": frames * side}[layout.video_newline]
+    return Span(frames * side * side + newlines, frames, True, height=side, width=side)
+
+
+def frame_limit(config: ModelConfig) -> int:
+    """Frames of a clip to look at, at most: layout.max_frames, fewer where the context is too short for them."""
+    room = (config.decoder.max_positions - TEXT_ROOM) // max(1, clip_span(config, 1).tokens)
+    return max(1, min(config.layout.max_frames, room))
+
+
+def image_tokens(config: ModelConfig, width: int, height: int, several: bool = False) -> int:
+    """Visual tokens that a picture takes up in the prompt; see `image_span`."""
+    return image_span(config, width, height, several).tokens

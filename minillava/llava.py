@@ -3,7 +3,7 @@
 `forward` is the whole model on one screen: embed, see, project, splice, decode. Sequences are packed end to end;
 see `minillava.decoder`. Each picture stands in the ids as as many copies of the placeholder as it has visual tokens.
 
-Letters: T tokens, N images, P visual tokens an image, D width, V vocabulary, S supervised positions.
+Letters: T tokens, N views of the tower's size, P patches of one, D width, V vocabulary, S supervised positions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from minillava.cache import KVCache
 from minillava.config import ModelConfig, UserError
 from minillava.decoder import Decoder
 from minillava.kernels.linear_cross_entropy import linear_cross_entropy
-from minillava.projector import Projector
+from minillava.layout import Span, view_span
+from minillava.projector import Projector, pack, pool
 from minillava.vit import VisionTower
 
 IGNORE = -100  # label of a position that is not supervised
@@ -28,7 +29,8 @@ class LLaVA(nn.Module):
         super().__init__()
         self.config = config
         self.vision = VisionTower(config.vision)
-        self.projector = Projector(config.projector, config.vision.feature_size, config.decoder.hidden_size)
+        newline = config.layout.merge == "unpad"
+        self.projector = Projector(config.projector, config.vision.feature_size, config.decoder.hidden_size, newline)
         self.decoder = Decoder(config.decoder)
 
     def forward(
@@ -39,11 +41,13 @@ class LLaVA(nn.Module):
         cu_seqlens: Sequence[int] | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        spans: Sequence[Span] = (),
     ) -> Tensor:
         """Logits [T, V], or with labels the sum of the losses over the supervised positions, in float32.
 
         `input_ids` is [T] with boundaries `cu_seqlens` (one sequence if None), or [B, T] for B equally long ones.
-        `images` is pixels [N, 3, S, S] in the order of their placeholders. `labels` holds at each position the id that
+        `images` is pixels [N, 3, S, S] of all views, in the order of their placeholders; `spans` says which of them are
+        one picture or clip, and how (by default each is a picture). `labels` holds at each position the id that
         stands there, or -100; the shift by one happens here. `last_only` keeps the last position of each sequence.
         Raises UserError if placeholders and visual features disagree in number.
         """
@@ -54,7 +58,7 @@ class LLaVA(nn.Module):
 
         x_TD = self.embed(ids_T)
         if images is not None and len(images):
-            x_TD = self.splice(x_TD, ids_T, self.see(images))
+            x_TD = self.splice(x_TD, ids_T, self.see(images, spans))
         if labels is not None:
             next_T = next_labels(labels.flatten(), cu_seqlens)
             where_S = (next_T != IGNORE).nonzero().squeeze(1)
@@ -65,22 +69,39 @@ class LLaVA(nn.Module):
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Word embeddings [T, D]; a placeholder outside the vocabulary gets those of id 0 until it is replaced."""
-        placeholder = self.config.chat.image_token_id
-        if not 0 <= placeholder < self.config.decoder.vocab_size:
-            ids_T = ids_T.masked_fill(ids_T == placeholder, 0)
+        for placeholder in set(self.config.chat.markers.values()):
+            if not 0 <= placeholder < self.config.decoder.vocab_size:
+                ids_T = ids_T.masked_fill(ids_T == placeholder, 0)
         return self.decoder.embed(ids_T)
 
-    def see(self, images: Tensor) -> Tensor:
-        """Pixels [N, 3, S, S] -> visual tokens [N, P, D]. A frozen tower is run without building a graph."""
+    def see(self, images: Tensor, spans: Sequence[Span] = (), at_once: int = 0) -> list[Tensor]:
+        """Pixels [N, 3, S, S] of the views -> visual tokens [T, D] of each picture or clip.
+
+        A frozen tower is run without building a graph. `at_once` bounds the views in one pass of the tower.
+        """
+        layout = self.config.layout
+        spans = spans or [view_span(self.config)] * len(images)
+        images = images.to(self.vision.patch_embedding.weight.dtype)
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            features_NPD = self.vision(images.to(self.vision.patch_embedding.weight.dtype))
-        return self.projector(features_NPD.to(self.projector.linears[0].weight.dtype))
+            seen = [self.vision(some) for some in images.split(at_once or len(images))]
+            features_NPC = torch.cat(seen) if len(seen) > 1 else seen[0]
+        features_NPC = features_NPC.to(next(self.projector.parameters()).dtype)
+        views = [span.views for span in spans]
+        if not any(span.clip for span in spans):
+            parts = self.projector(features_NPC).split(views)
+        elif layout.pool_first:
+            pooled = (pool(x, layout) if s.clip else x for x, s in zip(features_NPC.split(views), spans))
+            parts = [self.projector(x_NPC) for x_NPC in pooled]
+        else:
+            projected = self.projector(features_NPC).split(views)
+            parts = [pool(x, layout) if s.clip else x for x, s in zip(projected, spans)]
+        return [pack(x_NPD, span, layout, self.projector.newline) for x_NPD, span in zip(parts, spans)]
 
-    def splice(self, x_TD: Tensor, ids_T: Tensor, visual_NPD: Tensor) -> Tensor:
-        """Put the visual tokens where the placeholders are."""
-        where = (ids_T == self.config.chat.image_token_id).nonzero().squeeze(1)
-        visual_TD = visual_NPD.flatten(0, 1)
+    def splice(self, x_TD: Tensor, ids_T: Tensor, visual: Sequence[Tensor]) -> Tensor:
+        """Put the visual tokens [T, D] of each picture and clip where the placeholders are, in this order."""
+        where = torch.isin(ids_T, ids_T.new_tensor(list(self.config.chat.markers.values()))).nonzero().squeeze(1)
+        visual_TD = torch.cat(list(visual))
         if len(where) != len(visual_TD):
             raise UserError(
                 f"the prompt has {len(where)} image placeholders, the pictures give {len(visual_TD)} visual tokens"

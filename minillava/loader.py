@@ -60,7 +60,7 @@ class Dataset:
             except SampleError as error:
                 lost.append((index, str(error)))
             dice = dice or random.Random(f"{self.seed} {epoch} {index}")
-            index = dice.choice(self._peers(bool(self.samples[index].images)))
+            index = dice.choice(self._peers(_seen(self.samples[index])))
         raise UserError(f"{MAX_TRIES} unusable samples in a row, the last: {lost[-1][1]}")
 
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
@@ -75,8 +75,13 @@ class Dataset:
 
     def _peers(self, has_images: bool) -> list[int]:
         if has_images not in self._modalities:
-            self._modalities[has_images] = [i for i, s in enumerate(self.samples) if bool(s.images) == has_images]
+            self._modalities[has_images] = [i for i, s in enumerate(self.samples) if _seen(s) == has_images]
         return self._modalities[has_images]
+
+
+def _seen(sample: Sample) -> bool:
+    """Whether there is something to look at in a sample."""
+    return bool(sample.images or sample.videos)
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def exact(
     right: list[bool] = []
     for first in range(0, len(examples), rows):
         batch = pack(examples[first : first + rows]).to(device)
-        logits_TV = call(batch.ids_T, images=batch.pixels_NCHW, cu_seqlens=batch.cu_seqlens)
+        logits_TV = call(batch.ids_T, images=batch.pixels_NCHW, cu_seqlens=batch.cu_seqlens, spans=batch.spans)
         wanted_T = next_labels(batch.labels_T, batch.cu_seqlens)
         hit_T = (logits_TV.argmax(-1) == wanted_T) | (wanted_T == chat.IGNORE)
         right += [bool(hit_T[a:b].all()) for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:])]

@@ -20,6 +20,7 @@ from minillava.weights import load_model, read_config, resolve, save_model
 
 if TYPE_CHECKING:
     from minillava.engine import ImageSource
+    from minillava.video import VideoSource
 
 DTYPES = {
     "float32": torch.float32,
@@ -73,27 +74,33 @@ class LLaVA:
         seed: int = 0,
         raw: bool = False,
         on_text: Callable[[str], None] | None = None,
+        videos: Sequence[VideoSource] = (),
     ) -> Answer:
         """Answer one prompt; `str` of the result is its text. `on_text` gets the text piece by piece as it comes.
 
-        A text is a user's message, or with `raw` the whole prompt. Pictures stand where it says "<image>" (the
-        checkpoint's placeholder), in front of it where it says nothing. Messages hold their placeholders themselves.
+        A text is a user's message, or with `raw` the whole prompt. Pictures stand where it says "<image>" and videos
+        where it says "<video>" (the checkpoint's placeholders, which may be one for both: pictures first), in front of
+        it where it says nothing. Messages hold their placeholders themselves. A video is a file, a folder of frames, or
+        a list of pictures.
         """
         sampling = Sampling(temperature, top_p, top_k, seed)
         if raw:
             if not isinstance(prompt, str):
                 raise UserError("a raw prompt is one text; leave raw out for messages")
-            request = Request(raw=prompt, images=images, max_new_tokens=max_new_tokens, sampling=sampling)
+            request = Request(
+                raw=prompt, images=images, max_new_tokens=max_new_tokens, sampling=sampling, videos=videos
+            )
         else:
-            marker = self.config.chat.image_token
-            messages = [user_message(prompt, len(images), marker)] if isinstance(prompt, str) else prompt
-            request = Request(messages, images, max_new_tokens=max_new_tokens, sampling=sampling)
+            chat, counts = self.config.chat, (len(images), len(videos))
+            if isinstance(prompt, str):
+                prompt = [user_message(prompt, counts[0], chat.image_token, counts[1], chat.video_token)]
+            request = Request(prompt, images, max_new_tokens=max_new_tokens, sampling=sampling, videos=videos)
         hear = None if on_text is None else lambda _, piece: on_text(piece)
         return self.engine.generate([request], hear)[0]
 
-    def conversation(self, images: Sequence[ImageSource] = ()) -> Conversation:
-        """Turns about pictures that stay; see `Conversation.ask`."""
-        return Conversation(self.engine, images)
+    def conversation(self, images: Sequence[ImageSource] = (), videos: Sequence[VideoSource] = ()) -> Conversation:
+        """Turns about pictures and videos that stay; see `Conversation.ask`."""
+        return Conversation(self.engine, images, videos)
 
     def __call__(
         self, input_ids: Tensor, images: Tensor | None = None, labels: Tensor | None = None, **more: Any

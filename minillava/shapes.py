@@ -408,7 +408,7 @@ class Samples(ImageStore, Sequence[Sample]):
     def has(self, name: str) -> bool:
         return name.isdigit() and int(name) < self.number
 
-    def open(self, name: str, label: str) -> Image.Image:
+    def get(self, name: str, label: str) -> Image.Image:
         return self.scene(int(name)).image()
 
 

@@ -1,4 +1,4 @@
-"""Where the images of a data set are: a folder, a zip read in place, or memory.
+"""Where the images and videos of a data set are: a folder, a zip read in place, or memory.
 
 A store is opened once and used by several threads and by forked or spawned loader processes.
 """
@@ -16,8 +16,9 @@ from typing import Any
 
 from PIL import Image
 
-from minillava.config import UserError
+from minillava.config import ModelConfig, UserError
 from minillava.image import MAX_PIXELS, open_image
+from minillava.video import Clip, open_clip
 
 MAX_FILE_BYTES = 4 * MAX_PIXELS  # of one image file in a zip: an uncompressed RGBA picture of the largest size
 
@@ -29,8 +30,12 @@ class ImageStore(ABC):
     def has(self, name: str) -> bool: ...
 
     @abstractmethod
+    def get(self, name: str, label: str) -> Path | bytes | Image.Image:
+        """What is there, for `open_image` or `open_clip`; UserError that starts with `label` if it cannot be had."""
+
     def open(self, name: str, label: str) -> Image.Image:
         """The decoded RGB image; UserError that starts with `label` if it cannot be had."""
+        return open_image(self.get(name, label), label)
 
 
 class Folder(ImageStore):
@@ -50,8 +55,8 @@ class Folder(ImageStore):
                 self._listings[parent] = frozenset()
         return base in self._listings[parent]
 
-    def open(self, name: str, label: str) -> Image.Image:
-        return open_image(os.path.join(self.root, name), label)
+    def get(self, name: str, label: str) -> Path:
+        return Path(self.root, name)
 
 
 class Zip(ImageStore):
@@ -78,18 +83,17 @@ class Zip(ImageStore):
     def has(self, name: str) -> bool:
         return name in self._archive().NameToInfo
 
-    def open(self, name: str, label: str) -> Image.Image:
+    def get(self, name: str, label: str) -> bytes:
         archive = self._archive()
         try:
             entry = archive.getinfo(name)
             if entry.file_size > MAX_FILE_BYTES:
                 raise UserError(f"{label}: {entry.file_size:,} bytes unpacked; scale the image down first")
-            data = archive.read(entry)
+            return archive.read(entry)
         except KeyError:
             raise UserError(f"{label}: not in {self.path}; check the name") from None
         except (OSError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{label}: cannot be unpacked from {self.path} ({error}); make the zip again") from None
-        return open_image(data, label)
 
 
 class Pictures(ImageStore):
@@ -101,8 +105,8 @@ class Pictures(ImageStore):
     def has(self, name: str) -> bool:
         return name in self.pictures
 
-    def open(self, name: str, label: str) -> Image.Image:
-        return open_image(self.pictures[name], label)
+    def get(self, name: str, label: str) -> Image.Image | bytes:
+        return self.pictures[name]
 
 
 def open_store(root: Path) -> ImageStore:
@@ -116,10 +120,16 @@ def open_store(root: Path) -> ImageStore:
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """A picture by name, opened only when it is needed."""
+    """A picture or video by name, opened only when it is needed."""
 
     name: str
     store: ImageStore
 
     def open(self, sample: str) -> Image.Image:
         return self.store.open(self.name, f"{sample}: {self.name}")
+
+    def open_clip(self, sample: str, config: ModelConfig) -> Clip:
+        """The frames that a model of this config looks at."""
+        label = f"{sample}: {self.name}"
+        source = self.store.get(self.name, label)
+        return open_clip([source] if isinstance(source, Image.Image) else source, config, label)

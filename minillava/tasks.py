@@ -175,7 +175,9 @@ class LLaVATask(Task):
         batch = micro.to(self.run.device)
         if self.run.device.type == "cpu":
             batch = rounded_up(batch, self.config.chat.image_token_id)
-        loss = call(batch.ids_T, images=batch.pixels_NCHW, labels=batch.labels_T, cu_seqlens=batch.cu_seqlens)
+        loss = call(
+            batch.ids_T, images=batch.pixels_NCHW, labels=batch.labels_T, cu_seqlens=batch.cu_seqlens, spans=batch.spans
+        )
         return loss, batch.supervised
 
     def tokens(self, micro: Batch) -> int:

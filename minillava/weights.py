@@ -69,18 +69,21 @@ LAYOUTS: dict[str, tuple[Row, ...]] = {
     "hf": (  # transformers before 4.52, and what every later one writes; our own
         *_under("vision_tower.[vision_model.]", "vision.", TOWER),
         *_under("multi_modal_projector.", "projector.", _LINEARS),
+        ("image_newline", "projector.newline"),
         *_under("language_model.model.", "decoder.", DECODER),
         ("language_model.lm_head.weight", "decoder.head.weight"),
     ),
     "hf_new": (  # the module tree of transformers 4.52 and later
         *_under("model.vision_tower.[vision_model.]", "vision.", TOWER),
         *_under("model.multi_modal_projector.", "projector.", _LINEARS),
+        ("model.image_newline", "projector.newline"),
         *_under("model.language_model.", "decoder.", DECODER),
         ("lm_head.weight", "decoder.head.weight"),
     ),
     "original": (  # haotian-liu/LLaVA; without tower and projector, any LLaMA-like language model
         *_under("model.vision_tower.vision_tower.[vision_model.]", "vision.", TOWER),
         *_under("model.mm_projector.", "projector.", _SEQUENTIAL),
+        ("model.image_newline", "projector.newline"),
         *_under("model.", "decoder.", DECODER),
         ("lm_head.weight", "decoder.head.weight"),
     ),

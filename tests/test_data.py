@@ -145,7 +145,8 @@ BAD = {
     "number": (talk(*turns("<image>", 7)), "text of a turn must be a string, got int"),
     "image type": (changed(image=7), "'image' must be a path or a list of paths"),
     "image list type": (changed(image=["a.png", None]), "'image' must be a path or a list of paths"),
-    "video": (changed(video="a.mp4"), "'video', which is not supported"),
+    "missing video": (changed(video="a.mp4", image=None), "video a.mp4 is missing"),
+    "video without marker": (changed(video="a.mp4"), "0 <video> in the text but 1 videos"),
     "surrogate": (talk(*turns("<image>", "\ud83d")), "surrogate"),
     "null byte": (changed(image="a\0.png"), "is missing"),
 }  # fmt: skip

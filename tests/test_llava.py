@@ -209,8 +209,8 @@ def test_pictures_come_in_the_order_of_their_placeholders(model, batch):
     with torch.no_grad():
         x_TD = model.embed(torch.cat(ids))
         spliced_TD = model.splice(x_TD, torch.cat(ids), model.see(pixels_NCHW))
-        visual_NPD = model.see(pixels_NCHW)
-    assert torch.equal(spliced_TD[8:12], visual_NPD[0]) and torch.equal(spliced_TD[25:29], visual_NPD[1])
+        first_TD, second_TD = model.see(pixels_NCHW)
+    assert torch.equal(spliced_TD[8:12], first_TD) and torch.equal(spliced_TD[25:29], second_TD)
     text = torch.cat(ids) != model.config.chat.image_token_id
     assert torch.equal(spliced_TD[text], x_TD[text]) and text.sum() == sum(LENGTHS) - 8
 
@@ -236,8 +236,8 @@ def test_a_frozen_tower_builds_no_graph(model, batch):
     model = copy.deepcopy(model)
     model.vision.requires_grad_(False)
     assert model.vision(batch[2]).requires_grad is False
-    visual_NPD = model.see(batch[2])
-    assert visual_NPD.requires_grad and visual_NPD.grad_fn is not None
-    visual_NPD.sum().backward()
+    visual_TD = torch.cat(model.see(batch[2]))
+    assert visual_TD.requires_grad and visual_TD.grad_fn is not None
+    visual_TD.sum().backward()
     assert all(p.grad is None for p in model.vision.parameters())
     assert all(p.grad is not None for p in model.projector.parameters())
