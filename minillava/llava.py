@@ -59,6 +59,7 @@ class LLaVA(nn.Module):
         x_TD = self.embed(ids_T)
         if images is not None and len(images):
             x_TD = self.splice(x_TD, ids_T, self.see(images, spans))
+
         if labels is not None:
             next_T = next_labels(labels.flatten(), cu_seqlens)
             where_S = (next_T != IGNORE).nonzero().squeeze(1)

@@ -148,7 +148,7 @@ def test_llava_15_equals_transformers(pair, count):
 
     row = engine.row(0, request, {})
     assert row.ids == inputs["input_ids"][0].tolist()
-    pixels_NCHW = torch.stack([picture.pixels_CHW for picture in row.pictures])
+    pixels_NCHW = torch.cat([picture.pixels_NCHW for picture in row.pictures])
     assert torch.equal(pixels_NCHW, inputs["pixel_values"])
 
     with torch.no_grad():
@@ -317,7 +317,7 @@ def test_llava_v1_equals_a_plain_reimplementation(tmp_path):
     images = pictures(2)
     request = Request([user_message("What is in this picture, and in that one?", 2, "<image>")], images)
     row = engine.row(0, request, {})
-    pixels_NCHW = torch.stack([picture.pixels_CHW for picture in row.pictures])
+    pixels_NCHW = torch.cat([picture.pixels_NCHW for picture in row.pictures])
     # Back to one -200 a picture, as the original writes prompts.
     ids = [id for at, id in enumerate(row.ids) if id != -200 or row.ids[:at].count(-200) % 9 == 0]
     assert ids.count(-200) == 2 and len(row.ids) == len(ids) + 16
