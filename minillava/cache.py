@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.config import DecoderConfig
 from minillava.kernels.attention import attention
+from minillava.kernels.decode_attention import decode_attention
 
 
 class KVCache:
@@ -63,18 +63,14 @@ class KVCache:
         v_BSGK.view(-1, *v_TGK.shape[1:]).index_copy_(0, self._at_T, v_TGK.to(v_BSGK.dtype))
         if self._spans is None or cu_seqlens is None:
             T = len(q_THK)
-            return _attend_one(q_THK, k_BSGK[:T], v_BSGK[:T], self._seen_B)
+            return decode_attention(q_THK, k_BSGK[:T], v_BSGK[:T], self._seen_B)
         if not any(before for _, before, _, _ in self._spans):
             return attention(q_THK, k_TGK, v_TGK, cu_seqlens, causal=True)
         out = []
         for slot, before, start, end in self._spans:
-            n = end - start
-            q, k, v = (x.transpose(0, 1)[None] for x in (q_THK[start:end], k_BSGK[slot], v_BSGK[slot]))
-            k, v = k[:, :, : before + n], v[:, :, : before + n]
-            # Query i sees the `before` old tokens and the new ones up to itself.
-            mask = torch.ones(n, before + n, dtype=torch.bool, device=q.device).tril(before)
-            grouped = q.shape[1] != k.shape[1]
-            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)[0].transpose(0, 1))
+            k_SGK, v_SGK = k_BSGK[slot, : before + end - start], v_BSGK[slot, : before + end - start]
+            boundaries = {"cu_seqlens": (0, end - start), "cu_seqlens_k": (0, len(k_SGK))}
+            out.append(attention(q_THK[start:end], k_SGK, v_SGK, causal=True, **boundaries))
         return torch.cat(out)
 
     def advance(self) -> None:
@@ -96,16 +92,3 @@ class KVCache:
         self.v_LBSGK[:, to, :length] = self.v_LBSGK[:, slot, :length]
         self.keep(to, length)
         self.live_B[to] = self.live_B[slot]
-
-
-def _attend_one(q_BHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, lengths_B: Tensor) -> Tensor:
-    """One query a row over the first lengths_B tokens of its slot. The query heads that share a key/value head go
-    through as queries of that head, so no key is repeated; on a CPU that is 2.4 times as fast as SDPA's own grouping
-    (8 heads a group, 700 tokens)."""
-    lengths = lengths_B.tolist()
-    longest, mask = max(lengths), None
-    if min(lengths) != longest:
-        mask = (torch.arange(longest, device=q_BHK.device) < lengths_B[:, None])[:, None, None]
-    k_BGSK, v_BGSK = (x[:, :longest].transpose(1, 2) for x in (k_BSGK, v_BSGK))
-    q_BGRK = q_BHK.unflatten(1, (k_BSGK.shape[2], -1))  # R = H / G query heads a group
-    return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, attn_mask=mask).flatten(1, 2)
