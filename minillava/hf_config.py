@@ -64,6 +64,7 @@ MEAN_STD: dict[str, dict[str, Any]] = {  # what a tower's own image processor us
     "clip_vision_model": dict(image_mean=list(ImageConfig().mean), image_std=list(ImageConfig().std)),
     "siglip_vision_model": dict(image_mean=[0.5] * 3, image_std=[0.5] * 3),
 }
+ONEVISION_15 = "llavaonevision1_5"  # and what begins so; transformers has no class of its own for it
 HF_TYPES = ("llava", "minillava")  # minillava: our own, where transformers has no class (see `to_hf`)
 ORIGINAL_TYPES = ("llava", "llava_llama")  # "llava" is both: the original has mm_vision_tower, the other vision_config
 PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor", "SiglipImageProcessor")
@@ -231,17 +232,22 @@ def read_vision(values: dict[str, Any], where: str, select_layers: Any, keep_cla
     )
 
 
+def _check_pixels(f: _Fields) -> None:
+    """What every image processor here has in common."""
+    for key in ("do_resize", "do_normalize", "do_rescale"):
+        f.one_of(key, True, [True])
+    f.one_of("resample", 3, [3])  # bicubic
+    if abs(f.number("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise UserError(f"{f.where}: rescale_factor {f.values['rescale_factor']} is not supported (supported: 1/255)")
+
+
 def read_image(values: dict[str, Any], where: str, vision: VisionConfig) -> ImageConfig:
     """An image processor's values -> ImageConfig: do_pad is 'pad', do_center_crop is 'crop', neither is 'squash'."""
     f = _Fields(values, where)
     kind = str(values.get("image_processor_type", values.get("feature_extractor_type", "CLIPImageProcessor")))
     if re.sub("(Fast|Pil)$", "", kind) not in PROCESSORS:
         raise UserError(f"{where}: image processor '{kind}' is not supported (supported: {', '.join(PROCESSORS)})")
-    for key in ("do_resize", "do_normalize", "do_rescale"):
-        f.one_of(key, True, [True])
-    f.one_of("resample", 3, [3])  # bicubic
-    if abs(f.number("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        raise UserError(f"{where}: rescale_factor {values['rescale_factor']} is not supported (supported: 1/255)")
+    _check_pixels(f)
     is_siglip = kind.startswith("Siglip")
     size = values.get("size", {"height" if is_siglip else "shortest_edge": vision.image_size})
     pad = f.one_of("do_pad", False, [False, True])
@@ -305,6 +311,70 @@ def _read_hf(raw: dict[str, Any], folder: Path) -> ModelConfig:
         **_special_ids(raw, text, decoder, folder),
     )
     return ModelConfig(vision, projector, decoder, image, chat=_overridden(chat, ours, where))
+
+
+def _read_onevision_15(raw: dict[str, Any], folder: Path) -> ModelConfig:
+    """LLaVA-OneVision-1.5: RICE, a merger, Qwen3 or Qwen3-MoE (its fields tell which)."""
+    where = str(folder / "config.json")
+    text, tower, ours = raw.get("text_config") or {}, raw.get("vision_config") or {}, _ours(raw, where)
+    if not isinstance(text, dict) or not isinstance(tower, dict):
+        raise UserError(f"{where}: text_config and vision_config have to be objects")
+    routed = text.get("num_experts") or text.get("num_local_experts")
+    decoder = read_decoder(text | {"model_type": "qwen3_moe" if routed else "qwen3"}, f"{where}: text_config")
+    f = _Fields(tower, f"{where}: vision_config")
+    f.one_of("model_type", "rice_vit", ["rice_vit"])
+    for key, only in (("in_channels", 3), ("temporal_patch_size", 1), ("layer_norm_eps", 1e-5)):
+        f.one_of(key, only, [only])
+    hidden, heads = f.integer("embed_dim", f.integer("hidden_size", 1024)), f.integer("num_heads", 16)
+    depth, patch, merge = (
+        f.integer("depth", 24, 1024),
+        f.integer("patch_size", 14),
+        f.integer("spatial_merge_size", 2, 8),
+    )
+    if hidden % heads or hidden // heads % 4 or merge < 2:
+        raise UserError(f"{f.where}: width {hidden} with {heads} heads, or a merge of {merge}, does not fit")
+    vision = VisionConfig(
+        hidden, f.integer("intermediate_size", 4096), depth, heads, patch, patch,
+        activation=ACTIVATIONS[f.one_of("hidden_act", "gelu", ACTIVATIONS)], select_layers=(-1,), rotary=True,
+        strip_slip=_Fields(ours, f"{where}: minillava").one_of("strip_slip", False, [False, True]),
+    )  # fmt: skip
+    processor = _optional_json(folder / "processor_config.json")
+    path = folder / "preprocessor_config.json"
+    values = processor.get("image_processor") or read_json(path)
+    image = _read_native(values, str(path), patch, merge)
+    chat = ChatConfig(
+        template="jinja" if (jinja := _jinja(folder, processor)) else "onevision_1_5",
+        jinja=jinja,
+        split_at_image=False,
+        image_token="<|image_pad|>",
+        image_token_id=_Fields(raw, where).integer("image_token_id", 151655),
+        video_token="<|video_pad|>",
+        video_token_id=_Fields(raw, where).integer("video_token_id", 151656),
+        **_special_ids(raw, text, decoder, folder),
+    )
+    projector = ProjectorConfig(2, merge=merge)
+    return ModelConfig(vision, projector, decoder, image, chat=_overridden(chat, ours, where))
+
+
+def _read_native(values: dict[str, Any], where: str, patch: int, merge: int) -> ImageConfig:
+    """Qwen2VLImageProcessor: pictures keep their shape; min_pixels and max_pixels win over size."""
+    f = _Fields(values, where)
+    kind = re.sub("(Fast|Pil)$", "", str(values.get("image_processor_type", "Qwen2VLImageProcessor")))
+    if kind not in ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor"):
+        raise UserError(f"{where}: image processor '{kind}' is not supported (supported: Qwen2VLImageProcessor)")
+    _check_pixels(f)
+    for key, only in (("patch_size", patch), ("merge_size", merge), ("temporal_patch_size", 1)):
+        f.one_of(key, 2 if key == "temporal_patch_size" else only, [only])
+    size = _Fields(values.get("size") or {}, f"{where}: size")
+    least = f.integer("min_pixels", size.integer("shortest_edge", 56 * 56, 1 << 40), 1 << 40)
+    most = f.integer("max_pixels", size.integer("longest_edge", 28 * 28 * 1280, 1 << 40), 1 << 40)
+    if least > most:
+        raise UserError(f"{where}: min_pixels {least} is more than max_pixels {most}")
+    mean_std = {k: values.get(k) or d for k, d in MEAN_STD["clip_vision_model"].items()}
+    stated = {"mean": mean_std["image_mean"], "std": mean_std["image_std"]}
+    return from_dict(
+        ImageConfig, {"size": patch, "fit": "native", "min_pixels": least, "max_pixels": most, **stated}, where
+    )
 
 
 def _ours(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -412,6 +482,8 @@ def model_config(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig:
         raise UserError(f"{folder / 'config.json'}: quantised checkpoints are not supported; use the unquantised one")
     if is_original(raw):
         return _read_original(raw, folder, find)
+    if str(raw.get("model_type")).startswith(ONEVISION_15):
+        return _read_onevision_15(raw, folder)
     if raw.get("model_type") not in HF_TYPES:
         raise UserError(
             f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} is not supported (supported: llava, "

@@ -36,6 +36,10 @@ class Stored:
     name: str
     shape: tuple[int, ...]
     dtype: str  # as the file spells it
+    share: tuple[int, int] = (
+        0,
+        1,
+    )  # of the rows of the tensor in the file, whose shape is this one's: which, of how many
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +100,9 @@ def read(tensors: Iterable[Stored]) -> Iterator[Tensor]:
                 file_of = (stored.path, _load_bin(stored.path) if is_bin else stack.enter_context(_open(stored.path)))
                 mapped = 0
             mapped += 0 if whole else stored.nbytes
-            yield file_of[1][stored.name] if is_bin else file_of[1].get_tensor(stored.name)
+            tensor = file_of[1][stored.name] if is_bin else file_of[1].get_tensor(stored.name)
+            which, shares = stored.share
+            yield tensor.chunk(shares)[which] if shares > 1 else tensor
 
 
 def inspect_folder(folder: Path) -> dict[str, Stored]:

@@ -7,6 +7,7 @@ memory (meta device) and filled a few megabytes at a time, so loading peaks at a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -55,6 +56,21 @@ DECODER: tuple[Row, ...] = (
     ("layers.<n>.mlp.experts.<n>.<gate|up|down>_proj.weight", "blocks.<n>.mlp.experts.<n>.<gate|up|down>"),
     ("norm.weight", "norm.weight"),
 )
+RICE: tuple[Row, ...] = (
+    ("class_embedding", "class_embedding"),
+    ("class_pos_emb", "class_angles"),
+    ("patch_embed.proj.weight", "patch_embedding.weight"),
+    ("pre_layernorm.<p>", "pre_norm.<p>"),
+    ("blocks.<n>.norm<1|2>.<p>", "blocks.<n>.norm<1|2>.<p>"),
+    ("blocks.<n>.attn.qkv.<p>", "blocks.<n>.attn.qkv.<p>"),  # three of ours: FUSED
+    ("blocks.<n>.attn.proj.<p>", "blocks.<n>.attn.out.<p>"),
+    ("blocks.<n>.mlp.fc<1|2>.<p>", "blocks.<n>.mlp.fc<1|2>.<p>"),
+)
+MERGER: tuple[Row, ...] = (
+    ("ln_q.<p>", "norm.<p>"),
+    ("mlp.0.<p>", "linears.0.<p>"),
+    ("mlp.2.<p>", "linears.1.<p>"),
+)
 
 
 def _under(foreign: str, ours: str, rows: Iterable[Row]) -> tuple[Row, ...]:
@@ -88,6 +104,18 @@ LAYOUTS: dict[str, tuple[Row, ...]] = {
         ("lm_head.weight", "decoder.head.weight"),
     ),
     "tower": _under("[vision_model.]", "vision.", TOWER),  # CLIP or SigLIP on its own
+    "onevision_1_5": (  # as its files have it
+        *_under("visual.", "vision.", RICE),
+        *_under("visual.merger.", "projector.", MERGER),
+        *_under("model.", "decoder.", DECODER),
+        ("lm_head.weight", "decoder.head.weight"),
+    ),
+    "onevision_1_5_tree": (  # as its module tree has it
+        *_under("model.visual.", "vision.", RICE),
+        *_under("model.visual.merger.", "projector.", MERGER),
+        *_under("model.language_model.", "decoder.", DECODER),
+        ("lm_head.weight", "decoder.head.weight"),
+    ),
 }
 # Tensors that carry no weight of ours: buffers that old writers saved; SigLIP's pooling head, which LLaVA does without.
 EXTRAS = (
@@ -129,7 +157,18 @@ def rename(name: str, layout: str, to_ours: bool) -> str | None:
     return None
 
 
+FUSED = ".attn.qkv."  # RICE's files hold q, k and v one above the other
 EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(gate|up|down)")  # one of those stacked in the parameter \1.\3
+
+
+def to_files(state: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """A state dict under a layout's names: experts apart, q, k and v of the tower together where files have them so."""
+    apart = unstack(state)
+    if "onevision" in layout:
+        for name in [n for n in apart if n.startswith("vision.") and ".attn.q." in n]:
+            qkv = [apart.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+            apart[name.replace(".attn.q.", FUSED)] = torch.cat(qkv)
+    return {rename(name, layout, to_ours=False) or name: tensor for name, tensor in apart.items()}
 
 
 def unstack(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,11 +199,16 @@ class Plan:
             name = rename(foreign, layout, to_ours=True)
             if name is None:
                 self.extra += [] if re.fullmatch(known, foreign) else [foreign]
-            elif name in self.source and not override:
+                continue
+            parts = {name: stored}
+            if FUSED in name and "onevision" in layout:
+                shape = (stored.shape[0] // 3, *stored.shape[1:]) if stored.shape else ()
+                shares = [dataclasses.replace(stored, shape=shape, share=(i, 3)) for i in range(3)]
+                parts = {name.replace(FUSED, f".attn.{part}."): one for part, one in zip("qkv", shares)}
+            if self.source.keys() & parts.keys() and not override:
                 self.twice.append(foreign)
-            else:
-                self.source[name] = stored
-                self.layout[name.split(".")[0]] = layout
+            self.source |= parts
+            self.layout[name.split(".")[0]] = layout
 
     def has(self, part: str) -> bool:
         return any(name.startswith(part) for name in self.source)
@@ -221,7 +265,7 @@ def _plan(folder: Path, raw: dict[str, Any], base: Path | None) -> tuple[Plan, P
     def known(layout: str) -> int:
         return sum(rename(name, layout, to_ours=True) is not None for name in tensors)
 
-    layout = "original" if is_original(raw) else max(("hf", "hf_new"), key=known)
+    layout = "original" if is_original(raw) else max(("hf", "hf_new", "onevision_1_5", "onevision_1_5_tree"), key=known)
     plan, delta = Plan(), None
     plan.add(tensors, layout)
     if not is_original(raw):
@@ -288,7 +332,7 @@ def load_model(
         _add_base(state, delta, wanted, str(base))
         for name in state:
             state[name] = state[name].to(dtype)
-    for name in OPTIONAL.keys() - state.keys():
+    for name in (OPTIONAL.keys() & wanted.keys()) - state.keys():
         state[name] = torch.full(wanted[name], OPTIONAL[name], dtype=dtype, device=device)
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -369,9 +413,7 @@ def save_model(model: LLaVA, folder: Path | str, tokenizer: Tokenizer | None = N
         for name, values in files.items():
             (temporary / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (temporary / "chat_template.jinja").write_text(jinja_of(config.chat), encoding="utf-8")
-        write(
-            {rename(name, "hf", to_ours=False) or name: t for name, t in unstack(state).items()}, temporary, shard_bytes
-        )
+        write(to_files(state, "onevision_1_5" if config.vision.rotary else "hf"), temporary, shard_bytes)
         if folder.is_dir():
             old = temporary.with_name(temporary.name + "-old")
             os.rename(folder, old)
