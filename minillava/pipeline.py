@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from minillava import checkpoint, hf_config, tensor_files, weights
+from minillava import checkpoint, hf_config, names, tensor_files, weights
 from minillava.config import ModelConfig, UserError, nearest
 from minillava.llava import LLaVA
 from minillava.progress import Log, plot
@@ -210,10 +210,10 @@ def new_model(wanted: ModelRecipe, config: ModelConfig, seed: int) -> LLaVA:
     for source, part, layout in sources:
         if source:
             folder = weights.resolve(source)
-            plan = weights.Plan()
+            plan = names.Plan()
             plan.add(tensor_files.inspect_folder(folder), layout)
             empty = {name: p.detach() for name, p in named.items() if name.startswith(part)}
-            plan.check(str(folder), {name: tuple(t.shape) for name, t in weights.unstack(empty).items()})
+            plan.check(str(folder), {name: tuple(t.shape) for name, t in names.unstack(empty).items()})
             model.load_state_dict(weights.take(plan, empty), strict=False, assign=True)
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:

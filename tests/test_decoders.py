@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillava import hf_config, tensor_files, weights
+from minillava import hf_config, names, tensor_files, weights
 from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig, RopeScaling, UserError, VisionConfig
 from minillava.decoder import Decoder, Experts, KVCache, _grouped
 from minillava.hf_export import to_hf
@@ -44,9 +44,9 @@ def read_decoder(folder):
     with torch.device("meta"):
         decoder = Decoder(config)
     empty = {f"decoder.{name}": t for name, t in decoder.state_dict().items()}
-    plan = weights.Plan()
+    plan = names.Plan()
     plan.add(tensor_files.inspect_folder(folder), "original")
-    plan.check(str(folder), {name: tuple(t.shape) for name, t in weights.unstack(empty).items()})
+    plan.check(str(folder), {name: tuple(t.shape) for name, t in names.unstack(empty).items()})
     state = {name.removeprefix("decoder."): t for name, t in weights.take(plan, empty).items()}
     decoder.load_state_dict(state, assign=True)
     return decoder.eval()

@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from minillava import checkpoint
 from minillava.config import DecoderConfig, ModelConfig, UserError, VisionConfig
 from minillava.llava import LLaVA
+from minillava.names import rename
 from minillava.pipeline import make_run, run_recipe
 from minillava.progress import Log, read_log
 from minillava.recipe import ModelRecipe, read_recipe
 from minillava.tasks import LLaVATask, Task, rounded_up
 from minillava.tokenizer import load_tokenizer, train_small_tokenizer
 from minillava.trainer import MAX_NON_FINITE, Trainer, compute_dtype, schedule
-from minillava.weights import load_model, rename
+from minillava.weights import load_model
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

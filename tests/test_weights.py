@@ -17,9 +17,10 @@ from minillava.chat import TEMPLATES, Message, encode, segments
 from minillava.config import ChatConfig, UserError
 from minillava.hf_config import read_decoder, read_vision
 from minillava.hf_export import jinja_of
+from minillava.names import LAYOUTS, rename
 from minillava.tensor_files import inspect_folder
 from minillava.tokenizer import load_tokenizer, train_small_tokenizer
-from minillava.weights import LAYOUTS, load_model, read_config, rename, resolve, save_model
+from minillava.weights import load_model, read_config, resolve, save_model
 
 transformers = pytest.importorskip("transformers")
 
