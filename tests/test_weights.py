@@ -342,7 +342,7 @@ def test_tied_head_may_be_stored_if_it_is_the_embedding(checkpoint, tmp_path):
 def test_tables_are_one_to_one(checkpoint):
     """Every name of ours has one foreign name in a layout, and comes back from it."""
     names = list(load_model(checkpoint).state_dict())
-    for layout in LAYOUTS:
+    for layout in (name for name in LAYOUTS if "onevision" not in name):  # that one's tower has fused layers
         foreign = {rename(n, layout, to_ours=False): n for n in names if layout != "tower" or n.startswith("vision.")}
         assert all(rename(f, layout, to_ours=True) == n for f, n in foreign.items())
         assert len(foreign) == (sum(n.startswith("vision.") for n in names) if layout == "tower" else len(names))
