@@ -23,9 +23,10 @@ from minillava import chat
 from minillava.chat import IGNORE, Message
 from minillava.config import ModelConfig, UserError
 from minillava.image import prepare_clip, prepare_views
-from minillava.layout import Span
+from minillava.layout import Span, image_tokens
 from minillava.store import ImageRef, ImageStore, open_store
 from minillava.tokenizer import Tokenizer
+from minillava.video import Clip
 
 MARKER = "<image>"  # stands for a picture in the JSON, whatever the checkpoint's own placeholder is
 VIDEO_MARKER = "<video>"  # stands for a video; LLaVA-Video's JSON has <image> there as well
@@ -254,16 +255,7 @@ def encode_sample(sample: Sample, config: ModelConfig, tokenizer: Tokenizer, max
     except UserError as error:
         raise SampleError(str(error)) from None
     tokens = [span.tokens for _, span in seen], [span.tokens for _, span in filmed]
-    messages: Sequence[Message] = sample.messages
-    theirs = config.chat.image_token, config.chat.video_token or config.chat.image_token
-    if theirs != (MARKER, VIDEO_MARKER):
-        messages = [Message(m.role, _remark(m.text, theirs, bool(clips))) for m in messages]
-    if clips and config.layout.time_instruction:
-        messages = chat.tell_times(config.chat, messages, len(seen), [clip.instruction() for clip in clips])
-    try:
-        ids, labels = chat.encode(config.chat, tokenizer, messages, tokens[0], False, tokens[1])
-    except UserError as error:
-        raise UserError(f"{sample.name}: {error}") from None
+    ids, labels = _encode_text(sample, config, tokenizer, tokens, clips)
     visuals = [(seen + filmed)[i] for i in chat.in_order(config.chat, ids, *tokens)]
     length = len(ids)
     if length > max_tokens:
@@ -282,6 +274,41 @@ def _remark(text: str, markers: tuple[str, str], clips: bool) -> str:
     """The JSON's markers as those of a checkpoint; without clips <video> is a word."""
     parts = re.split(f"({MARKER}|{VIDEO_MARKER})" if clips else f"({MARKER})", text)
     return "".join({MARKER: markers[0], VIDEO_MARKER: markers[1]}[p] if i % 2 else p for i, p in enumerate(parts))
+
+
+def count_tokens(sample: Sample, config: ModelConfig, tokenizer: Tokenizer) -> int:
+    """Tokens of the whole sample by layout: pictures are not decoded for it, but videos are.
+
+    Raises SampleError if the size of one cannot be read.
+    """
+    try:
+        several = len(sample.images) > 1
+        images = [image_tokens(config, *ref.size(sample.name), several) for ref in sample.images]
+        clips = [ref.open_clip(sample.name, config) for ref in sample.videos]
+        filmed = [prepare_clip(clip.frames, config, sample.name)[1].tokens for clip in clips]
+    except UserError as error:
+        raise SampleError(str(error)) from None
+    return len(_encode_text(sample, config, tokenizer, (images, filmed), clips)[0])
+
+
+def _encode_text(
+    sample: Sample,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    tokens: tuple[list[int], list[int]],
+    clips: Sequence[Clip],
+) -> tuple[list[int], list[int]]:
+    """Ids and labels; `tokens` are those of each picture and of each clip."""
+    messages: Sequence[Message] = sample.messages
+    theirs = config.chat.image_token, config.chat.video_token or config.chat.image_token
+    if theirs != (MARKER, VIDEO_MARKER):
+        messages = [Message(m.role, _remark(m.text, theirs, bool(clips))) for m in messages]
+    if clips and config.layout.time_instruction:
+        messages = chat.tell_times(config.chat, messages, len(tokens[0]), [clip.instruction() for clip in clips])
+    try:
+        return chat.encode(config.chat, tokenizer, messages, tokens[0], False, tokens[1])
+    except UserError as error:
+        raise UserError(f"{sample.name}: {error}") from None
 
 
 def _cut(ids: Sequence[int], spans: Sequence[int], config: ModelConfig, max_tokens: int) -> tuple[int, int]:
@@ -311,6 +338,7 @@ class Batch:
     lost: tuple[tuple[int, str], ...] = ()  # (index, why) of samples that another one stands in for
     epoch: int = 0
     spans: tuple[Span, ...] = ()  # which of the views make one picture or clip; none: each is a picture
+    rows: int = 0  # rows of a token budget that the samples fill (minillava.packing)
 
     def to(self, device: torch.device | str) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))

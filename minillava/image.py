@@ -15,8 +15,9 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from PIL import Image, ImageOps
 
 from minillava.config import ImageConfig, ModelConfig, UserError
 from minillava.layout import Span, clip_span, image_span
+
+T = TypeVar("T")
 
 MAX_PIXELS = 178_956_970  # of a file, and of what it is padded or resized to: PIL's own hard limit, 537 MB as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO", "AVIF")  # others run odd parsers
@@ -53,6 +56,15 @@ def open_image(source: str | Path | bytes | Image.Image, name: str = "") -> Imag
     name = name or (str(source) if isinstance(source, str | Path) else "the image")
     if isinstance(source, Image.Image):
         return _decode(source, name, orient=False)
+    return _opened(source, name, lambda image: _decode(image, name, orient=True))
+
+
+def image_size(source: str | Path | bytes, name: str) -> tuple[int, int]:
+    """Width and height of what `open_image` would return, from the file's header. Raises UserError."""
+    return _opened(source, name, lambda image: _upright_size(image, name))
+
+
+def _opened(source: str | Path | bytes, name: str, use: Callable[[Image.Image], T]) -> T:
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115 closed below
     except FileNotFoundError:
@@ -71,7 +83,7 @@ def open_image(source: str | Path | bytes | Image.Image, name: str = "") -> Imag
             raise UserError(f"{name}: not an image that can be read here; convert it to PNG or JPEG") from None
         except DECODE_ERRORS as error:
             raise UserError(f"{name}: a damaged image ({_reason(error)}); fetch or save it again") from None
-        return _decode(image, name, orient=True)
+        return use(image)
 
 
 def prepare(image: Image.Image, config: ImageConfig, name: str = "the image") -> torch.Tensor:
@@ -185,6 +197,14 @@ def _formats() -> tuple[str, ...]:
     """Those of FORMATS that this build of PIL can read: asking it for another is a KeyError."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
+    try:
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    except DECODE_ERRORS as error:
+        raise UserError(f"{name}: a damaged image ({_reason(error)}); fetch or save it again") from None
+    return (image.height, image.width) if turned else image.size
 
 
 def _decode(image: Image.Image, name: str, orient: bool) -> Image.Image:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import random
 import signal
 import time
@@ -15,13 +16,15 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from minillava.config import ModelConfig, UserError
-from minillava.data import IGNORE, Batch, Example, Sample, SampleError, encode_sample, pack
+from minillava.data import IGNORE, Batch, Example, Sample, SampleError, count_tokens, encode_sample, pack
+from minillava.packing import Order
 from minillava.tokenizer import Tokenizer
 
 MAX_LOST = 0.01  # share of the samples that may be unusable
@@ -38,6 +41,7 @@ class Dataset:
     ):
         self.samples, self.config, self.tokenizer = samples, config, tokenizer
         self.max_tokens, self.seed = max_tokens, seed
+        self.lengths: np.ndarray | None = None  # of all samples in tokens, where `measure` has been called
         self._modalities: dict[bool, list[int]] = {}
 
     def __len__(self) -> int:
@@ -60,7 +64,7 @@ class Dataset:
             except SampleError as error:
                 lost.append((index, str(error)))
             dice = dice or random.Random(f"{self.seed} {epoch} {index}")
-            index = dice.choice(self._peers(_seen(self.samples[index])))
+            index = self._stand_in(index, dice)
         raise UserError(f"{MAX_TRIES} unusable samples in a row, the last: {lost[-1][1]}")
 
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
@@ -73,10 +77,48 @@ class Dataset:
         batch.lost, batch.epoch = tuple(lost), epoch
         return batch
 
-    def _peers(self, has_images: bool) -> list[int]:
+    def _stand_in(self, index: int, dice: random.Random) -> int:
+        """Another sample of its modality; in a packed row none that is longer, if there is one."""
+        has_images = _seen(self.samples[index])
         if has_images not in self._modalities:
             self._modalities[has_images] = [i for i, s in enumerate(self.samples) if _seen(s) == has_images]
-        return self._modalities[has_images]
+        peers = self._modalities[has_images]
+        if self.lengths is not None:
+            others = np.array([i for i in peers if self.usable[i] and i != index], dtype=int)
+            if len(others):
+                limit = max(self.lengths[index], self.lengths[others].min())
+                peers = others[self.lengths[others] <= limit].tolist()
+        return dice.choice(peers)
+
+    def length(self, index: int) -> int:
+        """Tokens of a sample after the cut, without its pixels; 0 if it cannot be used."""
+        try:
+            return min(count_tokens(self.samples[index], self.config, self.tokenizer), self.max_tokens)
+        except SampleError:
+            return 0
+
+    def measure(self, workers: int, cache: Path) -> np.ndarray:
+        """All samples' lengths, from `cache` if it has them, else counted by so many processes and written there."""
+        lengths = np.load(cache) if cache.is_file() else np.empty(0)
+        if len(lengths) != len(self):
+            chunks: Any = torch.utils.data.DataLoader(
+                _Lengths(self),  # type: ignore[arg-type]
+                batch_size=None,
+                num_workers=workers,
+                worker_init_fn=_quiet,
+            )
+            lengths = np.array([length for chunk in chunks for length in chunk])
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            partial = cache.with_name(f".{os.getpid()}.{cache.name}")
+            np.save(partial, lengths)
+            partial.rename(cache)
+        self.usable = lengths > 0
+        self.lengths = lengths.copy()
+        has_images = np.array([_seen(sample) for sample in self.samples])
+        for kind in (has_images, ~has_images):  # an unusable sample keeps a place for its stand-in
+            typical = np.median(lengths[kind & self.usable]) if (kind & self.usable).any() else 1
+            self.lengths[kind & ~self.usable] = int(typical)
+        return self.lengths
 
 
 def _seen(sample: Sample) -> bool:
@@ -84,46 +126,19 @@ def _seen(sample: Sample) -> bool:
     return bool(sample.images or sample.videos)
 
 
-@dataclass(frozen=True)
-class Order:
-    """Which samples batch number `step` holds: every epoch is a permutation keyed by (seed, epoch).
+@dataclass
+class _Lengths:
+    """Lengths of a thousand samples at a time, for processes."""
 
-    The last batch of an epoch holds what is left over.
-    """
+    dataset: Dataset
 
-    count: int  # samples
-    batch_size: int
-    seed: int = 0
-    shuffle: bool = True
-    _cached: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // 1000)
 
-    def __post_init__(self) -> None:
-        if self.count < 1 or self.batch_size < 1:
-            raise UserError(
-                f"cannot make batches of {self.batch_size} from {self.count} samples; give at least 1 of each"
-            )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.count // self.batch_size)
-
-    def position(self, step: int) -> tuple[int, int]:
-        """(epoch, batches of it that came before)."""
-        return divmod(step, self.steps_per_epoch)
-
-    def step(self, epoch: int, position: int) -> int:
-        return epoch * self.steps_per_epoch + position
-
-    def indices(self, step: int) -> list[int]:
-        epoch, position = self.position(step)
-        order = self._cached.get(epoch)
-        if order is None:
-            order = np.arange(self.count)
-            if self.shuffle:
-                np.random.default_rng([self.seed, epoch]).shuffle(order)
-            self._cached.clear()
-            self._cached[epoch] = order
-        return order[position * self.batch_size : (position + 1) * self.batch_size].tolist()
+    def __getitem__(self, chunk: int) -> list[int]:
+        if chunk >= len(self):
+            raise IndexError(chunk)
+        return [self.dataset.length(i) for i in range(1000 * chunk, min(1000 * (chunk + 1), len(self.dataset)))]
 
 
 @dataclass
@@ -209,9 +224,12 @@ class Loader:
     def __getitem__(self, step: int) -> Batch | UserError:
         """Batch number `step`. An error is a value here: torch would wrap a raised one into a page of traceback."""
         try:
-            return self.dataset.batch(self.order.indices(step), self.order.position(step)[0])
+            rows = self.order.rows(step)
+            batch = self.dataset.batch([index for row in rows for index in row], self.order.position(step)[0])
         except UserError as error:
             return error
+        batch.rows = len(rows)
+        return batch
 
     def _from_thread(self) -> Generator[Batch | UserError, None, None]:
         pool = ThreadPoolExecutor(1, thread_name_prefix="loader")

@@ -52,7 +52,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class Bar:
-    """The moving line: loss, tokens a second, share of time spent waiting for data, time left."""
+    """The moving line: loss, supervised tokens a second, share of time spent waiting for data, time left."""
 
     WINDOW = 50  # steps that the shown means are of
 
@@ -68,7 +68,7 @@ class Bar:
         self.recent.append((loss, tokens, data_s, step_s))
         losses, counts, waits, times = zip(*self.recent)
         rate, waiting = sum(counts) / sum(times), sum(waits) / sum(times)
-        text = f"loss {sum(losses) / len(losses):.4f}, {rate:,.0f} tok/s, data {waiting:.0%}"
+        text = f"loss {sum(losses) / len(losses):.4f}, {rate:,.0f} supervised tok/s, data {waiting:.0%}"
         self.bar.set_postfix_str(text + (f", {skipped} skipped" if skipped else ""), refresh=False)
         self.bar.update()
 

@@ -63,6 +63,7 @@ class StageConfig:
     epochs: float = 0.0  # passes over the data
     batch_size: int = 128  # samples an optimizer step
     micro_batch: int = 0  # samples a forward pass; 0: all of batch_size
+    row_tokens: int = 0  # pack samples into rows of this many tokens; batch_size and micro_batch then count rows
     warmup: float = 0.03  # share of the steps in which the rate rises linearly
     schedule: str = "cosine"  # to zero; or constant
     optimizer: str = "adamw"  # or muon, for the matrices; the rest has AdamW still
@@ -191,6 +192,10 @@ def _check(recipe: Recipe, where: str) -> None:
         require(stage.dtype in DTYPES, f"{at}: dtype '{stage.dtype}'{nearest(stage.dtype, DTYPES)}")
         require(stage.keep > 0 and stage.log_every > 0, f"{at}: keep and log_every must be at least 1")
         require(stage.max_tokens > 1, f"{at}: max_tokens must be at least 2")
+        require(
+            not stage.row_tokens or stage.row_tokens >= stage.max_tokens,
+            f"{at}: row_tokens is below max_tokens; a row must hold any sample (twice that leaves little empty)",
+        )
 
 
 DTYPES = ("auto", "float32", "bfloat16")

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from minillava.config import ModelConfig, UserError
-from minillava.image import MAX_PIXELS, open_image
+from minillava.image import MAX_PIXELS, image_size, open_image
 from minillava.video import Clip, open_clip
 
 MAX_FILE_BYTES = 4 * MAX_PIXELS  # of one image file in a zip: an uncompressed RGBA picture of the largest size
@@ -36,6 +36,11 @@ class ImageStore(ABC):
     def open(self, name: str, label: str) -> Image.Image:
         """The decoded RGB image; UserError that starts with `label` if it cannot be had."""
         return open_image(self.get(name, label), label)
+
+    def size(self, name: str, label: str) -> tuple[int, int]:
+        """Width and height of the upright image, without decoding it; UserError as for `open`."""
+        source = self.get(name, label)
+        return source.size if isinstance(source, Image.Image) else image_size(source, label)
 
 
 class Folder(ImageStore):
@@ -133,3 +138,6 @@ class ImageRef:
         label = f"{sample}: {self.name}"
         source = self.store.get(self.name, label)
         return open_clip([source] if isinstance(source, Image.Image) else source, config, label)
+
+    def size(self, sample: str) -> tuple[int, int]:
+        return self.store.size(self.name, f"{sample}: {self.name}")

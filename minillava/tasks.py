@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from minillava.config import ChatConfig, ModelConfig, UserError, from_dict, nearest, to_dict
 from minillava.data import IGNORE, Batch, Sample, scan
 from minillava.llava import LLaVA
-from minillava.loader import Dataset, Loader, Order, Tally, check_supervision
+from minillava.loader import Dataset, Loader, Tally, check_supervision
+from minillava.metrics import Work
+from minillava.packing import Order
 from minillava.recipe import DataConfig, Recipe, StageConfig
 from minillava.tokenizer import Tokenizer
 from minillava.weights import save_model
@@ -54,7 +56,13 @@ class Task:
         nn.Module
     )  # what `loss` calls; its parameters are those that are not listed in parts, frozen, and those that are
     parts: dict[str, nn.Module]  # by the name that `lr` has for them; disjoint, all inside `model`
-    num_samples: int | None = None  # what `epochs` is counted in; None where the data has no end
+    stage: StageConfig
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the stage."""
+        if not self.stage.steps:
+            raise UserError(f"stage '{self.stage.name}': its data has no end; set steps instead of epochs")
+        return self.stage.steps
 
     def batches(self, start: int, stop: int) -> Iterator[list[Any]]:
         """The micro-batches of steps start to stop (exclusive). Step k holds the same whatever `start` was."""
@@ -67,6 +75,14 @@ class Task:
     def tokens(self, micro: Any) -> int:
         """How many tokens (or pairs) go through the model, for the rate that is shown."""
         raise NotImplementedError
+
+    def flops(self, micro: Any) -> float:
+        """What a training step with it costs; 0 where nobody has counted."""
+        return 0.0
+
+    def counts(self, micros: list[Any]) -> dict[str, float]:
+        """What else the log should have of a step's data."""
+        return {}
 
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
         """Measurements by name; nothing where there is nothing to evaluate. Runs under no_grad and model.eval()."""
@@ -103,24 +119,6 @@ def export(run: Run, folder: Path) -> None:
     save_model(model, folder, run.tokenizer)
 
 
-@dataclass(frozen=True)
-class MicroOrder(Order):
-    """Order of micro-batches: number k is part k % parts of batch k // parts. May be empty at the end of an epoch."""
-
-    micro: int = 1
-
-    @property
-    def parts(self) -> int:
-        return -(-self.batch_size // self.micro)
-
-    def position(self, step: int) -> tuple[int, int]:
-        return super().position(step // self.parts)
-
-    def indices(self, step: int) -> list[int]:
-        part = step % self.parts
-        return super().indices(step - part)[part * self.micro : (part + 1) * self.micro]
-
-
 class LLaVATask(Task):
     """Next-token loss on the answers of conversations about pictures: LLaVA's stages (arXiv 2304.08485, 4.2)."""
 
@@ -136,10 +134,20 @@ class LLaVATask(Task):
         limit = min(stage.max_tokens, self.config.decoder.max_positions)
         self.dataset = Dataset(samples, self.config, run.tokenizer, limit, seed)
         self.held_out = Dataset(held_out, self.config, run.tokenizer, limit, seed) if held_out else None
-        self.num_samples = len(samples)
-        self.order = MicroOrder(len(samples), stage.batch_size, seed, micro=stage.micro)
         self.tally = Tally(len(samples))
         print(f"  {check_supervision(self.dataset)}")
+        lengths = None
+        if stage.row_tokens:
+            lengths = self.dataset.measure(stage.workers, run.folder / stage.name / "lengths.npy")
+        self.order = Order(
+            len(samples), stage.batch_size, seed, micro=stage.micro, row_tokens=stage.row_tokens, lengths=lengths
+        )
+        if lengths is not None:
+            rows = len(self.order.epoch(0)[1]) - 1
+            print(
+                f"  {rows:,} rows of {stage.row_tokens:,} tokens an epoch, {len(samples) / rows:.1f} samples each, "
+                f"{self.order.empty():.2%} empty"
+            )
 
     def read_samples(self, seed: int) -> tuple[Sequence[Sample], Sequence[Sample]]:
         """Samples to train on and samples to evaluate on. Raises UserError if any of them cannot be used."""
@@ -159,6 +167,9 @@ class LLaVATask(Task):
             held_out = [sample for i, sample in enumerate(samples) if i in chosen]
             samples = [sample for i, sample in enumerate(samples) if i not in chosen]
         return samples, held_out[: stage.eval_samples or None]
+
+    def total_steps(self) -> int:
+        return self.stage.steps or self.order.num_steps(self.stage.epochs)
 
     def batches(self, start: int, stop: int) -> Iterator[list[Batch]]:
         parts, on_gpu = self.order.parts, self.run.device.type == "cuda"
@@ -182,6 +193,23 @@ class LLaVATask(Task):
 
     def tokens(self, micro: Batch) -> int:
         return len(micro.ids_T)
+
+    def flops(self, micro: Batch) -> float:
+        pixels = [] if micro.pixels_NCHW is None else list(micro.pixels_NCHW)
+        return self.work.flops(micro.cu_seqlens, micro.supervised, pixels)
+
+    @cached_property
+    def work(self) -> Work:
+        """Asked for in a step, when it is settled what is trained."""
+        return Work(self.run.model)
+
+    def counts(self, micros: list[Batch]) -> dict[str, float]:
+        """Samples of the step, and which share of its rows' budget they leave empty."""
+        counts: dict[str, float] = {"samples": sum(len(micro.cu_seqlens) - 1 for micro in micros)}
+        if self.stage.row_tokens:
+            budget = self.stage.row_tokens * sum(micro.rows for micro in micros)
+            counts["empty"] = round(1 - sum(map(self.tokens, micros)) / budget, 5)
+        return counts
 
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
         """Loss a supervised token on what was held out."""
@@ -236,15 +264,6 @@ def rounded_up(batch: Batch, image_token_id: int) -> Batch:
         labels_T=torch.nn.functional.pad(batch.labels_T, (0, more), value=IGNORE),
         cu_seqlens=(*batch.cu_seqlens, len(batch.ids_T) + more),
     )
-
-
-def total_steps(stage: StageConfig, num_samples: int | None) -> int:
-    """Optimizer steps of a stage; the last batch of an epoch holds what is left over."""
-    if stage.steps:
-        return stage.steps
-    if num_samples is None:
-        raise UserError(f"stage '{stage.name}': its data has no end; set steps instead of epochs")
-    return math.ceil(stage.epochs * -(-num_samples // stage.batch_size))
 
 
 def merge_config(config: ModelConfig, tables: dict[str, dict[str, Any]], where: str) -> ModelConfig:

@@ -26,10 +26,11 @@ from torch.func import functional_call
 
 from minillava import checkpoint
 from minillava.config import UserError, nearest
+from minillava.metrics import Clock, matmul_peak, peak_bytes
 from minillava.optim import make_optimizer
 from minillava.progress import Bar, Log
 from minillava.recipe import StageConfig
-from minillava.tasks import Task, total_steps
+from minillava.tasks import Task
 
 MAX_NON_FINITE = 5  # steps in a row without a finite gradient before the run stops
 
@@ -40,7 +41,7 @@ class Trainer:
     def __init__(self, task: Task, stage: StageConfig, device: torch.device, folder: Path, log: Log, resume: bool):
         self.task, self.stage, self.folder, self.log = task, stage, folder, log
         self.dtype = compute_dtype(stage.dtype, device)
-        self.steps = total_steps(stage, task.num_samples)
+        self.steps = task.total_steps()
         self.step = self.skipped = self.non_finite = 0
         self.trained = self._choose_parameters()
         self.optimizer = make_optimizer(task.model, self.trained, stage)
@@ -50,6 +51,8 @@ class Trainer:
         self.frozen = {n: p.detach().to(self.dtype) for n, p in self.named.items() if id(p) not in trained}
         self.loose = {n: p for n, p in self.named.items() if id(p) in trained}
         self.plain = all(p.dtype == self.dtype for p in self.named.values())
+        self.clock = Clock(device, task.parts.get("vision"))
+        self.device = device
         newest = checkpoint.latest(folder / "checkpoints") if resume else None
         if newest is not None:
             self._load(newest)
@@ -105,9 +108,11 @@ class Trainer:
         call = self.weights()
         total, count = torch.zeros((), device=next(iter(self.trained.values())).device), 0
         for micro in micros:
-            loss, supervised = self.task.loss(call, micro)
+            with self.clock("forward"):
+                loss, supervised = self.task.loss(call, micro)
             if loss.requires_grad:  # text alone has no gradient where only the projector is trained
-                loss.backward()
+                with self.clock("backward"):
+                    loss.backward()
             total += loss.detach()
             count += supervised
         del call
@@ -125,7 +130,8 @@ class Trainer:
             factor = schedule(self.stage, self.step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.stage.lr[group["part"]] * factor
-            self.optimizer.step()
+            with self.clock("optimizer"):
+                self.optimizer.step()
         else:
             self._skip(values)
         self.optimizer.zero_grad(set_to_none=True)
@@ -159,10 +165,9 @@ class Trainer:
                     step_s = time.perf_counter() - began_s
                     first = self.step == 0
                     self.step += 1
-                    tokens = sum(map(self.task.tokens, micros))
-                    bar.step(values["loss"], tokens, data_s, step_s, self.skipped)
+                    bar.step(values["loss"], values["supervised"], data_s, step_s, self.skipped)
                     if self.step % stage.log_every == 0 or self.step == self.steps:
-                        self._log_step(values, tokens, data_s, step_s)
+                        self._log_step(values, micros, data_s, step_s)
                     if first:
                         self._note_idle(bar)
                     if stage.eval_every and self.step % stage.eval_every == 0 and self.step < self.steps:
@@ -175,16 +180,22 @@ class Trainer:
             measured = self._evaluate(bar)
         finally:
             bar.close()
+            self.clock.close()
             if hasattr(batches, "close"):
                 batches.close()
         return measured
 
-    def _log_step(self, values: dict[str, Any], tokens: int, data_s: float, step_s: float) -> None:
+    def _log_step(self, values: dict[str, Any], micros: list[Any], data_s: float, step_s: float) -> None:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
+        tokens, flops = sum(map(self.task.tokens, micros)), sum(map(self.task.flops, micros))
+        if flops:
+            finite["mfu"] = round(flops / step_s / matmul_peak(self.device, self.dtype), 4)
         self.log.write(
-            stage=self.stage.name, step=self.step, **finite, lr=rates, tokens=tokens,
-            tok_per_s=round(tokens / step_s, 1), data_s=round(data_s, 5), step_s=round(step_s, 5), skipped=self.skipped,
+            stage=self.stage.name, step=self.step, **finite, lr=rates, tokens=tokens, **self.task.counts(micros),
+            tok_per_s=round(tokens / step_s, 1), supervised_per_s=round(values["supervised"] / step_s, 1),
+            data_s=round(data_s, 5), **self.clock.read(), step_s=round(step_s, 5),
+            peak_bytes=peak_bytes(self.device), skipped=self.skipped,
         )  # fmt: skip
 
     def _note_idle(self, bar: Bar) -> None:
@@ -199,6 +210,7 @@ class Trainer:
         with torch.no_grad():
             measured = self.task.evaluate(self.weights())
         self.task.model.train()
+        self.clock.marks.clear()
         if measured:
             self.log.write(stage=self.stage.name, step=self.step, eval=measured)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())

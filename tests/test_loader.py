@@ -1,7 +1,6 @@
 """The order of batches, what a lost picture costs, and the same batches however they are prepared."""
 
 import io
-import itertools
 import threading
 import time
 from collections import Counter
@@ -13,7 +12,8 @@ from PIL import Image
 from minillava.chat import Message
 from minillava.config import ChatConfig, ImageConfig, ModelConfig, UserError, VisionConfig
 from minillava.data import Sample
-from minillava.loader import Dataset, Loader, Order, Tally, check_supervision
+from minillava.loader import Dataset, Loader, Tally, check_supervision
+from minillava.packing import Order
 from minillava.store import ImageRef, Pictures
 from minillava.tokenizer import load_tokenizer, train_small_tokenizer
 
@@ -54,21 +54,6 @@ def same(a, b):
         assert torch.equal(x.pixels_NCHW, y.pixels_NCHW)
         assert x.lost == y.lost and x.epoch == y.epoch
     return True
-
-
-def test_every_epoch_is_another_permutation():
-    order = Order(10, 4, seed=3)
-    assert order.steps_per_epoch == 3
-    epochs = [[order.indices(step) for step in range(3 * e, 3 * e + 3)] for e in range(3)]
-    assert all(sorted(itertools.chain(*epoch)) == list(range(10)) for epoch in epochs)
-    assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert Order(10, 4, seed=3).indices(7) == epochs[2][1]  # straight to a step, as after a resume
-    assert Order(10, 4, seed=4).indices(0) != epochs[0][0]
-    assert Order(10, 4, shuffle=False).indices(1) == [4, 5, 6, 7]
-    assert order.position(7) == (2, 1) and order.step(2, 1) == 7
-    with pytest.raises(UserError, match="batches of 4 from 0 samples"):
-        Order(0, 4)
 
 
 def test_the_same_batches_however_they_are_prepared(tokenizer):
@@ -196,3 +181,33 @@ def test_check_supervision(tokenizer):
         check_supervision(dataset(tokenizer, 500, max_tokens=9))
     with pytest.raises(UserError, match=r"1 of 10 samples tried cannot be used, the first: data\.json: sample '3'"):
         check_supervision(dataset(tokenizer, 10, bad={3}))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lengths_are_those_of_the_encoded_samples(tokenizer, tmp_path, workers):
+    longest = max(len(dataset(tokenizer, 1100)[i].ids) for i in range(0, 1100, 50))
+    data = dataset(tokenizer, 1100, bad={7}, text_only=range(0, 1100, 3), max_tokens=longest - 1)
+    encoded = [len(data[i].ids) if i != 7 else None for i in range(1100)]
+    lengths = data.measure(workers, tmp_path / "lengths.npy").tolist()
+    assert lengths[:7] + lengths[8:] == encoded[:7] + encoded[8:] and max(lengths) == longest - 1
+    assert min(lengths) < lengths[7] < longest  # what is unreadable is taken to be as long as most
+    again = Dataset(data.samples, data.config, None, longest - 1)  # no tokenizer: from the file alone
+    assert again.measure(0, tmp_path / "lengths.npy").tolist() == lengths
+
+
+def test_packed_batches_hold_every_sample_and_keep_to_the_budget(tokenizer, tmp_path):
+    """Also where a picture is lost: no stand-in is longer than what it stands in for."""
+    count, bad = 400, {11, 251}
+    data = dataset(tokenizer, count, bad=bad, text_only=range(0, count, 2))
+    lengths = data.measure(0, tmp_path / "lengths.npy")
+    order = Order(count, 4, seed=1, micro=1, row_tokens=2000, lengths=lengths)
+    loader = Loader(data, order, 0, order.num_steps(1) * order.parts)
+    answers, filled, rows = Counter(), 0, 0
+    for batch in loader:
+        assert len(batch.ids_T) <= 2000 * batch.rows
+        filled, rows = filled + len(batch.ids_T), rows + batch.rows
+        for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:]):
+            labels_T = batch.labels_T[start:end]
+            answers[int(tokenizer.decode(labels_T[labels_T >= 0].tolist()))] += 1
+    assert set(range(count)) - set(answers) == bad and answers.total() == count
+    assert filled / (2000 * rows) > 0.95 and rows <= -(-lengths.sum() // 2000) + 1

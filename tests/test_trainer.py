@@ -212,6 +212,31 @@ def test_rounding_up_a_batch_changes_nothing(world, tmp_path):
     assert (filler != 0).all()  # never a placeholder
 
 
+def test_packed_equals_unpacked(world, tmp_path):
+    """The same samples in rows of a token budget, in micro-batches of one sample, and as one batch: one loss, one
+    gradient."""
+    sets = "stage.finetune.dtype=float32", "stage.finetune.eval_samples=0", "stage.finetune.batch_size=999"
+    ways = {
+        "alone": ["stage.finetune.micro_batch=1"],
+        "together": ["stage.finetune.micro_batch=0"],
+        "packed": ["stage.finetune.micro_batch=1", "stage.finetune.row_tokens=256", "stage.finetune.max_tokens=200"],
+    }
+    results = {}
+    for name, more in ways.items():
+        trainer = trainer_of(world, tmp_path / name, *sets, *more)
+        micros = next(trainer.task.batches(0, 1))
+        results[name] = gradients_of_step(trainer, micros)
+        if name == "packed":
+            assert all(len(micro.ids_T) <= 256 for micro in micros)
+            counts = trainer.task.counts(micros)
+            assert counts["samples"] == 56 and counts["empty"] < 0.3 and 1 < len(micros) < 30
+    for name in ("together", "packed"):
+        assert results[name][0]["supervised"] == results["alone"][0]["supervised"]
+        assert results[name][0]["loss"] == pytest.approx(results["alone"][0]["loss"], abs=1e-5)
+        for part, grad in results["alone"][1].items():
+            assert (grad - results[name][1][part]).abs().max() <= 1e-6, (name, part)
+
+
 def test_text_alone_trains_no_projector_and_does_not_fail(world, tmp_path):
     sets = (
         f'stage.pretrain.data=[{{path="{world}/text.json"}}]',
@@ -272,9 +297,10 @@ def test_parts_that_overlap_are_refused(world, tmp_path):
     class Overlapping(Task):
         model = trainer.task.model
         parts = {"projector": model, "decoder": model.decoder}  # noqa: RUF012
+        stage = dataclasses.replace(trainer.stage, steps=1, epochs=0)
 
     with pytest.raises(RuntimeError, match="parts overlap"):
-        Trainer(Overlapping(), dataclasses.replace(trainer.stage, steps=1, epochs=0), CPU, tmp_path, trainer.log, False)
+        Trainer(Overlapping(), Overlapping.stage, CPU, tmp_path, trainer.log, False)
 
 
 def test_schedule_rises_linearly_and_falls_to_zero(world, tmp_path):
@@ -322,16 +348,13 @@ def test_a_run_learns_and_leaves_what_it_promises(world, tmp_path):
     assert [row["step"] for row in steps if row["stage"] == "finetune"] == list(range(1, 57))  # (56 - 6) / 8, 8 times
     for row in steps:
         assert row.keys() >= {
-            "loss",
-            "grad_norm",
-            "supervised",
-            "lr",
-            "tokens",
-            "tok_per_s",
-            "data_s",
-            "step_s",
-            "skipped",
+            *("loss", "grad_norm", "supervised", "lr", "tokens", "samples", "skipped", "tok_per_s", "supervised_per_s"),
+            *("data_s", "forward_s", "backward_s", "optimizer_s", "step_s", "mfu", "peak_bytes"),
         }
+        assert row["samples"] <= 8 and 0 < row["mfu"] < 1.5 and row["peak_bytes"] > 1e7
+        phases = [row.get(f"{phase}_s", 0) for phase in ("data", "vision", "forward", "backward", "optimizer")]
+        assert min(phases) >= 0 and sum(phases) <= row["step_s"] + 1e-3
+    assert sum(row.get("vision_s", 0) for row in steps) > 0
     losses = [row["eval"]["eval_loss"] for row in rows if "eval" in row]
     assert len(losses) == 56 // 8 and losses[-1] < 0.5 * losses[0]
     assert results == {"pretrain": {}, "finetune": {"eval_loss": losses[-1]}}

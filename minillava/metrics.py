@@ -1,0 +1,137 @@
+"""Where the time of a step goes, and which share of the machine's matrix speed it uses.
+
+Model FLOPs utilisation as in PaLM (arXiv 2204.02311, appendix B): the FLOPs that a step needs, recomputed activations
+left out, over what the same machine reaches in one large product of the same dtype, measured in the first step.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minillava.llava import LLaVA
+
+
+class Clock:
+    """Seconds spent in named phases. On a GPU by events that are read once they have passed, so nothing waits for them:
+    what the optimizer took is then reported with the step after it."""
+
+    def __init__(self, device: torch.device, vision: nn.Module | None = None):
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self.hooks = []
+        if vision is not None:  # the tower runs inside the forward pass
+            began: list[float | torch.cuda.Event] = []
+            self.hooks = [
+                vision.register_forward_pre_hook(lambda *_: began.append(self.now())),
+                vision.register_forward_hook(lambda *_: self.marks.append(("vision", began.pop(), self.now()))),
+            ]
+
+    def now(self) -> float | torch.cuda.Event:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = self.now()
+        yield
+        self.marks.append((phase, began, self.now()))
+
+    def read(self) -> dict[str, float]:
+        """PHASE_s since the last call; the tower's time is taken out of the forward pass's."""
+        seconds: dict[str, float] = defaultdict(float)
+        waiting = []
+        for phase, began, ended in self.marks:
+            if isinstance(began, float) and isinstance(ended, float):
+                seconds[f"{phase}_s"] += ended - began
+            elif ended.query():  # type: ignore[union-attr]
+                seconds[f"{phase}_s"] += began.elapsed_time(ended) * 1e-3  # type: ignore[union-attr, arg-type]
+            else:
+                waiting.append((phase, began, ended))
+        self.marks = waiting
+        if "forward_s" in seconds:
+            seconds["forward_s"] -= seconds["vision_s"]
+        return {name: round(value, 5) for name, value in seconds.items()}
+
+
+class Work:
+    """FLOPs of a training step of a LLaVA, from the sizes of its linear layers and what of them is trained.
+
+    A product costs 2 FLOPs a weight and token, once forward, once for the gradient of its input and once for that of
+    its weight where that is trained; a frozen tower has no backward pass. Causal attention is counted by half.
+    """
+
+    def __init__(self, model: LLaVA):
+        config = model.config
+        vision, projector, decoder = model.vision, model.projector, model.decoder
+        self.patch_area = 3 * config.vision.patch_size**2
+        seen = any(p.requires_grad for p in vision.parameters())
+        self.patch = _products(vision.blocks[: config.vision.layers_run], seen) + _products(projector, seen)
+        last: Any = decoder.blocks[-1]  # behind its attention it works on supervised positions alone
+        late = _products(last.attn.out, True) + _products(last.mlp, True)
+        self.token = _products(decoder.blocks, True) - late
+        head = config.decoder.hidden_size * config.decoder.vocab_size
+        self.answer = late + 2 * head * (2 + decoder.head_weight.requires_grad)
+        self.view = 4 * config.vision.hidden_size * config.vision.layers_run * (3 if seen else 1)
+        width = config.decoder.num_heads * config.decoder.head_dim
+        self.pair = 2 * width * config.decoder.num_layers * 3  # of queries and keys, half of which are hidden
+
+    def flops(self, cu_seqlens: Sequence[int], supervised: int, pixels: Sequence[Tensor]) -> float:
+        """Of one forward and backward pass over packed rows and the pictures in them."""
+        patches = [part.numel() // self.patch_area for part in pixels]
+        pairs = sum((end - start) ** 2 for start, end in pairwise(cu_seqlens))
+        total = self.token * cu_seqlens[-1] + self.pair * pairs + self.answer * supervised
+        return total + self.patch * sum(patches) + self.view * sum(n * n for n in patches)
+
+
+def _products(module: nn.Module, input_gradient: bool) -> int:
+    """FLOPs a token of the linear layers inside, backward pass included."""
+    total = 0
+    layer: Any
+    for layer in module.modules():
+        if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+            trained = any(p.requires_grad for p in layer.parameters(recurse=False))
+            total += 2 * layer.in_features * layer.out_features * (1 + input_gradient + trained)
+    return total
+
+
+@cache
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of a few large products on this device."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        began_s = time.perf_counter()
+        product = a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            product[0, 0].item()
+        seconds.append(time.perf_counter() - began_s)
+    return 2 * side**3 / min(seconds)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the GPU by PyTorch's tensors, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
