@@ -116,6 +116,7 @@ class Engine:
         self.eos_ids = frozenset(model.config.chat.eos_ids)
         self.stops = stop_strings(model.config.chat)
         self.pictures_seen = 0  # that went through the tower since the start
+        self._idle: Slots | None = None  # of the last batch, for the next one: on a GPU its graphs are worth keeping
 
     @property
     def device(self) -> torch.device:
@@ -137,8 +138,11 @@ class Engine:
         if not rows:
             return []
         capacity = max(len(row.ids) + row.limit for row in rows)
-        slots = min(len(rows), MAX_ROWS, max(1, CACHE_BYTES // (capacity * self._cache_bytes())))
-        return (yield from self.run(rows, self.new_slots(slots, capacity)))
+        slots = self._slots(min(len(rows), MAX_ROWS, max(1, CACHE_BYTES // (capacity * self._cache_bytes()))), capacity)
+        try:
+            return (yield from self.run(rows, slots))
+        finally:
+            self._idle = slots
 
     def row(self, index: int, request: Request, opened: dict[object, Picture]) -> Row:
         """Check a request and make its ids. `opened` holds the pictures opened so far; new ones are put there."""
@@ -200,6 +204,22 @@ class Engine:
 
     def new_slots(self, rows: int, capacity: int) -> Slots:
         return Slots(self.model, rows, capacity, self._cache_dtype(), self.eos_ids)
+
+    def step_bytes(self, tokens: int) -> int:
+        """Bytes that a decode step has to read: the weights, and keys and values of `tokens` tokens."""
+        decoder = self.model.decoder
+        read = sum(t.nbytes for t in (*decoder.parameters(), *decoder.buffers()))
+        read -= 0 if self.config.decoder.tie_embeddings else decoder.embed.weight.nbytes  # a row a token is read of it
+        return read + tokens * self._cache_bytes()
+
+    def _slots(self, rows: int, capacity: int) -> Slots:
+        """The idle ones if they do, else new ones, with some room to spare for the next batch."""
+        idle, self._idle = self._idle, None
+        key = (self.device, self._cache_dtype(), self.eos_ids)
+        if idle is not None and idle.key == key and idle.rows >= rows and idle.capacity >= capacity:
+            return idle
+        del idle
+        return self.new_slots(rows, min(-(-capacity // 256) * 256, self.config.decoder.max_positions))
 
     def _cache_bytes(self) -> int:
         """Of the keys and values of one token."""

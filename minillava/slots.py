@@ -8,7 +8,7 @@ elsewhere the same function runs plainly. Letters: B slots, D width, V vocabular
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,9 +25,10 @@ def _no_wait() -> None:
 class Slots:
     """Room for `rows` sequences of `capacity` tokens, prompt and answer together, each in a slot of its own."""
 
-    def __init__(self, model: LLaVA, rows: int, capacity: int, dtype: torch.dtype, eos_ids: Iterable[int]):
+    def __init__(self, model: LLaVA, rows: int, capacity: int, dtype: torch.dtype, eos_ids: frozenset[int]):
         self.model, self.rows, self.capacity = model, rows, capacity
         self.device = device = model.decoder.embed.weight.device
+        self.key = (device, dtype, eos_ids)  # what a batch must agree with to use them again
         self.cache = KVCache(model.config.decoder, rows, capacity, device, dtype)
         self.cache.live_B.zero_()
         self.sampler = Sampler(rows, capacity, device)

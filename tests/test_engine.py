@@ -73,6 +73,7 @@ def test_waiting_rows_take_the_slots_of_those_that_left(engine, monkeypatch):
         for lag in (0, 1, 2):
             with monkeypatch.context() as patch:
                 patch.setattr(f"minillava.engine.{bound}", value)
+                engine._idle = None
                 assert [a.token_ids for a in engine.generate(mixed_requests())] == expected, (bound, lag)
             assert made[-1].rows == rows
 

@@ -1,0 +1,235 @@
+"""python -m bench.decode: answers about a picture, ours beside its peers, with random weights of real shapes.
+
+A checkpoint of the shape is written once and every peer loads it. Each round asks every peer once, in turn, for the
+same prompt: time to the first token, of it the picture's, and the median time of a later token. Peers: transformers in
+bf16, transformers with bitsandbytes NF4, and on a GPU transformers with its static cache under torch.compile. The
+machine's copy bandwidth is measured first. JSON goes to bench/results/<device>/decode.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from bench import machine
+from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig, VisionConfig
+from minillava.engine import Engine, Request
+from minillava.layout import image_tokens
+from minillava.llava import LLaVA
+from minillava.weights import load_model, save_model
+
+TINYLLAMA = DecoderConfig(32000, 2048, 5632, 22, 32, 4, 64, max_positions=2048)
+QWEN2 = DecoderConfig(
+    151936, 896, 4864, 24, 14, 2, 64, 1e6, 1e-6, 32768, qkv_bias=True, tie_embeddings=True, model_type="qwen2"
+)
+CLIP_L, CLIP_TINY = VisionConfig(), VisionConfig(64, 128, 3, 2, 56, 14)
+# name: decoder, vision tower, words beside the picture, batch sizes
+SHAPES: dict[str, tuple[DecoderConfig, VisionConfig, int, tuple[int, ...]]] = {
+    "tiny": (DecoderConfig(1000, 256, 704, 4, 8, 2, 32), CLIP_TINY, 16, (1, 2)),
+    "a": (TINYLLAMA, CLIP_L, 64, (1,)),  # TinyLlama behind CLIP-L/336: 640 tokens
+    "b": (QWEN2, CLIP_L, 64, (1,)),  # Qwen2-0.5B behind CLIP-L/336
+    "7b": (DecoderConfig(), CLIP_L, 64, (1, 8, 32)),  # LLaVA-1.5-7B
+}
+ROUND = dict[str, float]  # vision_s, first_s (vision included), token_s
+
+
+class NoText:
+    """In place of a tokenizer: random answers have no text."""
+
+    special_ids = range(1 << 30)
+    _strip_first_space = False
+
+
+def build(name: str) -> LLaVA:
+    """Random weights of a shape, in bf16."""
+    decoder, vision, _, _ = SHAPES[name]
+    chat = ChatConfig(image_token_id=decoder.vocab_size - 1, bos_id=1, eos_ids=(2,))
+    config = ModelConfig(vision=vision, decoder=decoder, image=ImageConfig(vision.image_size), chat=chat)
+    with torch.device("meta"):
+        model = LLaVA(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for weight_name, p in model.named_parameters():
+        with torch.no_grad():
+            p.fill_(1.0) if "norm" in weight_name and weight_name.endswith("weight") else p.normal_(
+                0.0, 0.02, generator=generator
+            )
+    return model
+
+
+def prompt(config: ModelConfig, words: int) -> tuple[list[int], torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    size = config.vision.image_size
+    visual = [config.chat.image_token_id] * image_tokens(config, size, size)
+    text = torch.randint(3, config.decoder.vocab_size - 1, (words,), generator=generator).tolist()
+    return text[:5] + visual + text[5:], torch.randn(3, size, size, generator=generator)
+
+
+def ours(folder: Path, device: str, quantize: bool) -> tuple[Engine, Callable[..., ROUND]]:
+    model = load_model(folder, torch.bfloat16, torch.device(device))
+    model.decoder.fuse()
+    engine = Engine(model, NoText())  # type: ignore[arg-type]
+    engine.eos_ids = frozenset()
+
+    def ask(ids: list[int], pixels: torch.Tensor, batch: int, tokens: int) -> ROUND:
+        pictures = [pixels.clone() for _ in range(batch)]  # each its own, as in a real batch
+        began = time.perf_counter()
+        answers = engine.generate([Request(prompt_ids=ids, images=[p], max_new_tokens=tokens) for p in pictures])
+        total_s, answer = time.perf_counter() - began, answers[0]
+        assert answer.token_s is not None and all(len(a.token_ids) == tokens for a in answers)
+        return {"vision_s": answer.vision_s, "first_s": total_s - answer.decode_s, "token_s": answer.token_s}
+
+    return engine, ask
+
+
+def theirs(folder: Path, device: str, kind: str) -> Callable[..., ROUND]:
+    """transformers: "" as it comes, "nf4" with bitsandbytes, "static" with a compiled static cache."""
+    import transformers as hf
+
+    quantization = {}
+    if kind == "nf4":
+        skipped = ["vision_tower", "multi_modal_projector", "lm_head"]
+        quantization["quantization_config"] = hf.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=skipped,
+        )  # fmt: skip
+    model = hf.LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map=device, **quantization
+    )
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seen: list[float] = []
+    see = model.model.get_image_features
+
+    @functools.wraps(see)
+    def timed_see(*args: Any, **more: Any) -> Any:
+        sync()
+        began = time.perf_counter()
+        features = see(*args, **more)
+        sync()
+        seen.append(time.perf_counter() - began)
+        return features
+
+    model.model.get_image_features = timed_see
+    options: dict[str, Any] = {"cache_implementation": "static"} if kind == "static" else {}
+
+    class Clock(hf.StoppingCriteria):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+            sync()
+            self.times.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    @torch.inference_mode()
+    def ask(ids: list[int], pixels: torch.Tensor, batch: int, tokens: int) -> ROUND:
+        clock, began = Clock(), time.perf_counter()
+        ids_BT = torch.tensor([ids] * batch, device=device)
+        pixels_BCHW = torch.stack([pixels] * batch).to(device, torch.bfloat16)
+        config = hf.GenerationConfig(
+            max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0, **options
+        )
+        out = model.generate(
+            input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), pixel_values=pixels_BCHW,
+            generation_config=config, stopping_criteria=hf.StoppingCriteriaList([clock]),
+        )  # fmt: skip
+        assert out.shape[1] == len(ids) + tokens == len(ids) + len(clock.times)
+        token_s = median(b - a for a, b in pairwise(clock.times))
+        return {"vision_s": seen.pop(), "first_s": clock.times[0] - began, "token_s": token_s}
+
+    return ask
+
+
+def measure(name: str, device: str, rounds: int, tokens: int, limits: dict[str, float]) -> list[dict[str, Any]]:
+    """Rows of one shape, one for each batch size."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / name
+        save_model(build(name), folder)
+        engine, ours_ask = ours(folder, device, quantize=False)
+        peers = {"ours bf16": ours_ask, "transformers bf16": theirs(folder, device, "")}
+        if find_spec("bitsandbytes"):
+            peers["transformers NF4 (bitsandbytes)"] = theirs(folder, device, "nf4")
+        if device == "cuda":
+            peers["transformers bf16, static, compiled"] = theirs(folder, device, "static")
+    ids, pixels = prompt(engine.config, SHAPES[name][2])
+    rows = []
+    for batch in SHAPES[name][3]:
+        results: dict[str, list[ROUND]] = {peer: [] for peer in peers}
+        for round in range(rounds + 1):  # the first warms up
+            for peer, ask in peers.items():
+                result = ask(ids, pixels, batch, tokens)
+                if round:
+                    results[peer].append({**result, "prefill_s": result["first_s"] - result["vision_s"]})
+        summary = {peer: _summary(found, len(ids), batch) for peer, found in results.items()}
+        read = engine.step_bytes(batch * (len(ids) + tokens // 2))
+        for peer in summary:
+            if peer.startswith("ours"):
+                rate = read / summary[peer]["token_s"]["median"]
+                summary[peer]["share_of_copy_bandwidth"] = rate / limits["copy_bytes_per_s"]
+        rows.append({"shape": name, "batch": batch, "prompt": len(ids), "new": tokens, "peers": summary})
+        print(table(rows[-1:]), flush=True)
+    return rows
+
+
+def _summary(found: list[ROUND], prompt: int, batch: int) -> dict[str, Any]:
+    """Median and quartiles of every time, and the rates that follow."""
+    times = {key: [result[key] for result in found] for key in found[0]}
+    out: dict[str, Any] = {
+        key: dict(zip(("low", "median", "high"), quantiles(values, n=4, method="inclusive")))
+        for key, values in times.items()
+    }
+    out["decode_tok_per_s"] = batch / out["token_s"]["median"]
+    out["prefill_tok_per_s"] = batch * prompt / out["prefill_s"]["median"]
+    return out
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        lines.append(f"shape {row['shape']}, batch {row['batch']}, {row['prompt']} tokens and {row['new']} new")
+        for peer, s in row["peers"].items():
+            times = "  ".join(
+                f"{key} {s[key]['median']:.4f} ({s[key]['low']:.4f}-{s[key]['high']:.4f})"
+                for key in ("vision_s", "prefill_s", "first_s", "token_s")
+            )
+            share = s.get("share_of_copy_bandwidth")
+            lines.append(
+                f"  {peer:32} {s['decode_tok_per_s']:8.2f} tok/s  prefill {s['prefill_tok_per_s']:8.1f} tok/s  {times}"
+                + (f"  {share:.0%} of copy bandwidth" if share else "")
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="a and b (CPU), a, b and 7b (GPU)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--out", type=Path, help="folder for the results (bench/results/<device>)")
+    chosen = parser.parse_args(arguments)
+    device, shapes = chosen.device, chosen.shape or (["a", "b", "7b"] if chosen.device == "cuda" else ["a", "b"])
+    limits = machine.limits(device, torch.bfloat16, shapes == ["tiny"])
+    print(f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {limits['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s")
+    rows = [row for name in shapes for row in measure(name, device, chosen.rounds, chosen.tokens, limits)]
+    folder = chosen.out or machine.folder(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"facts": machine.facts(device), "limits": limits, "rounds": chosen.rounds, "rows": rows}
+    (folder / "decode.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"wrote {folder}/decode.json")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
