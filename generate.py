@@ -6,6 +6,7 @@ Text goes to stdout as it comes; timing and everything else to stderr. Bad input
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -145,7 +146,9 @@ class Run:
 
     def show(self, answer: Answer) -> None:
         """The end of an answer: timing, or all of it as JSON."""
-        speed, peak = answer.decode_tok_per_s, peak_bytes(self.model.engine.device.type)
+        device = self.model.engine.device.type
+        speed, token_s, peak = answer.decode_tok_per_s, answer.token_s, peak_bytes(device)
+        share = answer.read_bytes / token_s / copy_bytes_per_s(device) if token_s else None
         if self.args.json:
             fields = {
                 "text": answer.text,
@@ -158,12 +161,16 @@ class Run:
                 "prefill_s": round(answer.prefill_s, 4),
                 "decode_tok_per_s": None if speed is None else round(speed, 2),
                 "peak_bytes": peak,
+                "token_s": None if token_s is None else round(token_s, 6),
+                "bandwidth_share": None if share is None else round(share, 4),
             }
             print(json.dumps(fields, ensure_ascii=False), flush=True)
             return
         print(flush=True)
         visual = f", {answer.image_tokens} of them visual" if answer.image_tokens else ""
-        decoding = "" if speed is None else f" | decode {speed:.1f} tok/s"
+        decoding = ""
+        if speed is not None and token_s is not None and share is not None:
+            decoding = f" | decode {speed:.1f} tok/s (median {token_s * 1e3:.2f} ms, {share:.0%} of copy bandwidth)"
         cut = " | stopped at the length limit" if answer.finish_reason == "length" else ""
         print(
             f"[load {self.load_s:.2f} s | vision {answer.vision_s:.3f} s | prefill {answer.prefill_s:.3f} s "
@@ -171,6 +178,24 @@ class Run:
             file=sys.stderr,
             flush=True,
         )
+
+
+@functools.cache
+def copy_bytes_per_s(device: str) -> float:
+    """How fast this machine copies memory, read and written bytes: what decoding is measured against."""
+    import torch
+
+    source = torch.ones(1 << (29 if device == "cuda" else 26), dtype=torch.uint8, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(5):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 2 * source.numel() / sorted(times)[2]
 
 
 def peak_bytes(device: str) -> int:

@@ -21,6 +21,7 @@ class Answer:
     prefill_s: float = 0.0  # their prompts, up to the first token
     decode_s: float = 0.0  # from the first token to this answer's last
     token_s: float | None = None  # median time of one token after the first; None if there is none
+    read_bytes: int = 0  # that each of them had to read: weights, and this answer's keys and values
 
     @property
     def decode_tok_per_s(self) -> float | None:

@@ -13,7 +13,8 @@ from minillava import llava
 from minillava.answer import Answer
 from minillava.chat import Message
 from minillava.config import ModelConfig, UserError, nearest
-from minillava.engine import Conversation, Engine, Request, user_message
+from minillava.conversation import Conversation
+from minillava.engine import Engine, Request, user_message
 from minillava.sampling import Sampling
 from minillava.tokenizer import Tokenizer, load_tokenizer
 from minillava.weights import load_model, read_config, resolve, save_model

@@ -80,7 +80,7 @@ class Slots:
 
     def step(self, n: int, kinds: frozenset[int]) -> None:
         """One more token for each live slot of the first n."""
-        x_BD = self.model.embed(self.tokens_B[:n])
+        x_BD = self.model.decoder.embed(self.tokens_B[:n])
         self._choose(self.model.decoder(x_BD, None, self.cache), slice(0, n), kinds)
 
     def launch(self, n: int) -> None:

@@ -9,7 +9,8 @@ from minillava.answer import AnswerText
 from minillava.cache import KVCache
 from minillava.chat import Message, segments
 from minillava.config import DecoderConfig, UserError
-from minillava.engine import Conversation, Engine, Request, user_message
+from minillava.conversation import Conversation
+from minillava.engine import Engine, Request, user_message
 from minillava.sampling import ARGMAX, CUT, WHOLE, Sampler, Sampling
 
 

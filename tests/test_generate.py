@@ -22,7 +22,7 @@ import generate  # noqa: E402 the script at the top of the repo
 
 FIELDS = [
     "text", "token_ids", "prompt_tokens", "image_tokens", "finish_reason",
-    "load_s", "vision_s", "prefill_s", "decode_tok_per_s", "peak_bytes",
+    "load_s", "vision_s", "prefill_s", "decode_tok_per_s", "peak_bytes", "token_s", "bandwidth_share",
 ]  # fmt: skip
 
 
@@ -67,6 +67,7 @@ def test_json_is_one_line_with_all_fields(capsys, folder, picture):
     assert answer["prompt_tokens"] > 8 + 3 and answer["finish_reason"] in ("stop", "length")
     assert answer["load_s"] > 0 and answer["vision_s"] > 0 and answer["prefill_s"] > 0
     assert answer["decode_tok_per_s"] > 0 and answer["peak_bytes"] > 50_000_000
+    assert 0 < answer["token_s"] < 10 and answer["bandwidth_share"] >= 0
 
     model = LLaVA.from_pretrained(folder)
     expected = model.generate("what?", [picture, Image.open(picture)], max_new_tokens=6)

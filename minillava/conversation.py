@@ -1,0 +1,68 @@
+"""A conversation: pictures are seen once, and of each new prompt only what is new is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from minillava.answer import Answer
+from minillava.chat import Message
+from minillava.engine import Engine, Picture, Request, drain, user_message
+from minillava.sampling import GREEDY, Sampling
+from minillava.slots import Slots
+
+if TYPE_CHECKING:
+    from minillava.engine import ImageSource, VideoSource
+
+
+class Conversation:
+    """Turns about pictures that stay: they are seen once, and of each new prompt only what is new is computed."""
+
+    def __init__(self, engine: Engine, images: Sequence[ImageSource] = (), videos: Sequence[VideoSource] = ()):
+        self.engine, self.videos = engine, list(videos)
+        self.images = list(images)  # also keeps the sources alive, whose identity names them in `opened`
+        self.opened: dict[object, Picture] = {}
+        self.messages: list[Message] = []
+        self.slots: Slots | None = None
+        self.cached_ids: list[int] = []  # that the slot holds
+        self.prefilled_tokens = 0  # computed, not taken from the cache, for the last prompt
+
+    def ask(
+        self,
+        question: str,
+        sampling: Sampling = GREEDY,
+        max_new_tokens: int = 512,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Answer:
+        """The answer to one more question. If it is interrupted, the conversation is as it was before."""
+        engine, config, first = self.engine, self.engine.config.chat, not self.messages
+        counts = len(self.images) * first, len(self.videos) * first
+        message = user_message(question, counts[0], config.image_token, counts[1], config.video_token)
+        messages = [*self.messages, message]
+        request = Request(messages, self.images, None, None, max_new_tokens, sampling, videos=self.videos)
+        row = engine.row(0, request, self.opened)
+        same = 0  # the answer's ids are made from its text again, and may differ from those that were sampled
+        while same < min(len(self.cached_ids), len(row.ids) - 1) and self.cached_ids[same] == row.ids[same]:
+            same += 1
+        row.held, self.cached_ids = same, self.cached_ids[:same]  # what is interrupted is not lost beyond this
+        self.prefilled_tokens = len(row.ids) - same
+        (answer,) = drain(engine.run([row], self._room(len(row.ids) + row.limit)), on_text)
+        self.cached_ids = [*row.ids, *answer.token_ids[:-1]]
+        self.messages = [*messages, Message("assistant", answer.text)]
+        return answer
+
+    @torch.inference_mode()
+    def _room(self, capacity: int) -> Slots:
+        """Slots for so many tokens, the old ones while they last: at least twice as large, so that few are made."""
+        old = self.slots
+        if old is None or old.capacity < capacity:
+            context = self.engine.config.decoder.max_positions
+            self.slots = self.engine.new_slots(1, max(capacity, min(2 * capacity, context)))
+            if old is not None:
+                n = len(self.cached_ids)
+                self.slots.cache.k_LBSGK[:, :, :n] = old.cache.k_LBSGK[:, :, :n]
+                self.slots.cache.v_LBSGK[:, :, :n] = old.cache.v_LBSGK[:, :, :n]
+        assert self.slots is not None
+        return self.slots
