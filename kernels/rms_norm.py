@@ -14,7 +14,7 @@ from minillava.kernels import configs
 from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl
 
 SMALL = 1 << 17  # numbers; up to here on a CPU the plain code's few calls are faster (bench/LOG.md)
-BLOCK = 1 << 16  # numbers of a block of the CPU implementation: its fp32 copies stay in the cache
+BLOCK = 1 << 17  # numbers of a block of the CPU implementation: its fp32 copies stay in the cache
 WIDEST = 8192  # a row is kept in registers; wider ones are the plain code's
 
 # -- reference ---------------------------------------------------------------------------------------------------------
@@ -32,10 +32,10 @@ def plain_forward(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, T
     y_ND = x_ND.new_empty(N, D)
     rstd_N1 = x_ND.new_empty(N, 1, dtype=_wide(x_ND))
     for rows in _blocks(N, D):
-        x_RD, rstd_R1 = x_ND[rows].to(rstd_N1.dtype), rstd_N1[rows]
-        torch.linalg.vector_norm(x_RD, dim=1, keepdim=True, out=rstd_R1)
+        n_RD, rstd_R1 = x_ND[rows].to(rstd_N1.dtype, copy=True), rstd_N1[rows]
+        torch.linalg.vector_norm(n_RD, dim=1, keepdim=True, out=rstd_R1)
         rstd_R1.square_().mul_(1 / D).add_(eps).rsqrt_()
-        y_ND[rows].copy_(x_RD * rstd_R1).mul_(weight_D)
+        y_ND[rows].copy_(n_RD.mul_(rstd_R1)).mul_(weight_D)
     return y_ND, rstd_N1
 
 
@@ -46,7 +46,7 @@ def plain_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N1: Tenso
     dx_ND = x_ND.new_empty(N, D)
     weight, dweight_D = weight_D.to(wide), weight_D.new_zeros(D, dtype=wide)
     for rows in _blocks(N, D):
-        n_RD, dy_RD = x_ND[rows] * rstd_N1[rows], dy_ND[rows].to(wide)
+        n_RD, dy_RD = x_ND[rows].to(wide, copy=True).mul_(rstd_N1[rows]), dy_ND[rows].to(wide)
         product_RD = dy_RD * n_RD
         dweight_D += product_RD.sum(0)
         mean_R1 = (product_RD @ weight)[:, None].mul_(1 / D)

@@ -54,15 +54,16 @@ def frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
 
 
 def rotary_tables(positions_T: Tensor, config: DecoderConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, K] of the rotary embedding, angles computed in float32."""
-    angles_TK = torch.outer(positions_T.float(), frequencies(config, positions_T.device)).repeat(1, 2)
-    return angles_TK.cos().to(dtype)[:, None], angles_TK.sin().to(dtype)[:, None]
+    """cos and sin [T, 1, K] of the rotary embedding, angles computed in float32. The first half of sin is negated: see
+    `rotate`."""
+    angles_T1K = torch.outer(positions_T.float(), frequencies(config, positions_T.device))[:, None]
+    cos, sin = angles_T1K.cos(), angles_T1K.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
     """Rotary embedding in the half-split convention: pairs are (i, i + K/2)."""
-    a, b = x_THK.chunk(2, dim=-1)
-    return x_THK * cos_T1K + torch.cat((-b, a), dim=-1) * sin_T1K
+    return torch.addcmul(x_THK * cos_T1K, x_THK.roll(x_THK.shape[-1] // 2, -1), sin_T1K)
 
 
 FEW = 16  # rows up to which a CPU reads bf16 weights fastest as weight @ x^T (bench/LOG.md)

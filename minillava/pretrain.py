@@ -84,20 +84,18 @@ class Pairs:
 
 
 class PhraseTower(nn.Module):
-    """What CLIP has beside its vision tower. A phrase is its words' sum through an MLP: word order
-    says nothing in these phrases, and all of them go through in every step.
+    """What CLIP has beside its vision tower. A phrase is the sum of its words: a color must then look the same on every
+    shape, so that pairs which never occur are learned with those that do.
     """
 
     def __init__(self, vocab_size: int, visual_size: int, size: int = 128):
         super().__init__()
         self.embed = nn.EmbeddingBag(vocab_size, size, mode="sum")
-        self.fc1 = nn.Linear(size, 2 * size)
-        self.fc2 = nn.Linear(2 * size, size)
         self.visual_projection = nn.Linear(visual_size, size, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.3))
 
     def forward(self, ids_T: Tensor, starts_M: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(self.embed(ids_T, starts_M))))
+        return self.embed(ids_T, starts_M)
 
 
 class Clip(nn.Module):
@@ -123,8 +121,7 @@ class Clip(nn.Module):
     def init_weights(self, seed: int) -> None:
         torch.manual_seed(seed)
         nn.init.normal_(self.rest.embed.weight)
-        for linear in (self.rest.fc1, self.rest.fc2, self.rest.visual_projection):
-            nn.init.xavier_uniform_(linear.weight)
+        nn.init.xavier_uniform_(self.rest.visual_projection.weight)
         nn.init.normal_(self.vision.patch_embedding.weight, 0, 0.05)
 
 

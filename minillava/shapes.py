@@ -308,26 +308,19 @@ def _ask_exist(scene: Scene, rng: random.Random) -> Question | None:
     return Question("exist", f"Is there {an(color)} {shape}?", "no", near)
 
 
-RELATIONS = {
-    "left of": lambda a, b: a.cell % 3 < b.cell % 3,
-    "right of": lambda a, b: a.cell % 3 > b.cell % 3,
-    "above": lambda a, b: a.cell // 3 < b.cell // 3,
-    "below": lambda a, b: a.cell // 3 > b.cell // 3,
-}
-
-
 def _ask_relation(scene: Scene, rng: random.Random) -> Question | None:
+    """Where one thing stands seen from another, sideways or up and down."""
     if len(scene.things) < 2:
         return None
     a, b = rng.sample(scene.things, 2)
-    word = rng.choice(list(RELATIONS))
-    horizontal = word.endswith("of")
-    same_line = a.cell % 3 == b.cell % 3 if horizontal else a.cell // 3 == b.cell // 3
-    if same_line or not (_unique(scene, a, "color", "shape") and _unique(scene, b, "color", "shape")):
+    sideways = rng.random() < 0.5
+    at_a, at_b = (t.cell % 3 if sideways else t.cell // 3 for t in (a, b))
+    if at_a == at_b or not (_unique(scene, a, "color", "shape") and _unique(scene, b, "color", "shape")):
         return None
-    answer = "yes" if RELATIONS[word](a, b) else "no"
-    text = f"Is the {a.color} {a.shape} {word} the {b.color} {b.shape}?"
-    return Question("relation", text, answer, a.held_out or b.held_out)
+    before, after = ("left", "right") if sideways else ("above", "below")
+    of = " of" if sideways else ""
+    text = f"Is the {a.color} {a.shape} {before} or {after}{of} the {b.color} {b.shape}?"
+    return Question("relation", text, before if at_a < at_b else after, a.held_out or b.held_out)
 
 
 def _ask_what(scene: Scene, rng: random.Random) -> Question | None:

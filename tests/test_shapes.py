@@ -95,11 +95,13 @@ def look_up(scene: shapes.Scene, question: str) -> str:
         case ["What", "is"]:
             found = things(words)
             return f"a {found[0].size} {found[0].color} {found[0].shape}" if found else "nothing"
-    # Is the A B left of the C D?
-    i = next(i for i, word in enumerate(words) if word in ("left", "right", "above", "below"))
-    a, b = only(words[:i]), only(words[i + 1 :])
+    # Is the A B left or right of the C D?   Is the A B above or below the C D?
+    i = words.index("or")
+    a, b = only(words[: i - 1]), only(words[i + 2 :])
     (ya, xa), (yb, xb) = divmod(a.cell, 3), divmod(b.cell, 3)
-    return "yes" if {"left": xa < xb, "right": xa > xb, "above": ya < yb, "below": ya > yb}[words[i]] else "no"
+    first, second, to_first = ("left", "right", xa < xb) if words[i - 1] == "left" else ("above", "below", ya < yb)
+    assert (xa != xb if first == "left" else ya != yb) and words[i + 1] == second
+    return first if to_first else second
 
 
 def test_samples_are_in_llavas_format():
