@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import triton
 
-from minillava.kernels import configs, fused_mlp, linear_cross_entropy
+from minillava.kernels import configs, fused_mlp, linear_cross_entropy, rms_norm, swiglu
 from minillava.kernels.frame import Card, card_of
 
 SHAPE = 1024, 4096, 4096  # K, H, O of LLaVA-1.5 7B
 ROWS = {64: 64, 3_000_000: 576, 20_000_000: 4608}  # a bucket's bound -> the rows that it is timed at
 LARGEST_ROWS = 9216
+TOKENS = 4608  # rows of what goes by rows
 VOCABULARY = 32000
 
 
@@ -99,7 +100,7 @@ def tune_mlp(card: Card, part: str, bucket: dict[str, Any], rounds: int) -> dict
     return {**bucket, "config": best}
 
 
-def tune_loss(bucket: dict[str, Any], rounds: int) -> dict[str, Any]:
+def tune_loss(card: Card, part: str, bucket: dict[str, Any], rounds: int) -> dict[str, Any]:
     """The bucket with the best configuration for it."""
     width = bucket.get("width", VOCABULARY)
     logits = torch.randn(4096, width, device="cuda").bfloat16()
@@ -112,6 +113,54 @@ def tune_loss(bucket: dict[str, Any], rounds: int) -> dict[str, Any]:
     if best["one_pass"] and "width" not in bucket:
         best = next(config for _, config in ranked if not config["one_pass"])  # the open bucket holds any width
     return {**bucket, "config": best}
+
+
+def tune_norm(card: Card, part: str, bucket: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """The bucket with the best configuration for it."""
+    width = bucket.get("width", rms_norm.WIDEST)
+    x, dy = (torch.randn(TOKENS, width, device="cuda").bfloat16() for _ in range(2))
+    weight, rstd = torch.ones(width, device="cuda").bfloat16(), torch.rand(TOKENS, 1, device="cuda")
+    sizes = itertools.product((2048, 4096, 8192, 16384), (4, 8, 16), (1,) if part == "forward" else (1, 2, 4))
+    candidates = [
+        {"numbers": numbers, "warps": warps, "stages": 1} | ({} if part == "forward" else {"programs": programs})
+        for numbers, warps, programs in sizes
+        if numbers >= width or numbers == 16384
+    ]
+
+    def run(config: dict) -> None:
+        if part == "forward":
+            rms_norm.triton_forward(x, weight, 1e-5, config)
+        else:
+            rms_norm.triton_backward(dy, x, weight, rstd, config)
+
+    best, ranked = fastest(run, candidates, rounds)
+    print(f"rms_norm {part} {width} wide: {ranked[0][0] * 1e6:.1f} us {best}")
+    return {**bucket, "config": best}
+
+
+def tune_swiglu(card: Card, part: str, bucket: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """The bucket with the best configuration for it."""
+    dy, gate, up = (torch.randn(TOKENS, 11008, device="cuda").bfloat16() for _ in range(3))
+    blocks = itertools.product((512, 1024, 2048, 4096, 8192), (4, 8, 16))
+    candidates = [{"block": block, "warps": warps, "stages": 1} for block, warps in blocks]
+
+    def run(config: dict) -> None:
+        if part == "forward":
+            swiglu.triton_forward(gate, up, config)
+        else:
+            swiglu.triton_backward(dy, gate, up, config)
+
+    best, ranked = fastest(run, candidates, rounds)
+    print(f"swiglu {part}: {ranked[0][0] * 1e6:.1f} us {best}")
+    return {**bucket, "config": best}
+
+
+TUNERS: dict[str, Callable[[Card, str, dict[str, Any], int], dict[str, Any]]] = {
+    "fused_mlp": tune_mlp,
+    "linear_cross_entropy": tune_loss,
+    "rms_norm": tune_norm,
+    "swiglu": tune_swiglu,
+}
 
 
 def write(kernel: str, table: dict[str, Any]) -> None:
@@ -127,21 +176,18 @@ def write(kernel: str, table: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m minillava.kernels.tune", description=__doc__)
-    parser.add_argument("--kernel", choices=("fused_mlp", "linear_cross_entropy"), action="append")
+    parser.add_argument("--kernel", choices=TUNERS, action="append")
     parser.add_argument("--rounds", type=int, default=30)
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("minillava.kernels.tune: no GPU here; run it on the card that is to be tuned")
         return 2
     card = card_of(torch.empty(1, device="cuda"))
-    for kernel in chosen.kernel or ("fused_mlp", "linear_cross_entropy"):
+    for kernel in chosen.kernel or TUNERS:
         table = configs.table(kernel)
         for part, cards in table.items():
             buckets = cards[configs.entry(cards, card)]
-            if kernel == "fused_mlp":
-                cards[card.name] = [tune_mlp(card, part, bucket, chosen.rounds) for bucket in buckets]
-            else:
-                cards[card.name] = [tune_loss(bucket, chosen.rounds) for bucket in buckets]
+            cards[card.name] = [TUNERS[kernel](card, part, bucket, chosen.rounds) for bucket in buckets]
         write(kernel, table)
         print(f"wrote {configs.FOLDER / kernel}.json")
     return 0

@@ -25,8 +25,8 @@ from minillava.tasks import Run, make_task, merge_config
 from minillava.tokenizer import Tokenizer, load_tokenizer
 from minillava.trainer import Trainer, compute_dtype
 
-# Tokenizers that are made, not read: name in a recipe -> module and function(folder) that writes the files.
-TOKENIZERS = {"shapes": "minillava.pretrain:write_tokenizer"}
+# Tokenizers that are made, not read: name in a recipe -> module and function(folder, recipe) that writes the files.
+TOKENIZERS = {"shapes": "minillava.pretrain:write_tokenizer", "data": "minillava.pretrain:write_data_tokenizer"}
 
 
 def run_recipe(recipe: Recipe, resume: bool = False, only: str | None = None) -> dict[str, dict[str, float]]:
@@ -126,7 +126,7 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool, only: str | None) ->
 def make_run(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     """Load or create the model and its tokenizer as [model] says."""
     wanted = recipe.model
-    tokenizer = make_tokenizer(wanted, folder)
+    tokenizer = make_tokenizer(recipe, folder)
     if wanted.base:
         read = weights.read_config(wanted.base)
         config = merge_config(read, wanted.tables, "model")
@@ -150,14 +150,17 @@ def make_run(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     return Run(recipe, folder, model, tokenizer, device, save_dtype)
 
 
-def make_tokenizer(wanted: ModelRecipe, folder: Path) -> Tokenizer:
+def make_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
+    wanted = recipe.model
     name = wanted.tokenizer or wanted.base or wanted.decoder_from
     if not name:
-        raise UserError("model: no tokenizer; set tokenizer to a folder, or to 'shapes' for the built-in world's")
+        raise UserError(
+            "model: no tokenizer; set tokenizer to a folder, to 'data' to train one on the stages' data, or to 'shapes'"
+        )
     if name in TOKENIZERS:
         module, function = TOKENIZERS[name].split(":")
         if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
-            getattr(importlib.import_module(module), function)(folder / "tokenizer")
+            getattr(importlib.import_module(module), function)(folder / "tokenizer", recipe)
         return load_tokenizer(folder / "tokenizer")
     return load_tokenizer(weights.resolve(name))
 

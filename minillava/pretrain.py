@@ -18,21 +18,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from minillava import chat, shapes
 from minillava.chat import Message
 from minillava.config import UserError
-from minillava.data import Batch, Example, pack
+from minillava.data import MARKER, Batch, Example, Sample, pack
 from minillava.image import prepare
-from minillava.llava import next_labels
-from minillava.recipe import StageConfig
-from minillava.tasks import Run, Task, rounded_up
+from minillava.recipe import Recipe, StageConfig
+from minillava.tasks import Run, Task, exact, read_data, rounded_up, split_data
 from minillava.tokenizer import train_small_tokenizer
 from minillava.vit import VisionTower
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, recipe: Recipe | None = None) -> None:
     """The tokenizer of the built-in world: every word of it is one token, other text falls back to bytes."""
     rng = random.Random(0)
     texts = []
@@ -43,6 +43,22 @@ def write_tokenizer(folder: Path) -> None:
             for message in shapes.conversation(scene, rng, 12, opening):
                 texts.append(f"USER: {message.text} ASSISTANT:" if message.role == "user" else f" {message.text}</s>")
     train_small_tokenizer(texts, folder, vocab_size=512)
+
+
+def write_data_tokenizer(folder: Path, recipe: Recipe) -> None:
+    """A tokenizer trained on the words of all data of a recipe."""
+    files = {(file.path, file.images): file for stage in recipe.stage for file in stage.data}
+    if not files:
+        raise UserError('model: tokenizer = "data" needs a stage with data')
+    texts = []
+    for file in files.values():
+        for sample in read_data([file]):
+            texts += [
+                f"USER: {message.text} ASSISTANT:" if message.role == "user" else f" {message.text}</s>"
+                for message in sample.messages
+            ]
+            texts.append(f"{MARKER}{sample.messages[-1].text}\n")
+    train_small_tokenizer(texts, folder)
 
 
 class Stream(Task):
@@ -131,8 +147,66 @@ def contrast(scores_NM: Tensor, true_NM: Tensor) -> Tensor:
     return F.softplus(false_N1 - scores_NM)[true_NM].sum()
 
 
+class Scenes:
+    """Pictures of the built-in world, with a phrase for each thing in them."""
+
+    def __init__(self) -> None:
+        self.things = [thing for thing in shapes.all_things() if not thing.held_out]
+        self.phrases = [f"a {thing} {shapes.at(thing.cell)}" for thing in self.things]
+        self.number = {thing: j for j, thing in enumerate(self.things)}
+
+    def draw(self, rng: random.Random) -> tuple[Image.Image, list[int]]:
+        return self.show(shapes.make_scene(rng))
+
+    def show(self, scene: shapes.Scene) -> tuple[Image.Image, list[int]]:
+        """The picture, and the numbers of the phrases that are true of it."""
+        return scene.image(), [self.number[thing] for thing in scene.things]
+
+    def evaluate(self, score: Callable[[list[tuple[Image.Image, list[int]]]], Tensor], seed: int) -> dict[str, float]:
+        """How often the true word of a phrase beats the other words of its kind, over unseen scenes."""
+        scenes = list(itertools.islice(shapes.scenes(seed, "unseen"), 128))
+        right: dict[str, list[bool]] = {}
+        for scores_M, scene in zip(score([self.show(scene) for scene in scenes]).numpy(), scenes):
+            for thing in scene.things:
+                for name, rivals in shapes.rivals(thing).items():
+                    best = max((r for r in rivals if r in self.number), key=lambda r: scores_M[self.number[r]])
+                    right.setdefault(name, []).append(best == thing)
+        return {name: sum(values) / len(values) for name, values in right.items()}
+
+
+class Captions:
+    """LLaVA's JSON as pairs: the first picture of a sample and its last answer. Equal captions are one phrase.
+
+    A picture is drawn as a random part of it, at least half of its area, mirrored or not.
+    """
+
+    def __init__(self, stage: StageConfig, seed: int):
+        samples, self.held_out = split_data(stage, seed)
+        self.samples = [sample for sample in samples if sample.images]
+        self.phrases = sorted({sample.messages[-1].text for sample in samples + self.held_out})
+        self.number = {phrase: j for j, phrase in enumerate(self.phrases)}
+
+    def draw(self, rng: random.Random) -> tuple[Image.Image, list[int]]:
+        image, true = self.show(rng.choice(self.samples))
+        share = rng.uniform(0.5, 1) ** 0.5
+        width, height = (max(1, round(share * side)) for side in image.size)
+        left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+        image = image.crop((left, top, left + width, top + height))
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image, true
+
+    def show(self, sample: Sample) -> tuple[Image.Image, list[int]]:
+        return sample.images[0].open(sample.name), [self.number[sample.messages[-1].text]]
+
+    def evaluate(self, score: Callable[[list[tuple[Image.Image, list[int]]]], Tensor], seed: int) -> dict[str, float]:
+        """How often a picture that was held out has its own caption first."""
+        pairs = [self.show(sample) for sample in self.held_out if sample.images]
+        hits = [int(best) in true for best, (_, true) in zip(score(pairs).argmax(1), pairs)]
+        return {"caption": sum(hits) / len(hits)} if hits else {}
+
+
 class ClipTask(Stream):
-    """Trains the run's vision tower; the text tower is dropped afterwards. Every batch holds all phrases."""
+    """Trains the run's vision tower on `data`, or on the built-in world where the stage has none. The text tower is
+    dropped afterwards. Every batch holds all phrases that there are."""
 
     def __init__(self, run: Run, stage: StageConfig):
         super().__init__(run, stage)
@@ -140,21 +214,20 @@ class ClipTask(Stream):
         self.model.init_weights(self.seed)
         self.model.to(run.device)
         self.parts = {"vision": self.model.vision, "text": self.model.rest}
-        things = [thing for thing in shapes.all_things() if not thing.held_out]
-        self.column = {thing: j for j, thing in enumerate(things)}
-        phrases = [run.tokenizer.encode(f"a {thing} {shapes.at(thing.cell)}", True) for thing in things]
+        self.source = Captions(stage, self.seed) if stage.data else Scenes()
+        phrases = [run.tokenizer.encode(phrase, True) for phrase in self.source.phrases]
         starts = [0, *itertools.accumulate(map(len, phrases))]
         self.ids_T = torch.tensor([id for phrase in phrases for id in phrase], device=run.device)
         self.starts_M = torch.tensor(starts[:-1], device=run.device)
 
     def make(self, rng: random.Random, size: int) -> Pairs:
-        return self.pairs([shapes.make_scene(rng) for _ in range(size)])
+        return self.pairs([self.source.draw(rng) for _ in range(size)])
 
-    def pairs(self, scenes: Sequence[shapes.Scene]) -> Pairs:
-        true_NM = torch.zeros(len(scenes), len(self.column), dtype=torch.bool)
-        for i, scene in enumerate(scenes):
-            true_NM[i, [self.column[thing] for thing in scene.things]] = True
-        pixels_NCHW = torch.stack([prepare(scene.image(), self.run.model.config.image) for scene in scenes])
+    def pairs(self, drawn: Sequence[tuple[Image.Image, list[int]]]) -> Pairs:
+        true_NM = torch.zeros(len(drawn), len(self.source.phrases), dtype=torch.bool)
+        for row_M, (_, true) in zip(true_NM, drawn):
+            row_M[true] = True
+        pixels_NCHW = torch.stack([prepare(image, self.run.model.config.image) for image, _ in drawn])
         return Pairs(pixels_NCHW.to(self.run.device), self.ids_T, self.starts_M, true_NM.to(self.run.device))
 
     def loss(self, call: Callable[..., Any], micro: Pairs) -> tuple[Tensor, int]:
@@ -164,25 +237,21 @@ class ClipTask(Stream):
         return micro.true_NM.numel()
 
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
-        """How often the true word of a phrase beats the other words of its kind, over unseen scenes."""
-        scenes = list(itertools.islice(shapes.scenes(self.seed, "unseen"), 128))
-        scores_NM = torch.cat([call(self.pairs(scenes[i : i + 32])) for i in range(0, len(scenes), 32)]).cpu().numpy()
-        right: dict[str, list[bool]] = {}
-        for scores_M, scene in zip(scores_NM, scenes):
-            for thing in scene.things:
-                for name, rivals in shapes.rivals(thing).items():
-                    best = max((r for r in rivals if r in self.column), key=lambda r: scores_M[self.column[r]])
-                    right.setdefault(name, []).append(best == thing)
-        return {name: sum(values) / len(values) for name, values in right.items()}
+        def score(drawn: list[tuple[Image.Image, list[int]]]) -> Tensor:
+            rows = [call(self.pairs(drawn[i : i + 64])) for i in range(0, len(drawn), 64)]
+            return torch.cat(rows).cpu() if rows else torch.empty(0, len(self.source.phrases))
+
+        return self.source.evaluate(score, self.seed)
 
 
 # --------------------------------------------------------------------------------------------------------------- text
 
 
 class TextTask(Stream):
-    """Trains the run's decoder on text: scenes in words, then questions about them, laid out as LLaVA's turns.
+    """Trains the run's decoder on text: scenes in words, then questions about them, laid out as LLaVA's turns; or the
+    conversations of `data`, without their pictures. Next-token loss on everything.
 
-    Next-token loss on everything. `shapes.turns`: questions a text.
+    `shapes.turns`: questions a text about a scene.
     """
 
     def __init__(self, run: Run, stage: StageConfig):
@@ -191,14 +260,21 @@ class TextTask(Stream):
         self.turns = options.pop("turns", 8)
         if options:
             raise UserError(f"stage '{stage.name}': shapes.{next(iter(options))} is unknown; task text knows turns")
+        self.samples = split_data(stage, self.seed)[0] if stage.data else []
         self.model = run.model
         self.parts = {"decoder": run.model.decoder}
 
     def make(self, rng: random.Random, size: int) -> Batch:
-        return pack([self.example(shapes.make_scene(rng), rng) for _ in range(size)])
+        return pack([self.example(rng) for _ in range(size)])
 
-    def example(self, scene: shapes.Scene, rng: random.Random) -> Example:
-        messages = shapes.conversation(scene, rng, self.turns, opening=shapes.caption(scene, rng, shuffle=True))
+    def example(self, rng: random.Random) -> Example:
+        if self.samples:
+            messages = tuple(
+                Message(m.role, m.text.replace(MARKER, "").strip()) for m in rng.choice(self.samples).messages
+            )
+        else:
+            scene = shapes.make_scene(rng)
+            messages = shapes.conversation(scene, rng, self.turns, opening=shapes.caption(scene, rng, shuffle=True))
         ids, _ = chat.encode(self.run.model.config.chat, self.run.tokenizer, messages, [], generate=False)
         return Example(ids, [chat.IGNORE, *ids[1:]], None)
 
@@ -211,6 +287,8 @@ class TextTask(Stream):
 
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
         """Share of exact answers when the scene is told in words."""
+        if self.samples:
+            return {}
         rng = random.Random("text evaluation")
         asked = []
         for scene in itertools.islice(shapes.scenes(self.seed, "unseen"), 200):
@@ -219,22 +297,13 @@ class TextTask(Stream):
                 asked.append((Message("user", text), Message("assistant", question.answer)))
         chat_config, tokenizer = self.run.model.config.chat, self.run.tokenizer
         rows = [chat.encode(chat_config, tokenizer, messages, [], generate=False) for messages in asked]
-        right = exact(call, [Example(ids, labels, None) for ids, labels in rows], self.run.device)
+        right = exact_all(call, [Example(ids, labels, None) for ids, labels in rows], self.run.device)
         return {"reading": sum(right) / len(right)}
 
 
-def exact(
+def exact_all(
     call: Callable[..., Any], examples: Sequence[Example], device: torch.device | str = "cpu", rows: int = 64
 ) -> list[bool]:
-    """For each example whether greedy decoding would give its supervised tokens, stop token included.
-
-    One pass over the given answer tells: decoding leaves it exactly where some token is not the most likely one.
-    """
-    right: list[bool] = []
-    for first in range(0, len(examples), rows):
-        batch = pack(examples[first : first + rows]).to(device)
-        logits_TV = call(batch.ids_T, images=batch.pixels_NCHW, cu_seqlens=batch.cu_seqlens, spans=batch.spans)
-        wanted_T = next_labels(batch.labels_T, batch.cu_seqlens)
-        hit_T = (logits_TV.argmax(-1) == wanted_T) | (wanted_T == chat.IGNORE)
-        right += [bool(hit_T[a:b].all()) for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:])]
-    return right
+    """`exact` for any number of examples, so many rows at a time."""
+    starts = range(0, len(examples), rows)
+    return [hit for start in starts for hit in exact(call, pack(examples[start : start + rows]).to(device))]

@@ -35,7 +35,7 @@ class ModelRecipe:
     base: str = ""  # a LLaVA checkpoint: folder or hub id
     vision_from: str = ""  # a vision tower on its own (CLIP): folder or hub id
     decoder_from: str = ""  # a language model on its own (Vicuna), with its tokenizer: folder or hub id
-    tokenizer: str = ""  # folder; "shapes" is the built-in world's; empty: that of base or decoder_from
+    tokenizer: str = ""  # folder; "data": trained on all stages' data; "shapes"; empty: of base or decoder_from
     vision: dict[str, Any] = field(default_factory=dict)  # keys of VisionConfig
     projector: dict[str, Any] = field(default_factory=dict)  # keys of ProjectorConfig
     decoder: dict[str, Any] = field(default_factory=dict)  # keys of DecoderConfig
@@ -75,6 +75,8 @@ class StageConfig:
     max_tokens: int = 2048  # of a sample, visual tokens included; longer ones are cut and counted
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     eval_samples: int = 0  # samples in an evaluation; 0: none, or all of eval_data
+    eval_exact: bool = False  # also ask each question of them alone, and count exact answers by its first two words
+    split_turns: bool = False  # each turn of a conversation about pictures is a sample of its own
     save_every: int = 500  # steps between checkpoints; 0: only at the end
     keep: int = 2  # checkpoints kept
     log_every: int = 1  # steps between lines of log.jsonl

@@ -21,7 +21,7 @@ from minillava.engine import Engine, Request, user_message
 from minillava.image import prepare
 from minillava.layout import image_tokens
 from minillava.llava import LLaVA
-from minillava.pretrain import exact
+from minillava.pretrain import exact_all
 from minillava.tasks import LLaVATask
 from minillava.tokenizer import Tokenizer
 
@@ -83,7 +83,7 @@ def answered(
         ids, labels = chat.encode(config.chat, tokenizer, messages, spans, generate=False)
         pixels_NCHW = prepare(scene.image(), config.image)[None]
         examples.append(Example(ids, labels, torch.zeros_like(pixels_NCHW) if blank else pixels_NCHW))
-    return exact(call, examples, model.decoder.embed.weight.device)
+    return exact_all(call, examples, model.decoder.embed.weight.device)
 
 
 def report(model: LLaVA, tokenizer: Tokenizer, folder: Path, scenes: int) -> str:

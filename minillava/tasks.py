@@ -7,20 +7,22 @@ any, parts of its own, such as CLIP's text tower) and turns batches into losses.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minillava.chat import Message
 from minillava.config import ChatConfig, ModelConfig, UserError, from_dict, nearest, to_dict
-from minillava.data import IGNORE, Batch, Sample, scan
-from minillava.llava import LLaVA
+from minillava.data import IGNORE, MARKER, Batch, Sample, scan
+from minillava.llava import LLaVA, next_labels
 from minillava.loader import Dataset, Loader, Tally, check_supervision
 from minillava.metrics import Work
 from minillava.packing import Order
@@ -151,22 +153,11 @@ class LLaVATask(Task):
 
     def read_samples(self, seed: int) -> tuple[Sequence[Sample], Sequence[Sample]]:
         """Samples to train on and samples to evaluate on. Raises UserError if any of them cannot be used."""
-        stage = self.stage
-        if not stage.data:
+        if not self.stage.data:
             raise UserError(
-                f'stage \'{stage.name}\': no data; give data = [{{path = "x.json", images = "folder or zip"}}]'
+                f'stage \'{self.stage.name}\': no data; give data = [{{path = "x.json", images = "folder or zip"}}]'
             )
-        samples = read_data(stage.data)
-        held_out = read_data(stage.eval_data)
-        if stage.eval_samples and not held_out:
-            if stage.eval_samples >= len(samples):
-                raise UserError(
-                    f"stage '{stage.name}': eval_samples leaves nothing of {len(samples)} samples to train on"
-                )
-            chosen = set(np.random.default_rng(seed).permutation(len(samples))[: stage.eval_samples].tolist())
-            held_out = [sample for i, sample in enumerate(samples) if i in chosen]
-            samples = [sample for i, sample in enumerate(samples) if i not in chosen]
-        return samples, held_out[: stage.eval_samples or None]
+        return split_data(self.stage, seed)
 
     def total_steps(self) -> int:
         return self.stage.steps or self.order.num_steps(self.stage.epochs)
@@ -220,7 +211,21 @@ class LLaVATask(Task):
             rows = range(first, min(first + self.stage.micro, len(self.held_out)))
             loss, supervised = self.loss(call, self.held_out.batch(rows, 0))
             total, count = total + loss.item(), count + supervised
-        return {"eval_loss": total / count}
+        measured = {"eval_loss": total / count}
+        return measured | self.exact_answers(self.held_out, call) if self.stage.eval_exact else measured
+
+    def exact_answers(self, held_out: Dataset, call: Callable[..., Any]) -> dict[str, float]:
+        """Share of exact answers by the first two words of the question, each question asked alone in a first turn."""
+        samples = [turn for sample in held_out.samples for turn in turns_of(sample)]
+        alone = Dataset(samples, self.config, self.run.tokenizer, held_out.max_tokens)
+        right: dict[str, list[bool]] = {}
+        for first in range(0, len(samples), self.stage.micro):
+            rows = range(first, min(first + self.stage.micro, len(samples)))
+            batch = alone.batch(rows, 0)
+            for row, hit in zip(rows, exact(call, batch.to(self.run.device))):
+                words = samples[row].messages[-2].text.replace(MARKER, "").split()
+                right.setdefault(" ".join(words[:2]), []).append(hit)
+        return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
 
     def save(self, folder: Path) -> None:
         export(self.run, folder)
@@ -233,6 +238,54 @@ class LLaVATask(Task):
 
     def summary(self) -> str:
         return str(self.tally)
+
+
+def split_data(stage: StageConfig, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Samples to train on and samples to evaluate on. Raises UserError if any of them cannot be used.
+
+    What `eval_samples` holds out is chosen by the names of a sample's pictures, so that all stages over the same
+    pictures hold out the same ones.
+    """
+    samples, held_out = read_data(stage.data), read_data(stage.eval_data)
+    if stage.eval_samples and not held_out:
+        if stage.eval_samples >= len(samples):
+            raise UserError(f"stage '{stage.name}': eval_samples leaves nothing of {len(samples)} samples to train on")
+
+        def lot(sample: Sample) -> bytes:
+            names = " ".join(ref.name for ref in sample.images) or sample.id
+            return hashlib.sha256(f"{seed} {names}".encode()).digest()
+
+        samples.sort(key=lot)
+        samples, held_out = samples[stage.eval_samples :], samples[: stage.eval_samples]
+    if stage.split_turns:
+        samples = [turn for sample in samples for turn in turns_of(sample)]
+    return samples, held_out[: stage.eval_samples or None]
+
+
+def turns_of(sample: Sample) -> list[Sample]:
+    """Each turn of a conversation whose pictures stand in its first question as a sample of its own."""
+    system = [m for m in sample.messages if m.role == "system"]
+    turns = sample.messages[len(system) :]
+    first = turns[0].text
+    if sum(m.text.count(MARKER) for m in turns[1:]) or not sample.images:
+        return [sample]
+    head = "\n".join([MARKER] * first.count(MARKER))
+    split = []
+    for at in range(0, len(turns), 2):
+        asked = turns[at] if at == 0 else Message("user", f"{head}\n{turns[at].text}")
+        split.append(dataclasses.replace(sample, messages=(*system, asked, turns[at + 1])))
+    return split
+
+
+def exact(call: Callable[..., Any], batch: Batch) -> list[bool]:
+    """For each row whether greedy decoding would give its supervised tokens, stop token included.
+
+    One pass over the given answer tells: decoding leaves it exactly where some token is not the most likely one.
+    """
+    logits_TV = call(batch.ids_T, images=batch.pixels_NCHW, cu_seqlens=batch.cu_seqlens, spans=batch.spans)
+    wanted_T = next_labels(batch.labels_T, batch.cu_seqlens)
+    hit_T = (logits_TV.argmax(-1) == wanted_T) | (wanted_T == IGNORE)
+    return [bool(hit_T[a:b].all()) for a, b in itertools.pairwise(batch.cu_seqlens)]
 
 
 def read_data(files: Sequence[DataConfig]) -> list[Sample]:

@@ -42,8 +42,8 @@ def test_exact_agrees_with_greedy_decoding(tiny_model, tiny_tokenizer):
             other[i] = (other[i] + 1) % tiny_tokenizer.vocab_size
             changed.append(Example([*ids, *other], [IGNORE] * len(ids) + other, None))
     with torch.no_grad():
-        assert pretrain.exact(tiny_model, said, rows=2) == [True] * 3
-        assert not any(pretrain.exact(tiny_model, changed))
+        assert pretrain.exact_all(tiny_model, said, rows=2) == [True] * 3
+        assert not any(pretrain.exact_all(tiny_model, changed))
 
 
 def test_every_word_of_the_world_is_one_token(tmp_path):
