@@ -47,7 +47,11 @@ def parser() -> Parser:
     p.add_argument("--seed", type=int, default=0, metavar="S", help="of sampling (default: 0)")
     p.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: what suits device and size)")
     p.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... or mps (default: cuda if there, else cpu)")
-    p.add_argument("--quantize", metavar="nf4", help="not supported yet")
+    p.add_argument(
+        "--quantize",
+        metavar="nf4",
+        help="decoder in 4 bits: nf4, nf4-double, fp4, ...; nf4:decoder,vision for more parts",
+    )
     p.add_argument("--json", action="store_true", help="print an answer as one line of JSON")
     return p
 
@@ -56,8 +60,6 @@ def check(args: argparse.Namespace) -> None:
     """What can be refused before torch is imported."""
     if args.video is not None:
         raise UserError(f"--video {args.video}: videos are not supported yet; give frames with several --image")
-    if args.quantize is not None:
-        raise UserError(f"--quantize {args.quantize}: not supported yet; leave it out, or use --dtype bfloat16")
     if args.raw and (args.chat or args.prompt is None):
         raise UserError("--raw takes the whole prompt from --prompt, and does not go with --chat")
     if args.image and args.prompt is None and not args.chat:
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args)
         from minillava import LLaVA
 
-        model = LLaVA.from_pretrained(args.model, args.dtype, args.device)
+        model = LLaVA.from_pretrained(args.model, args.dtype, args.device, args.quantize)
         run = Run(args, model, load_s=time.perf_counter() - started)
         if args.chat:
             run.chat()

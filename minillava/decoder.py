@@ -9,8 +9,9 @@ Letters: T tokens, B sequences (cache rows), D width, H heads, G key/value heads
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from minillava.config import DecoderConfig
 from minillava.kernels.attention import attention
 from minillava.kernels.rms_norm import rms_norm
 from minillava.kernels.swiglu import swiglu
+from minillava.quantize import Linear4bit, cat_rows
 
 
 class RMSNorm(nn.Module):
@@ -100,9 +102,12 @@ class Linear(nn.Linear):
 class Fused(nn.Module):
     """Linear layers of one input as one product, for inference. The state dict still shows them one by one."""
 
-    def __init__(self, names: Sequence[str], parts: Sequence[nn.Linear]):
+    def __init__(self, names: Sequence[str], parts: Sequence[Any]):
         super().__init__()
         self.names, self.sizes = names, [part.out_features for part in parts]
+        if all(isinstance(part, Linear4bit) for part in parts):
+            self.product: Linear | Linear4bit = cat_rows(parts)
+            return
         biases = [part.bias.detach() for part in parts if part.bias is not None]
         weight_OD = torch.cat([part.weight.detach() for part in parts])
         self.product = Linear.holding(weight_OD, torch.cat(biases) if biases else None)
@@ -110,18 +115,23 @@ class Fused(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, ...]:
         return self.product(x_TD).split(self.sizes, dim=-1)
 
-    def state_dict(self, *args, prefix: str = "", **more):
-        outer = prefix.removesuffix(".").rpartition(".")[0]
+    def parts(self) -> Iterator[tuple[str, Linear | Linear4bit]]:
+        """The layers one by one, by name, of the same memory."""
         ends = list(accumulate(self.sizes, initial=0))
         for name, start, end in zip(self.names, ends, ends[1:]):
-            state = self.product.rows(start, end).state_dict(*args, prefix=f"{outer}.{name}.", **more)
+            yield name, self.product.rows(start, end)
+
+    def state_dict(self, *args, prefix: str = "", **more):
+        outer = prefix.removesuffix(".").rpartition(".")[0]
+        for name, layer in self.parts():
+            state = layer.state_dict(*args, prefix=f"{outer}.{name}.", **more)
         return state
 
 
 def fuse(module: nn.Module, name: str, names: Sequence[str]) -> None:
-    """Replace the linear layers `names` of `module` by one, `name`; anything but plain ones stays as it is."""
+    """Replace the linear layers `names` of `module` by one, `name`; plain ones and those in four bits, not adapters."""
     parts = [getattr(module, part) for part in names]
-    if all(type(part) is Linear for part in parts):
+    if {type(part) for part in parts} in ({Linear}, {Linear4bit}):
         for part in names:
             delattr(module, part)
         setattr(module, name, Fused(names, parts))
@@ -241,7 +251,9 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """[V, D]; the embedding matrix itself where the two are tied."""
-        return self.embed.weight if self.config.tie_embeddings else self.head.weight
+        if self.config.tie_embeddings:
+            return self.embed.weight
+        return self.head.dequantize() if isinstance(self.head, Linear4bit) else self.head.weight
 
     def forward(
         self,
@@ -272,7 +284,8 @@ class Decoder(nn.Module):
         return self.norm(x_TD)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        return linear(x_TD, self.head_weight)
+        quantized = not self.config.tie_embeddings and isinstance(self.head, Linear4bit)
+        return self.head(x_TD) if quantized else linear(x_TD, self.head_weight)
 
     def fuse(self) -> None:
         """One product for q, k and v and one for gate and up: for inference, once the weights are there."""

@@ -478,8 +478,13 @@ def tower_folder(raw: dict[str, Any], folder: Path, find: Find) -> Path:
 
 def model_config(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig:
     """The ModelConfig of a checkpoint folder whose config.json holds `raw`; UserError for what is unsupported."""
-    if "quantization_config" in raw:
-        raise UserError(f"{folder / 'config.json'}: quantised checkpoints are not supported; use the unquantised one")
+    quantization = raw.get("quantization_config") or {}
+    if quantization and not (quantization.get("quant_method") == "bitsandbytes" and quantization.get("load_in_4bit")):
+        kind = quantization.get("quant_method")
+        raise UserError(
+            f"{folder / 'config.json'}: weights quantised by {kind!r} are not supported (bitsandbytes in 4 bits is); "
+            "use the unquantised checkpoint"
+        )
     if is_original(raw):
         return _read_original(raw, folder, find)
     if str(raw.get("model_type")).startswith(ONEVISION_15):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from minillava.config import UserError
-from minillava.tensor_files import Stored
+from minillava.quantize import COMPANION, quant_state
+from minillava.tensor_files import Stored, read
 
 Row = tuple[str, str]  # (foreign name, our name)
 
@@ -176,6 +177,7 @@ class Plan:
     """Where every parameter comes from, and what is wrong with that."""
 
     source: dict[str, Stored] = field(default_factory=dict)  # by our name
+    companions: dict[str, dict[str, Stored]] = field(default_factory=dict)  # of weights in four bits, by our name
     layout: dict[str, str] = field(default_factory=dict)  # of vision, projector and decoder, for messages
     extra: list[str] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)
@@ -183,7 +185,11 @@ class Plan:
     def add(self, tensors: dict[str, Stored], layout: str, override: bool = False) -> None:
         known = TOWER_EXTRAS if layout == "tower" else EXTRAS
         for foreign, stored in tensors.items():
-            name = rename(foreign, layout, to_ours=True)
+            companion = COMPANION.fullmatch(foreign)
+            name = rename(companion[1] if companion else foreign, layout, to_ours=True)
+            if companion and name:
+                self.companions.setdefault(name, {})[companion[2]] = stored
+                continue
             if name is None:
                 self.extra += [] if re.fullmatch(known, foreign) else [foreign]
                 continue
@@ -200,6 +206,10 @@ class Plan:
     def has(self, part: str) -> bool:
         return any(name.startswith(part) for name in self.source)
 
+    def read_companions(self, name: str) -> dict[str, Tensor]:
+        parts = self.companions[name]
+        return {part: tensor.clone() for part, tensor in zip(parts, read(parts.values()))}
+
     def check(self, where: str, wanted: dict[str, tuple[int, ...]]) -> None:
         """Raise one UserError that lists everything missing, extra, doubled or misshapen."""
         theirs = self.layout.get("decoder", "hf")
@@ -212,12 +222,18 @@ class Plan:
             if names
         ]
         for name, stored in self.source.items():
-            if name in wanted and stored.shape != wanted[name]:
-                problems.append(
-                    f"misshapen: {stored.name} is {[*stored.shape]}, config.json makes it {[*wanted[name]]}"
-                )
+            shape = stored.shape
+            if name in self.companions:
+                try:
+                    shape = tuple(quant_state(self.read_companions(name))["shape"])
+                except ValueError as error:
+                    problems.append(f"{stored.name} {error}")
+                    continue
             elif name in wanted and not re.fullmatch(r"(torch\.)?(b?float(16|32|64)|B?F(16|32|64))", stored.dtype):
                 problems.append(f"not floating point: {stored.name} is {stored.dtype}")
+                continue
+            if name in wanted and shape != wanted[name]:
+                problems.append(f"misshapen: {stored.name} is {[*shape]}, config.json makes it {[*wanted[name]]}")
         if problems:
             raise UserError(f"{where}: the tensors do not fit config.json; " + "; ".join(problems))
 

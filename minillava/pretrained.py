@@ -15,6 +15,7 @@ from minillava.chat import Message
 from minillava.config import ModelConfig, UserError, nearest
 from minillava.conversation import Conversation
 from minillava.engine import Engine, Request, user_message
+from minillava.quantize import Scheme
 from minillava.sampling import Sampling
 from minillava.tokenizer import Tokenizer, load_tokenizer
 from minillava.weights import load_model, read_config, resolve, save_model
@@ -51,15 +52,15 @@ class LLaVA:
     ) -> LLaVA:
         """A checkpoint folder or hub id, in any layout that `minillava.weights` reads.
 
-        device: the GPU if there is one, else the CPU. dtype: see `default_dtype`. Raises UserError for whatever is
-        missing, damaged or not supported.
+        device: the GPU if there is one, else the CPU. dtype: see `default_dtype`. quantize: "nf4" puts the decoder's
+        linear layers in four bits while they are read; more in `minillava.quantize.Scheme.parse`. Raises UserError for
+        whatever is missing, damaged or not supported.
         """
-        if quantize is not None:
-            raise UserError(f"quantize={quantize!r} is not supported yet; leave it out, or use dtype='bfloat16'")
+        scheme = None if quantize is None else Scheme.parse(quantize)
         folder = resolve(source)
         place = _device(device)
         chosen = default_dtype(read_config(folder), place) if dtype is None else _dtype(dtype)
-        model = load_model(folder, chosen, place)
+        model = load_model(folder, chosen, place, quantize=scheme)
         if chosen.itemsize == 2:  # float32 is for exactness: its products stay those of the checkpoint
             model.decoder.fuse()
         return cls(model, load_tokenizer(folder))

@@ -43,7 +43,8 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * (8 if "64" in self.dtype else 4 if "32" in self.dtype else 2)
+        size = 8 if "64" in self.dtype else 4 if "32" in self.dtype else 1 if "8" in self.dtype else 2
+        return math.prod(self.shape) * size
 
 
 def _load_bin(path: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor
 
 from minillava.config import ModelConfig, UserError
+from minillava.decoder import Fused
 from minillava.hf_config import is_original, model_config, read_json, tower_folder
 from minillava.hf_export import add_image_token, jinja_of, to_hf, write_tokenizer_json
 from minillava.llava import LLaVA
 from minillava.names import EXPERT, OPTIONAL, Plan, rename, to_files, unstack
+from minillava.quantize import Linear4bit, Scheme, quantization_config
 from minillava.tensor_files import SHARD, Stored, inspect, inspect_folder, read, write
 
 if TYPE_CHECKING:
@@ -83,11 +86,13 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     base: Path | str | None = None,
+    quantize: Scheme | None = None,
 ) -> LLaVA:
     """The model of a checkpoint folder or hub id, in `dtype` (None: that of its embeddings in the file).
 
-    `base` completes original checkpoints that are not: a delta is added to it, a lone mm_projector.bin put on top.
-    Raises UserError for whatever is missing, left over, misshapen or unreadable.
+    Weights that are stored in four bits stay as they are; `quantize` makes others so, one after another on `device`:
+    the 16-bit model is never held. `base` completes original checkpoints that are not: a delta is added to it, a lone
+    mm_projector.bin put on top. Raises UserError for whatever is missing, left over, misshapen or unreadable.
     """
     folder = resolve(folder)
     raw = read_json(folder / "config.json")
@@ -101,15 +106,26 @@ def load_model(
     plan.check(str(folder), wanted)
     if dtype is None:
         dtype = next(read([plan.source["decoder.embed.weight"]])).dtype
+    small = {f"{layer}.weight" for layer in quantize.layers(model)} if quantize else set()
+    layers = _take_quantized(plan, set() if delta else small, quantize, device)
     state = take(plan, empty, None if delta else dtype, device)
     if head is not None:
         _check_tied(head, plan.source["decoder.embed.weight"], state["decoder.embed.weight"].dtype)
     if delta is not None:
         _add_base(state, delta, wanted, str(base))
-        for name in state:
-            state[name] = state[name].to(dtype)
+        for name in list(state):
+            if quantize and name in small:
+                layers[name] = _quantized(state.pop(name), quantize, name)
+            else:
+                state[name] = state[name].to(dtype)
     for name in (OPTIONAL.keys() & wanted.keys()) - state.keys():
         state[name] = torch.full(wanted[name], OPTIONAL[name], dtype=dtype, device=device)
+    for name, layer in layers.items():
+        path = name.removesuffix(".weight")
+        bias = state.pop(f"{path}.bias", None)
+        layer.bias, layer.dtype = None if bias is None else torch.nn.Parameter(bias, requires_grad=False), dtype
+        model.set_submodule(path, layer)
+        state |= {f"{path}.{key}": value for key, value in layer.state_dict().items()}
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -130,6 +146,29 @@ def take(
         else:
             state[name] = tensor
     return state
+
+
+def _take_quantized(
+    plan: Plan, small: set[str], scheme: Scheme | None, device: torch.device | str
+) -> dict[str, Linear4bit]:
+    """Take out of the plan, and read, the weights that are stored in four bits and those in `small`, quantised."""
+    layers = {}
+    chosen = [(name, plan.source.pop(name)) for name in [*plan.source] if name in plan.companions or name in small]
+    chosen.sort(key=lambda item: (str(item[1].path), item[1].name))
+    for (name, stored), tensor in zip(chosen, read([stored for _, stored in chosen])):
+        if name in plan.companions:
+            parts = {part: t.to(device) for part, t in plan.read_companions(name).items()}
+            layers[name] = Linear4bit.from_stored(tensor.to(device, copy=True), parts)
+        else:
+            layers[name] = _quantized(tensor.to(device), scheme, stored.name)
+    return layers
+
+
+def _quantized(weight: Tensor, scheme: Scheme | None, name: str) -> Linear4bit:
+    try:
+        return Linear4bit.from_weight(weight, scheme=scheme)
+    except ValueError as error:
+        raise UserError(f"{name} {error}; it cannot be quantised") from None
 
 
 def _check_tied(head: Stored, embed: Stored, dtype: torch.dtype) -> None:
@@ -176,7 +215,9 @@ def save_model(model: LLaVA, folder: Path | str, tokenizer: Tokenizer | None = N
         raise UserError(f"{folder}: is a file; choose a folder to save to")
     if folder.is_dir() and any(folder.iterdir()) and "minillava" not in _config_if_any(folder):
         raise UserError(f"{folder}: holds something else than an earlier save; choose another folder")
-    config, state = model.config, {name: t.detach() for name, t in model.state_dict().items()}
+    layers = dict(_quantized_layers(model))
+    hidden = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
+    config, state = model.config, {name: t.detach() for name, t in model.state_dict().items() if name not in hidden}
     temporary = folder.absolute().with_name(f".{folder.name}-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
@@ -185,11 +226,21 @@ def save_model(model: LLaVA, folder: Path | str, tokenizer: Tokenizer | None = N
             config = add_image_token(config, state, tokenizer, temporary)
             if (temporary / "tokenizer.model").is_file() and not (temporary / "tokenizer.json").is_file():
                 write_tokenizer_json(temporary)
-        files = to_hf(config, str(state["decoder.embed.weight"].dtype).removeprefix("torch."))
+        dtype = str(state["decoder.embed.weight"].dtype).removeprefix("torch.")
+        files = to_hf(config, dtype)
+        if layers:
+            files["config.json"]["quantization_config"] = quantization_config(layers.values(), _skipped(model), dtype)
         for name, values in files.items():
             (temporary / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (temporary / "chat_template.jinja").write_text(jinja_of(config.chat), encoding="utf-8")
-        write(to_files(state, "onevision_1_5" if config.vision.rotary else "hf"), temporary, shard_bytes)
+        layout = "onevision_1_5" if config.vision.rotary else "hf"
+        foreign = to_files(state, layout)
+        for name, layer in layers.items():
+            weight = rename(f"{name}.weight", layout, to_ours=False)
+            if weight is None:
+                raise UserError(f"{folder}: {name} is in 4 bits, which this family's files have no place for")
+            foreign |= {".".join(filter(None, (weight, part))): t for part, t in layer.stored().items()}
+        write(foreign, temporary, shard_bytes)
         if folder.is_dir():
             old = temporary.with_name(temporary.name + "-old")
             os.rename(folder, old)
@@ -199,6 +250,22 @@ def save_model(model: LLaVA, folder: Path | str, tokenizer: Tokenizer | None = N
             os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _quantized_layers(model: LLaVA) -> Iterator[tuple[str, Linear4bit]]:
+    for name, module in model.named_modules():
+        if isinstance(module, Fused):
+            outer = name.rpartition(".")[0]
+            yield from ((f"{outer}.{part}", m) for part, m in module.parts() if isinstance(m, Linear4bit))
+        elif isinstance(module, Linear4bit) and not name.endswith(".product"):
+            yield name, module
+
+
+def _skipped(model: LLaVA) -> list[str]:
+    """What transformers is to leave alone: the parts none of whose linear layers are quantised."""
+    parts = {"vision_tower": model.vision, "multi_modal_projector": model.projector}
+    parts |= {"language_model": model.decoder.blocks, "lm_head": getattr(model.decoder, "head", model.decoder.norm)}
+    return [name for name, part in parts.items() if not any(isinstance(m, Linear4bit) for m in part.modules())]
 
 
 def _config_if_any(folder: Path) -> dict[str, Any]:
