@@ -265,7 +265,8 @@ def _skipped(model: LLaVA) -> list[str]:
     """What transformers is to leave alone: the parts none of whose linear layers are quantised."""
     parts = {"vision_tower": model.vision, "multi_modal_projector": model.projector}
     parts |= {"language_model": model.decoder.blocks, "lm_head": getattr(model.decoder, "head", model.decoder.norm)}
-    return [name for name, part in parts.items() if not any(isinstance(m, Linear4bit) for m in part.modules())]
+    plain = [name for name, part in parts.items() if not any(isinstance(m, Linear4bit) for m in part.modules())]
+    return plain + [f"model.{name}" for name in plain]  # the module tree before and after transformers 4.52
 
 
 def _config_if_any(folder: Path) -> dict[str, Any]:
