@@ -1,5 +1,6 @@
 """Generation: batches, sampling, stopping, conversations. Letters: V vocabulary, T tokens, B rows."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -12,6 +13,7 @@ from minillava.config import DecoderConfig, UserError
 from minillava.conversation import Conversation
 from minillava.engine import Engine, Request, user_message
 from minillava.sampling import ARGMAX, CUT, WHOLE, Sampler, Sampling
+from minillava.slots import Slots
 
 
 @pytest.fixture
@@ -270,3 +272,101 @@ def test_an_interrupted_turn_leaves_the_conversation_as_it_was(engine):
     with pytest.raises(KeyboardInterrupt):
         disturbed.ask("red?", Sampling(), 6, interrupt)
     assert ask(plain, "green?") == ask(disturbed, "green?")
+
+
+# ---- the step ----
+
+
+def prefilled(engine, requests):
+    """Slots with these requests in them, behind their first tokens."""
+    opened = {}
+    rows = [engine.row(i, r, opened) for i, r in enumerate(requests)]
+    with torch.inference_mode():
+        slots = engine.new_slots(len(rows), max(len(row.ids) + row.limit for row in rows))
+        engine._enter(rows, slots, 0)
+    return slots
+
+
+def test_a_step_asks_nothing_of_the_host(tiny_model):
+    """On meta tensors, which have no values, whatever wants one fails. So the step can be captured as a CUDA graph."""
+    model = copy.deepcopy(tiny_model).to("meta", torch.bfloat16)
+    model.decoder.fuse()
+    slots = Slots(model, 8, 64, torch.bfloat16, frozenset([2]))
+    with torch.inference_mode():
+        for n in (1, 5, 8):
+            slots.step(n, frozenset([ARGMAX, WHOLE, CUT]))
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+            slots.tokens_B.tolist()
+
+
+def test_a_step_leaves_every_tensor_in_its_place(engine):
+    """What a captured graph would read and write stays where it was; only values change."""
+    slots = prefilled(engine, mixed_requests())
+
+    def places():
+        state = (slots.tokens_B, slots.left_B, slots.cache.lengths_B, slots.cache.live_B, *slots.sampler.state)
+        return [t.data_ptr() for t in (*state, slots.cache.k_LBSGK, slots.cache.v_LBSGK)]
+
+    before, lengths_B = places(), slots.cache.lengths_B.clone()
+    with torch.inference_mode():
+        for _ in range(3):
+            slots.step(8, frozenset(slots.kinds))
+    assert places() == before
+    moved_B = slots.cache.lengths_B - lengths_B  # by limits of 3, 5, 9 and 20 tokens, of which one came with the prompt
+    assert moved_B.max() == 3 and moved_B.min() <= 2 and not slots.cache.live_B[moved_B < 3].any()
+
+
+def test_compiled_steps_give_the_same_tokens(engine):
+    """Eight rows, five steps, float32: the step traced as one graph without a break, its changes of state among the
+    graph's outputs, and plain. (Code generation for it takes a minute, and does not pay on a CPU: bench/LOG.md.)"""
+    torch._dynamo.reset()
+    tokens = []
+    for compile in (lambda step: step, lambda step: torch.compile(step, fullgraph=True, backend="aot_eager")):
+        slots = prefilled(engine, [dataclasses.replace(r, max_new_tokens=20) for r in mixed_requests()])
+        slots.step = compile(slots.step)
+        with torch.inference_mode():
+            for _ in range(5):
+                slots.launch(8)
+        tokens.append([slots.take() for _ in range(5)])
+    assert tokens[0] == tokens[1] and len({tuple(row) for row in zip(*tokens[0])}) == 8
+
+
+def test_rows_of_a_bf16_batch_are_within_rounding_of_each_alone(tiny_model, tiny_tokenizer):
+    """Logits behind the prompts and after four given tokens, against float64: a row is as exact in the batch of eight
+    as it is alone, and with fused products as without."""
+
+    def logits(model, requests, fuse=False):
+        model = copy.deepcopy(model)
+        if fuse:
+            model.decoder.fuse()
+        engine = Engine(model, tiny_tokenizer)
+        slots, out = prefilled(engine, requests), []
+        with torch.inference_mode():
+            slots.cache.live_B.fill_(True)
+            for step in range(4):
+                slots.tokens_B.fill_(11 + step)
+                hidden_BD = model.decoder(model.embed(slots.tokens_B), None, slots.cache)
+                out.append(model.decoder.logits(hidden_BD).double())
+        return torch.stack(out, 1)
+
+    def error(found_BTV):
+        return (found_BTV - exact_BTV).pow(2).mean(2).sqrt()
+
+    bf16 = copy.deepcopy(tiny_model).bfloat16()
+    requests = [dataclasses.replace(r, max_new_tokens=20) for r in mixed_requests()]
+    exact_BTV = logits(copy.deepcopy(bf16).double(), requests)
+    alone = error(torch.cat([logits(bf16, [r]) for r in requests]))
+    for fuse in (False, True):
+        together = error(logits(bf16, requests, fuse))
+        assert (together.mean(1) <= 2 * alone.mean(1)).all() and together.mean() <= 1.2 * alone.mean()
+
+
+def test_slots_are_used_again(engine):
+    """The second batch takes the first one's slots, a longer one gets new ones; what was in them does not matter."""
+    first = [a.token_ids for a in engine.generate(mixed_requests())]
+    slots = engine._idle
+    assert [a.token_ids for a in engine.generate(mixed_requests()[:5])] == first[:5] and engine._idle is slots
+    stream = engine.stream(mixed_requests()[:1])
+    next(stream)  # holds the slots until it ends
+    assert [a.token_ids for a in engine.generate(mixed_requests())] == first and engine._idle is not slots
+    stream.close()
