@@ -1,9 +1,9 @@
 """python -m bench.decode: answers about a picture, ours beside its peers, with random weights of real shapes.
 
 A checkpoint of the shape is written once and every peer loads it. Each round asks every peer once, in turn, for the
-same prompt: time to the first token, of it the picture's, and the median time of a later token. Peers: transformers in
-bf16, transformers with bitsandbytes NF4, and on a GPU transformers with its static cache under torch.compile. The
-machine's copy bandwidth is measured first. JSON goes to bench/results/<device>/decode.json.
+same prompt: time to the first token, of it the picture's, and the median time of a later token. Ours runs in bf16 and in
+NF4; the peers are transformers in bf16, transformers with bitsandbytes NF4, and on a GPU transformers with its static
+cache under torch.compile. The copy bandwidth is measured first. JSON goes to bench/results/<device>/decode.json.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig
 from minillava.engine import Engine, Request
 from minillava.layout import image_tokens
 from minillava.llava import LLaVA
+from minillava.quantize import Scheme
 from minillava.weights import load_model, save_model
 
 TINYLLAMA = DecoderConfig(32000, 2048, 5632, 22, 32, 4, 64, max_positions=2048)
@@ -76,8 +77,8 @@ def prompt(config: ModelConfig, words: int) -> tuple[list[int], torch.Tensor]:
     return text[:5] + visual + text[5:], torch.randn(3, size, size, generator=generator)
 
 
-def ours(folder: Path, device: str, quantize: bool) -> tuple[Engine, Callable[..., ROUND]]:
-    model = load_model(folder, torch.bfloat16, torch.device(device))
+def ours(folder: Path, device: str, quantize: Scheme | None = None) -> tuple[Engine, Callable[..., ROUND]]:
+    model = load_model(folder, torch.bfloat16, torch.device(device), quantize=quantize)
     model.decoder.fuse()
     engine = Engine(model, NoText())  # type: ignore[arg-type]
     engine.eos_ids = frozenset()
@@ -156,13 +157,15 @@ def measure(name: str, device: str, rounds: int, tokens: int, limits: dict[str, 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name
         save_model(build(name), folder)
-        engine, ours_ask = ours(folder, device, quantize=False)
-        peers = {"ours bf16": ours_ask, "transformers bf16": theirs(folder, device, "")}
+        engines, peers = {}, {}
+        for kind, scheme in (("ours bf16", None), ("ours NF4", Scheme())):
+            engines[kind], peers[kind] = ours(folder, device, scheme)
+        peers["transformers bf16"] = theirs(folder, device, "")
         if find_spec("bitsandbytes"):
             peers["transformers NF4 (bitsandbytes)"] = theirs(folder, device, "nf4")
         if device == "cuda":
             peers["transformers bf16, static, compiled"] = theirs(folder, device, "static")
-    ids, pixels = prompt(engine.config, SHAPES[name][2])
+    ids, pixels = prompt(engines["ours bf16"].config, SHAPES[name][2])
     rows = []
     for batch in SHAPES[name][3]:
         results: dict[str, list[ROUND]] = {peer: [] for peer in peers}
@@ -172,11 +175,9 @@ def measure(name: str, device: str, rounds: int, tokens: int, limits: dict[str, 
                 if round:
                     results[peer].append({**result, "prefill_s": result["first_s"] - result["vision_s"]})
         summary = {peer: _summary(found, len(ids), batch) for peer, found in results.items()}
-        read = engine.step_bytes(batch * (len(ids) + tokens // 2))
-        for peer in summary:
-            if peer.startswith("ours"):
-                rate = read / summary[peer]["token_s"]["median"]
-                summary[peer]["share_of_copy_bandwidth"] = rate / limits["copy_bytes_per_s"]
+        for peer, engine in engines.items():
+            rate = engine.step_bytes(batch * (len(ids) + tokens // 2)) / summary[peer]["token_s"]["median"]
+            summary[peer]["share_of_copy_bandwidth"] = rate / limits["copy_bytes_per_s"]
         rows.append({"shape": name, "batch": batch, "prompt": len(ids), "new": tokens, "peers": summary})
         print(table(rows[-1:]), flush=True)
     return rows
