@@ -1,9 +1,10 @@
 """python -m bench.decode: answers about a picture, ours beside its peers, with random weights of real shapes.
 
 A checkpoint of the shape is written once and every peer loads it. Each round asks every peer once, in turn, for the
-same prompt: time to the first token, of it the picture's, and the median time of a later token. Ours runs in bf16 and in
-NF4; the peers are transformers in bf16, transformers with bitsandbytes NF4, and on a GPU transformers with its static
-cache under torch.compile. The copy bandwidth is measured first. JSON goes to bench/results/<device>/decode.json.
+same prompt: time to the first token, of it the picture's, and the median time of a later token. Ours runs in bf16 and
+NF4, with --compiled also with the step under torch.compile; the peers are transformers in bf16, transformers with
+bitsandbytes NF4, and on a GPU transformers with its static cache under torch.compile. The copy bandwidth is measured
+first. JSON goes to bench/results/<device>/decode.json.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from minillava.engine import Engine, Request
 from minillava.layout import image_tokens
 from minillava.llava import LLaVA
 from minillava.quantize import Scheme
+from minillava.slots import Slots
 from minillava.weights import load_model, save_model
 
 TINYLLAMA = DecoderConfig(32000, 2048, 5632, 22, 32, 4, 64, max_positions=2048)
@@ -77,11 +79,22 @@ def prompt(config: ModelConfig, words: int) -> tuple[list[int], torch.Tensor]:
     return text[:5] + visual + text[5:], torch.randn(3, size, size, generator=generator)
 
 
-def ours(folder: Path, device: str, quantize: Scheme | None = None) -> tuple[Engine, Callable[..., ROUND]]:
+def ours(
+    folder: Path, device: str, quantize: Scheme | None = None, compiled: bool = False
+) -> tuple[Engine, Callable[..., ROUND]]:
     model = load_model(folder, torch.bfloat16, torch.device(device), quantize=quantize)
     model.decoder.fuse()
     engine = Engine(model, NoText())  # type: ignore[arg-type]
     engine.eos_ids = frozenset()
+    if compiled:
+        make = engine.new_slots
+
+        def new_slots(rows: int, capacity: int) -> Slots:
+            slots = make(rows, capacity)
+            slots.step = torch.compile(slots.step)  # type: ignore[method-assign]
+            return slots
+
+        engine.new_slots = new_slots  # type: ignore[method-assign]
 
     def ask(ids: list[int], pixels: torch.Tensor, batch: int, tokens: int) -> ROUND:
         pictures = [pixels.clone() for _ in range(batch)]  # each its own, as in a real batch
@@ -152,14 +165,19 @@ def theirs(folder: Path, device: str, kind: str) -> Callable[..., ROUND]:
     return ask
 
 
-def measure(name: str, device: str, rounds: int, tokens: int, limits: dict[str, float]) -> list[dict[str, Any]]:
+def measure(
+    name: str, device: str, rounds: int, tokens: int, limits: dict[str, float], compiled: bool = False
+) -> list[dict[str, Any]]:
     """Rows of one shape, one for each batch size."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name
         save_model(build(name), folder)
         engines, peers = {}, {}
-        for kind, scheme in (("ours bf16", None), ("ours NF4", Scheme())):
-            engines[kind], peers[kind] = ours(folder, device, scheme)
+        kinds = {"ours bf16": (None, False), "ours NF4": (Scheme(), False)}
+        if compiled:
+            kinds["ours bf16, compiled"] = (None, True)
+        for kind, how in kinds.items():
+            engines[kind], peers[kind] = ours(folder, device, *how)
         peers["transformers bf16"] = theirs(folder, device, "")
         if find_spec("bitsandbytes"):
             peers["transformers NF4 (bitsandbytes)"] = theirs(folder, device, "nf4")
@@ -218,12 +236,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", action="append", choices=SHAPES, help="a and b (CPU), a, b and 7b (GPU)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--compiled", action="store_true", help="also ours with the step compiled (a minute)")
     parser.add_argument("--out", type=Path, help="folder for the results (bench/results/<device>)")
     chosen = parser.parse_args(arguments)
     device, shapes = chosen.device, chosen.shape or (["a", "b", "7b"] if chosen.device == "cuda" else ["a", "b"])
     limits = machine.limits(device, torch.bfloat16, shapes == ["tiny"])
     print(f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {limits['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s")
-    rows = [row for name in shapes for row in measure(name, device, chosen.rounds, chosen.tokens, limits)]
+    rows = [
+        row for name in shapes for row in measure(name, device, chosen.rounds, chosen.tokens, limits, chosen.compiled)
+    ]
     folder = chosen.out or machine.folder(device)
     folder.mkdir(parents=True, exist_ok=True)
     report = {"facts": machine.facts(device), "limits": limits, "rounds": chosen.rounds, "rows": rows}
