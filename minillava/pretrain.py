@@ -115,10 +115,12 @@ class PhraseTower(nn.Module):
 
 
 class Clip(nn.Module):
-    """The vision tower beside a small text tower; score of a pair = its best patch's cosine, scaled."""
+    """The vision tower beside a small text tower; score of a pair = its best patch's cosine, scaled. With `whole` the
+    phrases are about whole pictures, and the mean of the patches counts."""
 
-    def __init__(self, vision: VisionTower, vocab_size: int):
+    def __init__(self, vision: VisionTower, vocab_size: int, whole: bool):
         super().__init__()
+        self.whole = whole
         self.vision = vision
         self.rest = PhraseTower(vocab_size, vision.config.hidden_size)
 
@@ -129,6 +131,8 @@ class Clip(nn.Module):
         for block in self.vision.blocks:
             x_NTD = block(x_NTD)
         patches_NPE = self.rest.visual_projection(self.vision.post_norm(x_NTD)[:, self.vision.config.class_token :])
+        if self.whole:
+            patches_NPE = patches_NPE.mean(1, keepdim=True)
         phrases_ME = self.rest(pairs.ids_T, pairs.starts_M)
         patches_NPE, phrases_ME = (F.normalize(x.float(), dim=-1).to(dtype) for x in (patches_NPE, phrases_ME))
         scores_NM = (patches_NPE.flatten(0, 1) @ phrases_ME.T).unflatten(0, patches_NPE.shape[:2]).amax(1)
@@ -210,7 +214,7 @@ class ClipTask(Stream):
 
     def __init__(self, run: Run, stage: StageConfig):
         super().__init__(run, stage)
-        self.model = Clip(run.model.vision, run.model.config.decoder.vocab_size)
+        self.model = Clip(run.model.vision, run.model.config.decoder.vocab_size, whole=bool(stage.data))
         self.model.init_weights(self.seed)
         self.model.to(run.device)
         self.parts = {"vision": self.model.vision, "text": self.model.rest}

@@ -110,8 +110,8 @@ def _background(rng: random.Random) -> np.ndarray:
     """A dim slope of one tint with grain."""
     base = np.array([rng.uniform(20, 105)] * 3) + np.array([rng.uniform(-14, 14) for _ in range(3)])
     angle, strength = rng.uniform(0, 2 * pi), rng.uniform(0, 18)
-    y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j].astype(np.float32)
-    slope = (cos(angle) * x + sin(angle) * y) * strength
+    side = np.linspace(-1, 1, SIDE, dtype=np.float32)
+    slope = (cos(angle) * side + sin(angle) * side[:, None]) * np.float32(strength)
     start = rng.randrange(_GRAIN_LENGTH - SIDE * SIDE)
     return base.astype(np.float32) + (slope + _grain()[start : start + SIDE * SIDE].reshape(SIDE, SIDE))[..., None]
 
@@ -372,6 +372,11 @@ def conversation(scene: Scene, rng: random.Random, turns: int, opening: str) -> 
     return tuple(messages)
 
 
+@lru_cache(maxsize=1024)  # asked for twice: for the words, then for the picture
+def _train_scene(seed: int, index: int) -> Scene:
+    return make_scene(random.Random(f"train {seed} {index}"))
+
+
 class Samples(ImageStore, Sequence[Sample]):
     """`number` training samples in LLaVA's format, made when they are asked for; the same index gives the same sample.
 
@@ -386,7 +391,7 @@ class Samples(ImageStore, Sequence[Sample]):
         return self.number
 
     def scene(self, index: int) -> Scene:
-        return make_scene(random.Random(f"train {self.seed} {index}"))
+        return _train_scene(self.seed, index)
 
     def __getitem__(self, index):  # type: ignore[override]
         if not 0 <= index < self.number:
