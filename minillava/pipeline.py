@@ -175,9 +175,13 @@ def new_config(wanted: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
     if wanted.vision_from:
         path = weights.resolve(wanted.vision_from)
         raw, layers = hf_config.read_json(path / "config.json"), tables["vision"].get("select_layers", [-2])
-        vision = hf_config.read_vision(raw, str(path / "config.json"), layers, False)
-        pixels = hf_config.read_json(path / "preprocessor_config.json")
-        image = hf_config.read_image(pixels, str(path / "preprocessor_config.json"), vision)
+        if is_llava(raw):
+            whole = weights.read_config(path)
+            vision, image = whole.vision, whole.image
+        else:
+            vision = hf_config.read_vision(raw, str(path / "config.json"), layers, False)
+            pixels = hf_config.read_json(path / "preprocessor_config.json")
+            image = hf_config.read_image(pixels, str(path / "preprocessor_config.json"), vision)
         config = dataclasses.replace(config, vision=vision, image=image)
     if wanted.decoder_from:
         path = weights.resolve(wanted.decoder_from)
@@ -213,6 +217,9 @@ def new_model(wanted: ModelRecipe, config: ModelConfig, seed: int) -> LLaVA:
     for source, part, layout in sources:
         if source:
             folder = weights.resolve(source)
+            if part == "vision." and is_llava(hf_config.read_json(folder / "config.json")):
+                model.vision.load_state_dict(weights.load_model(folder).vision.state_dict(), assign=True)
+                continue
             plan = names.Plan()
             plan.add(tensor_files.inspect_folder(folder), layout)
             empty = {name: p.detach() for name, p in named.items() if name.startswith(part)}
@@ -222,6 +229,11 @@ def new_model(wanted: ModelRecipe, config: ModelConfig, seed: int) -> LLaVA:
     if left:
         raise UserError(f"{wanted.vision_from}, {wanted.decoder_from}: no weights for {', '.join(left)}")
     return model
+
+
+def is_llava(raw: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a whole LLaVA, whose tower can be taken out."""
+    return raw.get("model_type", "").startswith("llava")
 
 
 def pick_device(name: str) -> torch.device:

@@ -33,7 +33,7 @@ class ModelRecipe:
     """What is trained: a checkpoint, or parts of checkpoints, or sizes for a new model. Tables override."""
 
     base: str = ""  # a LLaVA checkpoint: folder or hub id
-    vision_from: str = ""  # a vision tower on its own (CLIP): folder or hub id
+    vision_from: str = ""  # a vision tower on its own (CLIP) or that of a LLaVA: folder or hub id
     decoder_from: str = ""  # a language model on its own (Vicuna), with its tokenizer: folder or hub id
     tokenizer: str = ""  # folder; "data": trained on all stages' data; "shapes"; empty: of base or decoder_from
     vision: dict[str, Any] = field(default_factory=dict)  # keys of VisionConfig
