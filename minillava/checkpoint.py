@@ -1,8 +1,9 @@
 """Checkpoints of a training run: tensors in safetensors, the rest in JSON, all or nothing.
 
 A checkpoint is a folder step-00000123 that is written beside its place and renamed into it, so that a kill at any
-moment leaves the one before. It holds trained.safetensors (float32 masters, named PART.NAME), optimizer.safetensors
-(moments and random states; dropped when a stage is finished) and state.json. There is no pickle in it.
+moment leaves the one before. It holds trained/ (float32 masters, named PART.NAME), optimizer/ (moments and random
+states; dropped when a stage is finished) and state.json. There is no pickle in it. torch.distributed.checkpoint writes
+the tensors: every rank its own shards, in the background; any number of ranks reads them back.
 """
 
 from __future__ import annotations
@@ -12,41 +13,73 @@ import os
 import random
 import re
 import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minillava import parallel
 from minillava.config import UserError
 from minillava.optim import Together
 
-TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+TRAINED, OPTIMIZER, STATE = "trained", "optimizer", "state.json"
 NAME = re.compile(r"step-(\d+)")
 
 
-def write(folder: Path, step: int, files: dict[str, dict[str, Any]], keep: int) -> Path:
-    """Save `files` as folder/step-N and remove all but the newest `keep`. A file is tensors or, by its name, JSON."""
-    target = folder / f"step-{step:08d}"
-    temporary = folder / f".{target.name}.partial"
-    for stale in folder.glob(".*.partial"):  # of a run that was killed while it wrote
-        shutil.rmtree(stale)
-    temporary.mkdir(parents=True)
-    for name, content in files.items():
-        if name.endswith(".json"):
-            (temporary / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        else:
-            save_file({key: tensor.detach().contiguous() for key, tensor in content.items()}, temporary / name)
-        _sync(temporary / name)
-    if target.exists():  # only where a run was resumed from an older one by hand
-        shutil.rmtree(target)
-    os.rename(temporary, target)
-    _sync(folder)
-    for old in _all(folder)[:-keep]:
-        shutil.rmtree(old)
-    return target
+class Saver:
+    """Writes checkpoints into `folder`, one at a time and beside the training, and keeps the newest `keep`."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
+        self.group = parallel.host_group()
+
+    def save(self, step: int, trained: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Copy everything to the host's memory and write it in the background, as folder/step-N."""
+        self.wait()
+        target = self.folder / f"step-{step:08d}"
+        temporary = self.folder / f".{target.name}.partial"
+        with parallel.main_first():
+            if parallel.is_main():
+                for stale in self.folder.glob(".*.partial"):  # of a run that was killed while it wrote
+                    shutil.rmtree(stale)
+                temporary.mkdir(parents=True)
+        stager = _dcp().staging.BlockingAsyncStager()
+        tensors = {TRAINED: {name: t.detach() for name, t in trained.items()}, OPTIMIZER: optimizer}
+        staged = {part: stager.stage(dict(values)) for part, values in tensors.items()}
+        self.pending = self.pool.submit(self._write, temporary, target, staged, state)
+
+    def wait(self) -> None:
+        """Until the last one is on the disk. Raises what went wrong with it."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def _write(self, temporary: Path, target: Path, staged: dict[str, Any], state: dict[str, Any]) -> None:
+        dcp = _dcp()
+        for part, tensors in staged.items():  # returns on the first rank when all ranks have written
+            writer = dcp.HuggingFaceStorageWriter(str(temporary / part), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+        if parallel.is_main():
+            write_json(temporary / STATE, state)
+            if target.exists():  # only where a run was resumed from an older one by hand
+                shutil.rmtree(target)
+            os.rename(temporary, target)
+            _sync(self.folder)
+            for old in _all(self.folder)[: -self.keep]:
+                shutil.rmtree(old)
+
+    def keep_weights(self) -> None:
+        """At the end of a stage: only the newest checkpoint, without what only a continuation would need."""
+        for path in _all(self.folder)[:-1]:
+            shutil.rmtree(path)
+        for path in _all(self.folder):
+            shutil.rmtree(path / OPTIMIZER, ignore_errors=True)
 
 
 def latest(folder: Path) -> Path | None:
@@ -55,22 +88,11 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); remove {path.parent} to resume from the one before"
-        ) from None
-
-
 def read_state(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); remove {path.parent} to resume from the one before"
-        ) from None
+        raise UserError(f"{path / STATE}: cannot be read ({error}); {_remedy(path)}") from None
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -81,15 +103,43 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     os.rename(temporary, path)
 
 
-def fill(parameters: dict[str, Tensor], values: dict[str, Tensor], where: Path) -> None:
-    """Copy `values` into the parameters of the same names; all of them, and no others, or a UserError."""
-    wrong = [name for name in parameters.keys() ^ values.keys()]
-    wrong += [name for name in parameters.keys() & values.keys() if parameters[name].shape != values[name].shape]
+def shapes(folder: Path) -> dict[str, torch.Size]:
+    """The tensors that the files of a folder hold together, and how large they are."""
+    try:
+        found = _dcp().HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: cannot be read ({error}); {_remedy(folder.parent)}") from None
+    if not found:
+        raise UserError(f"{folder}: holds no tensors; {_remedy(folder.parent)}")
+    return {name: value.size for name, value in found.items()}  # type: ignore[union-attr]
+
+
+def load(folder: Path, tensors: dict[str, Tensor], strict: bool = True) -> None:
+    """Read into tensors, whole or sharded, by name: all that there are and no others (unless not `strict`).
+
+    Raises UserError for what is missing, left over, misshapen or unreadable. Every rank must call it.
+    """
+    found = shapes(folder)
+    wrong = list(tensors.keys() ^ found.keys() if strict else tensors.keys() - found.keys())
+    wrong += [name for name in tensors.keys() & found.keys() if tensors[name].shape != found[name]]
     if wrong:
-        raise UserError(f"{where}: does not fit this model: {', '.join(sorted(wrong)[:5])} ({len(wrong)} in all)")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
+        raise UserError(f"{folder}: does not fit this model: {', '.join(sorted(wrong)[:5])} ({len(wrong)} in all)")
+    if tensors:
+        dcp = _dcp()
+        try:
+            reader = dcp.HuggingFaceStorageReader(str(folder))
+            values = {name: tensor.detach() for name, tensor in tensors.items()}
+            dcp.load(values, storage_reader=reader, no_dist=parallel.world() == 1)
+        except (SafetensorError, OSError, dcp.CheckpointException) as error:
+            raise UserError(f"{folder}: cannot be read ({error}); {_remedy(folder.parent)}") from None
+
+
+def read(folder: Path, names: list[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of a folder, whole, on the host; all of them where none are named. Every rank must call it."""
+    found = shapes(folder)
+    values = {name: torch.empty(found[name]) for name in (found if names is None else names)}
+    load(folder, values, strict=False)
+    return values
 
 
 def optimizer_tensors(optimizer: Together, named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,36 +151,58 @@ def optimizer_tensors(optimizer: Together, named: dict[str, Tensor]) -> dict[str
     }
 
 
-def fill_optimizer(optimizer: Together, named: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for key, value in values.items():
+def load_optimizer(folder: Path, optimizer: Together, named: dict[str, Tensor]) -> None:
+    values: dict[str, Tensor] = {}
+    for key, shape in shapes(folder).items():
         moment, slash, name = key.partition("/")
-        if slash and name in named:
-            device = "cpu" if moment == "step" and not optimizer.defaults.get("fused") else named[name].device
-            optimizer.state[named[name]][moment] = value.to(device)
+        if slash:
+            if name not in named:
+                raise UserError(f"{folder}: does not fit this model: {key}")
+            parameter = named[name]
+            if shape == parameter.shape and shape:
+                values[key] = torch.zeros_like(parameter)
+            else:
+                device = parameter.device if optimizer.defaults.get("fused") else "cpu"
+                values[key] = torch.zeros(shape, device=device)
+            optimizer.state[parameter][moment] = values[key]
+    load(folder, values, strict=False)
 
 
 def random_state() -> tuple[dict[str, Tensor], list[Any]]:
-    """States of torch's generators, as tensors, and of Python's, as JSON."""
-    tensors = {"random.cpu": torch.get_rng_state()}
+    """States of this rank's torch generators, as tensors, and of Python's, as JSON."""
+    tensors = {f"random.cpu.{parallel.rank()}": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        tensors[f"random.cuda.{parallel.rank()}"] = torch.cuda.get_rng_state()
     version, words, gauss = random.getstate()
     return tensors, [version, list(words), gauss]
 
 
-def set_random_state(tensors: dict[str, Tensor], python: list[Any]) -> None:
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available():
-        states = [tensors[name] for name in sorted(tensors) if name.startswith("random.cuda.")]
-        for device, state in enumerate(states[: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, device)
+def load_random_state(folder: Path, python: list[Any]) -> None:
+    """Take the states back; a rank that was not there when they were saved keeps its own."""
+    tensors, _ = random_state()
+    tensors = {name: tensor for name, tensor in tensors.items() if name in shapes(folder)}
+    load(folder, tensors, strict=False)
+    for name, state in tensors.items():
+        (torch.set_rng_state if name.startswith("random.cpu") else torch.cuda.set_rng_state)(state)
     random.setstate((python[0], tuple(python[1]), python[2]))
+
+
+def _dcp() -> Any:
+    """torch.distributed.checkpoint, whose import takes seconds."""
+    import torch.distributed.checkpoint as dcp
+
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant then
+    return dcp
 
 
 def _all(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
+
+
+def _remedy(path: Path) -> str:
+    return f"remove {path} to resume from the one before"
 
 
 def _sync(path: Path) -> None:

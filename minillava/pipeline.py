@@ -7,21 +7,25 @@ stage STAGE/checkpoints, STAGE/model (the export, in Hugging Face layout) and ST
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minillava import checkpoint, hf_config, names, tensor_files, weights
+from minillava import checkpoint, hf_config, lora, names, parallel, tensor_files, weights
 from minillava.config import ModelConfig, UserError, nearest
 from minillava.llava import LLaVA
 from minillava.progress import Log, plot
 from minillava.projector import Projector
+from minillava.quantize import Scheme
 from minillava.recipe import ModelRecipe, Recipe, StageConfig, differences, read_recipe, stage_index, to_toml
-from minillava.tasks import Run, make_task, merge_config
+from minillava.tasks import Run, make_task, merge_config, task_class
 from minillava.tokenizer import Tokenizer, load_tokenizer
 from minillava.trainer import Trainer, compute_dtype
 
@@ -37,21 +41,28 @@ def run_recipe(recipe: Recipe, resume: bool = False, only: str | None = None) ->
     began_s = time.monotonic()
     folder = recipe.folder
     chosen = recipe.stage if only is None else (recipe.stage[stage_index(recipe, only)],)
-    resume = open_folder(recipe, folder, resume, only)
-    device = pick_device(recipe.device)
+    device = parallel.start(pick_device(recipe.device), recipe.timeout)
+    with parallel.main_first():
+        if parallel.is_main():
+            resume = open_folder(recipe, folder, resume or parallel.restarted(), only)
+    resume = bool(parallel.agree([resume and parallel.is_main()])[0])
     torch.manual_seed(recipe.seed)
     run = make_run(recipe, folder, device)
-    print(f"{recipe.name} in {folder} on {describe_device(device)}; {count(run.model)}")
-    log = Log(folder / "log.jsonl")
+    ranks = f", {parallel.world()} ranks" if parallel.world() > 1 else ""
+    print(f"{recipe.name} in {folder} on {describe_device(device)}{ranks}; {count(run.model)}")
+    log = Log(folder / "log.jsonl" if parallel.is_main() else Path(os.devnull))
     results: dict[str, dict[str, float]] = {}
     try:
         for stage in recipe.stage[: recipe.stage.index(chosen[-1]) + 1]:
             done = folder / stage.name / "done.json"
             if stage in chosen and not (resume and done.is_file()):
                 results[stage.name] = run_stage(run, stage, log, resume)
-                plot(log.path, folder / "curves.png")
+                if parallel.is_main():
+                    plot(log.path, folder / "curves.png")
             elif done.is_file():
-                load_stage(run, folder / stage.name)
+                run.finished.append(stage)
+                if run.fill is None:
+                    load_stage(run, run.model, stage)
                 results[stage.name] = json.loads(done.read_text(encoding="utf-8"))["eval"]
                 print(f"stage {stage.name}: finished before")
             elif done.parent.exists():
@@ -69,33 +80,56 @@ def run_recipe(recipe: Recipe, resume: bool = False, only: str | None = None) ->
 
 def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str, float]:
     print(f"stage {stage.name}: {stage.task}")
-    torch.manual_seed(run.recipe.seed if stage.seed < 0 else stage.seed)
+    seed = run.recipe.seed if stage.seed < 0 else stage.seed
+    torch.manual_seed(seed + parallel.rank() * task_class(stage).split)  # ranks that share a step drop out differently
     began_s = time.monotonic()
     folder = run.folder / stage.name
+    if run.fill is not None:
+        run.model = fresh(run)
+        if not task_class(stage).split:
+            run.fill(run.model)
     task = make_task(run, stage)
-    trainer = Trainer(task, stage, run.device, folder, log, resume)
-    log.rewind(stage.name, trainer.step)
+    trainer = Trainer(task, stage, run.device, folder, log, resume, run.recipe)
+    if parallel.is_main():
+        log.rewind(stage.name, trainer.step)
     print(f"  {trainer.describe()}", flush=True)
     measured = trainer.run()
     trainer.finish(measured)
+    run.finished.append(stage)
+    if run.fill is None:
+        lora.add(dict(run.model.named_parameters()), lora.detach(run.model), stage.lora)
     summary = "; ".join(filter(None, (f"  {time.monotonic() - began_s:,.0f} s", task.summary())))
     print(summary + (f"; {trainer.skipped} steps skipped" if trainer.skipped else ""), flush=True)
     return measured
 
 
-def load_stage(run: Run, folder: Path) -> None:
-    """Give the run's model what a finished stage trained; parts of the stage's own (CLIP's text tower) are left out."""
+def load_stage(run: Run, model: LLaVA, stage: StageConfig) -> None:
+    """Give a model what a finished stage trained; parts of the stage's own (CLIP's text tower) are left out."""
+    folder = run.folder / stage.name
     newest = checkpoint.latest(folder / "checkpoints")
     if newest is None:
         raise UserError(f"{folder}: is marked as finished but has no checkpoint; remove the folder to train it again")
-    values = checkpoint.read_tensors(newest / checkpoint.TRAINED)
-    named = dict(run.model.named_parameters())
-    ours = {name: value for name, value in values.items() if name.split(".")[0] in ("vision", "projector", "decoder")}
-    if not ours.keys() <= named.keys():
+    named = dict(model.named_parameters())
+    found = checkpoint.shapes(newest / checkpoint.TRAINED)
+    adapters = [name for name in found if "lora_" in name]
+    ours = [name for name in found if name.split(".")[0] in ("vision", "projector", "decoder") and "lora_" not in name]
+    if not named.keys() >= set(ours):
         raise UserError(f"{newest}: does not fit this recipe's model; use another folder")
-    for name in ours:
-        named[name].data = named[name].data.float()
-    checkpoint.fill({name: named[name] for name in ours}, ours, newest)
+    if run.fill is None:
+        for name in ours:
+            named[name].data = named[name].data.float()
+    checkpoint.load(newest / checkpoint.TRAINED, {name: named[name] for name in ours}, strict=False)
+    lora.add(named, checkpoint.read(newest / checkpoint.TRAINED, adapters) if adapters else {}, stage.lora)
+
+
+def on_meta(model: LLaVA) -> LLaVA:
+    """The same model without its weights."""
+    with torch.device("meta"):
+        fresh = LLaVA(model.config)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    for name, parameter in fresh.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    return fresh
 
 
 def open_folder(recipe: Recipe, folder: Path, resume: bool, only: str | None) -> bool:
@@ -124,19 +158,28 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool, only: str | None) ->
 
 
 def make_run(recipe: Recipe, folder: Path, device: torch.device) -> Run:
-    """Load or create the model and its tokenizer as [model] says."""
-    wanted = recipe.model
-    tokenizer = make_tokenizer(recipe, folder)
+    """Load or create the model and its tokenizer as [model] says.
+
+    Where ranks share the work the model stays on meta; each stage splits it and has its shards filled.
+    """
+    wanted, shared = recipe.model, parallel.world() > 1
+    if wanted.quantize and not wanted.base:
+        raise UserError("model: quantize is for the weights of a base; name one, or leave quantize out")
+    with parallel.main_first():
+        tokenizer = make_tokenizer(recipe, folder)
     if wanted.base:
         read = weights.read_config(wanted.base)
         config = merge_config(read, wanted.tables, "model")
         if config != dataclasses.replace(read, chat=config.chat):
             raise UserError("model: a base brings its own sizes and image size; only [model.chat] can be changed")
-        model = weights.load_model(wanted.base)
+        if wanted.quantize or not shared:
+            model = load_base(wanted, device)
+        else:
+            model = weights.load_model(wanted.base, device="meta")
         model.config = config
     else:
         config = new_config(wanted, tokenizer)
-        model = new_model(wanted, config, recipe.seed)
+        model = new_model(wanted, config, recipe.seed, (lambda *_: None) if shared else None)
     if tokenizer.vocab_size > config.decoder.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the decoder's embedding {config.decoder.vocab_size} rows; "
@@ -146,8 +189,54 @@ def make_run(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     half = torch.bfloat16 if torch.bfloat16 in computes else torch.float32  # what 16-bit checkpoints are held in
     save_dtype = torch.float32 if model.decoder.embed.weight.dtype == torch.float32 else torch.bfloat16
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(device, parameter.dtype if parameter.dtype == torch.float32 else half)
-    return Run(recipe, folder, model, tokenizer, device, save_dtype)
+        place = parameter.device if parameter.is_meta else device
+        parameter.data = parameter.data.to(place, parameter.dtype if parameter.dtype == torch.float32 else half)
+    run = Run(recipe, folder, model, tokenizer, device, save_dtype)
+    if shared:
+        run.fill = functools.partial(fill, run)
+    return run
+
+
+def load_base(wanted: ModelRecipe, device: torch.device) -> LLaVA:
+    scheme = Scheme.parse(wanted.quantize) if wanted.quantize else None
+    model = weights.load_model(wanted.base, device=device if scheme else "cpu", quantize=scheme)
+    return model.to(device) if scheme else model
+
+
+def fresh(run: Run) -> LLaVA:
+    """The run's model at the start of a stage that ranks share: on meta, or in 4 bits and whole on every rank."""
+    if not run.recipe.model.quantize:
+        return on_meta(run.model)
+    model, dtypes = load_base(run.recipe.model, run.device), {n: p.dtype for n, p in run.model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    model.config = run.model.config
+    for stage in run.finished:
+        load_stage(run, model, stage)
+    return model
+
+
+def fill(run: Run, model: LLaVA) -> None:
+    """Give a model on meta, split over the ranks or not, its weights: those it starts with, then those of the stages
+    that are finished. They pass through the host's memory one by one."""
+    if not any(p.is_meta for p in model.parameters()):
+        return
+    wanted = run.recipe.model
+    offloaded = run.recipe.offload and any(hasattr(p, "device_mesh") for p in model.parameters())
+    model.to_empty(device="cpu" if offloaded else run.device)
+    named = dict(model.named_parameters())
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        parallel.fill(named[name], tensor)
+
+    if wanted.base:
+        weights.load_model(wanted.base, sink=put)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.recipe.seed)  # as at the start of a run in one process
+            new_model(wanted, model.config, run.recipe.seed, put)
+    for stage in run.finished:
+        load_stage(run, model, stage)
 
 
 def make_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
@@ -202,8 +291,13 @@ def new_config(wanted: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
     return merge_config(config, tables, "model")
 
 
-def new_model(wanted: ModelRecipe, config: ModelConfig, seed: int) -> LLaVA:
-    """A new LLaVA with the weights of a vision tower and of a language model in it, where the recipe names them."""
+def new_model(
+    wanted: ModelRecipe, config: ModelConfig, seed: int, sink: Callable[[str, torch.Tensor], None] | None = None
+) -> LLaVA:
+    """A new LLaVA with the weights of a vision tower and of a language model in it, where the recipe names them.
+
+    With a `sink` every weight goes there, and the model that is returned has none (it is on meta).
+    """
     sources = (wanted.vision_from, "vision.", "tower"), (wanted.decoder_from, "decoder.", "original")
     if all(source for source, _, _ in sources):
         with torch.device("meta"):
@@ -214,6 +308,7 @@ def new_model(wanted: ModelRecipe, config: ModelConfig, seed: int) -> LLaVA:
         model = LLaVA(config)
         model.init_weights(seed)
     named = dict(model.named_parameters())
+    given: set[str] = set()
     for source, part, layout in sources:
         if source:
             folder = weights.resolve(source)
@@ -224,10 +319,17 @@ def new_model(wanted: ModelRecipe, config: ModelConfig, seed: int) -> LLaVA:
             plan.add(tensor_files.inspect_folder(folder), layout)
             empty = {name: p.detach() for name, p in named.items() if name.startswith(part)}
             plan.check(str(folder), {name: tuple(t.shape) for name, t in names.unstack(empty).items()})
-            model.load_state_dict(weights.take(plan, empty), strict=False, assign=True)
-    left = [name for name, p in model.named_parameters() if p.is_meta]
+            state = weights.take(plan, empty, sink=sink)
+            model.load_state_dict(state, strict=False, assign=True)
+            given |= state.keys()
+    left = [name for name, p in model.named_parameters() if p.is_meta and name not in given]
     if left:
         raise UserError(f"{wanted.vision_from}, {wanted.decoder_from}: no weights for {', '.join(left)}")
+    if sink is not None:
+        for name, parameter in model.named_parameters():
+            if name not in given:
+                sink(name, parameter.detach())
+        model = on_meta(model)
     return model
 
 
@@ -256,5 +358,5 @@ def describe_device(device: torch.device) -> str:
 
 
 def count(model: LLaVA) -> str:
-    parts = ((name, sum(p.numel() for p in part.parameters())) for name, part in model.named_children())
+    parts = ((name, lora.count(part)) for name, part in model.named_children())
     return "parameters: " + ", ".join(f"{name} {number:,}" for name, number in parts)

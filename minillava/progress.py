@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minillava import parallel
 from minillava.config import UserError
 
 
@@ -60,7 +61,7 @@ class Bar:
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
             desc=stage, initial=start, total=steps, unit="step", dynamic_ncols=True,
-            mininterval=0.2 if terminal else 30, file=sys.stderr, smoothing=0.05,
+            mininterval=0.2 if terminal else 30, file=sys.stderr, smoothing=0.05, disable=not parallel.is_main(),
         )  # fmt: skip
         self.recent: deque[tuple[float, int, float, float]] = deque(maxlen=self.WINDOW)
 
@@ -73,7 +74,8 @@ class Bar:
         self.bar.update()
 
     def note(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        if not self.bar.disable:
+            tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()

@@ -17,7 +17,18 @@ from typing import Any
 from minillava.config import ChatConfig, ModelConfig, UserError, from_dict, nearest, to_dict
 
 # Keys that may differ when a run is resumed: they do not change what is computed.
-FREE_KEYS = ("out", "workers", "save_every", "keep", "log_every")
+FREE_KEYS = (
+    "out",
+    "workers",
+    "save_every",
+    "keep",
+    "log_every",
+    "shard",
+    "offload",
+    "timeout",
+    "checkpointing",
+    "compile",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class ModelRecipe:
     base: str = ""  # a LLaVA checkpoint: folder or hub id
     vision_from: str = ""  # a vision tower on its own (CLIP) or that of a LLaVA: folder or hub id
     decoder_from: str = ""  # a language model on its own (Vicuna), with its tokenizer: folder or hub id
+    quantize: str = ""  # 4-bit weights of the base for a start with adapters (QLoRA): nf4, nf4-double, ...
     tokenizer: str = ""  # folder; "data": trained on all stages' data; "shapes"; empty: of base or decoder_from
     vision: dict[str, Any] = field(default_factory=dict)  # keys of VisionConfig
     projector: dict[str, Any] = field(default_factory=dict)  # keys of ProjectorConfig
@@ -49,6 +61,16 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on the linear layers of one part (arXiv 2106.09685). The defaults are LLaVA-1.5's."""
+
+    rank: int = 128
+    alpha: float = 256.0  # the update is scaled by alpha / rank
+    dropout: float = 0.05  # of what goes into an adapter
+    targets: tuple[str, ...] = ()  # last words of the layers' names, such as q and v; empty: all but the head
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stage. The defaults are those that all of LLaVA's scripts share (HF Trainer's where they are silent)."""
 
@@ -59,10 +81,11 @@ class StageConfig:
     shapes: dict[str, Any] = field(default_factory=dict)  # options of the built-in world; the task reads them
     chat: dict[str, Any] = field(default_factory=dict)  # keys of ChatConfig for this stage, such as template = "plain"
     lr: dict[str, float] = field(default_factory=dict)  # peak learning rate per part; a part without one is frozen
+    lora: dict[str, LoRAConfig] = field(default_factory=dict)  # parts that train adapters (at their lr) in their place
     steps: int = 0  # optimizer steps; or
     epochs: float = 0.0  # passes over the data
     batch_size: int = 128  # samples an optimizer step
-    micro_batch: int = 0  # samples a forward pass; 0: all of batch_size
+    micro_batch: int = 0  # samples a forward pass on one rank; 0: all of batch_size, in equal shares
     row_tokens: int = 0  # pack samples into rows of this many tokens; batch_size and micro_batch then count rows
     warmup: float = 0.03  # share of the steps in which the rate rises linearly
     schedule: str = "cosine"  # to zero; or constant
@@ -72,6 +95,8 @@ class StageConfig:
     eps: float = 1e-8
     clip: float = 1.0  # norm that the whole gradient is clipped to; 0: never
     dtype: str = "auto"  # of the computation: auto (bfloat16 where the hardware multiplies it), float32 or bfloat16
+    checkpointing: str = "off"  # activations computed again in the backward pass: off, selective or full
+    compile: bool = False  # torch.compile every block
     max_tokens: int = 2048  # of a sample, visual tokens included; longer ones are cut and counted
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     eval_samples: int = 0  # samples in an evaluation; 0: none, or all of eval_data
@@ -94,6 +119,9 @@ class Recipe:
     seed: int = 42
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, cuda:1, mps
     out: str = ""  # the run's folder; empty: runs/NAME
+    shard: int = 0  # ranks that share one copy of the model under torchrun (HSDP: those of a node); 0: all
+    offload: bool = False  # under torchrun, keep parameters and optimizer in the hosts' memory
+    timeout: float = 10.0  # minutes after which a rank that waits for the others says where it stands and gives up
     model: ModelRecipe = field(default_factory=ModelRecipe)
     stage: tuple[StageConfig, ...] = ()
 
@@ -191,6 +219,13 @@ def _check(recipe: Recipe, where: str) -> None:
         require(
             stage.optimizer in OPTIMIZERS, f"{at}: optimizer '{stage.optimizer}'{nearest(stage.optimizer, OPTIMIZERS)}"
         )
+        require(
+            stage.checkpointing in CHECKPOINTING,
+            f"{at}: checkpointing '{stage.checkpointing}'{nearest(stage.checkpointing, CHECKPOINTING)}",
+        )
+        for part, lora in stage.lora.items():
+            require(part in stage.lr, f"{at}: lora.{part} has no rate; give lr.{part}, or leave lora.{part} out")
+            require(lora.rank > 0 and 0 <= lora.dropout < 1, f"{at}: lora.{part}: rank > 0 and 0 <= dropout < 1")
         require(stage.dtype in DTYPES, f"{at}: dtype '{stage.dtype}'{nearest(stage.dtype, DTYPES)}")
         require(stage.keep > 0 and stage.log_every > 0, f"{at}: keep and log_every must be at least 1")
         require(stage.max_tokens > 1, f"{at}: max_tokens must be at least 2")
@@ -200,6 +235,7 @@ def _check(recipe: Recipe, where: str) -> None:
         )
 
 
+CHECKPOINTING = ("off", "selective", "full")
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from minillava import chat, shapes
+from minillava import chat, parallel, shapes
 from minillava.chat import Message
 from minillava.config import UserError
 from minillava.data import MARKER, Example, Sample
@@ -24,6 +24,7 @@ from minillava.llava import LLaVA
 from minillava.pretrain import exact_all
 from minillava.tasks import LLaVATask
 from minillava.tokenizer import Tokenizer
+from minillava.weights import load_model
 
 PER_SCENE = 4  # questions about each scene of an evaluation
 
@@ -51,8 +52,9 @@ class ShapesTask(LLaVATask):
 
     def save(self, folder: Path) -> None:
         super().save(folder)
-        if self.config.chat.template != "plain":
-            print(report(self.run.model, self.run.tokenizer, self.run.folder, 4 * self.scenes))
+        if self.config.chat.template != "plain" and parallel.is_main():
+            model = self.run.model if parallel.world() == 1 else load_model(folder)
+            print(report(model, self.run.tokenizer, self.run.folder, 4 * self.scenes))
 
 
 Asked = list[tuple[shapes.Scene, shapes.Question]]

@@ -11,17 +11,20 @@ import hashlib
 import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from minillava import lora, parallel
 from minillava.chat import Message
 from minillava.config import ChatConfig, ModelConfig, UserError, from_dict, nearest, to_dict
-from minillava.data import IGNORE, MARKER, Batch, Sample, scan
+from minillava.data import IGNORE, MARKER, Batch, Example, Sample, pack, scan
+from minillava.image import prepare_views
 from minillava.llava import LLaVA, next_labels
 from minillava.loader import Dataset, Loader, Tally, check_supervision
 from minillava.metrics import Work
@@ -49,6 +52,8 @@ class Run:
     tokenizer: Tokenizer
     device: torch.device
     save_dtype: torch.dtype  # of exported checkpoints
+    fill: Callable[[LLaVA], None] | None = None  # gives a model that is on meta its weights; None: it has them
+    finished: list[StageConfig] = field(default_factory=list)  # stages whose results the model has, or shall be given
 
 
 class Task:
@@ -59,6 +64,7 @@ class Task:
     )  # what `loss` calls; its parameters are those that are not listed in parts, frozen, and those that are
     parts: dict[str, nn.Module]  # by the name that `lr` has for them; disjoint, all inside `model`
     stage: StageConfig
+    split = False  # whether ranks share a step's micro-batches and the model; else every rank does the same work
 
     def total_steps(self) -> int:
         """Optimizer steps of the stage."""
@@ -73,6 +79,17 @@ class Task:
     def loss(self, call: Callable[..., Any], micro: Any) -> tuple[Tensor, int]:
         """The SUM of the losses of a micro-batch and how many they are; `call` is `model` with the weights to use."""
         raise NotImplementedError
+
+    def has_pictures(self, micro: Any | None) -> bool:
+        """Whether the vision parts work on a micro-batch. Asked, as what follows, only where ranks share steps."""
+        raise NotImplementedError
+
+    def filled_up(self, micro: Any | None, pictures: bool) -> Any:
+        """The micro-batch (or none) with what teaches nothing added; with pictures in it where `pictures` is set."""
+        raise NotImplementedError
+
+    def fill(self) -> None:
+        """Give the model its weights, after it was split over the ranks."""
 
     def tokens(self, micro: Any) -> int:
         """How many tokens (or pairs) go through the model, for the rate that is shown."""
@@ -105,24 +122,33 @@ class Task:
         return ""
 
 
-def make_task(run: Run, stage: StageConfig) -> Task:
+def task_class(stage: StageConfig) -> type[Task]:
     if stage.task not in TASKS:
         raise UserError(f"stage '{stage.name}': no task '{stage.task}'{nearest(stage.task, TASKS)}")
     module, name = TASKS[stage.task].split(":")
-    return getattr(importlib.import_module(module), name)(run, stage)
+    return getattr(importlib.import_module(module), name)
+
+
+def make_task(run: Run, stage: StageConfig) -> Task:
+    return task_class(stage)(run, stage)  # type: ignore[call-arg]
 
 
 def export(run: Run, folder: Path) -> None:
     """The run's model as a Hugging Face folder, all of it in one dtype (masters are float32 while they are trained)."""
     with torch.device("meta"):
         model = LLaVA(run.model.config)
-    state = {name: tensor.detach().to("cpu", run.save_dtype) for name, tensor in run.model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
-    save_model(model, folder, run.tokenizer)
+    # Every rank goes through all weights, because it holds its part of each; the first keeps and writes them.
+    tensors = ((name, t.to("cpu", run.save_dtype)) for name, t in lora.weights(run.model))
+    state = {name: tensor for name, tensor in tensors if parallel.is_main()}
+    if parallel.is_main():
+        model.load_state_dict(state, assign=True)
+        save_model(model, folder, run.tokenizer)
 
 
 class LLaVATask(Task):
     """Next-token loss on the answers of conversations about pictures: LLaVA's stages (arXiv 2304.08485, 4.2)."""
+
+    split = True
 
     def __init__(self, run: Run, stage: StageConfig):
         self.run, self.stage = run, stage
@@ -140,10 +166,14 @@ class LLaVATask(Task):
         print(f"  {check_supervision(self.dataset)}")
         lengths = None
         if stage.row_tokens:
-            lengths = self.dataset.measure(stage.workers, run.folder / stage.name / "lengths.npy")
+            with parallel.main_first():
+                lengths = self.dataset.measure(stage.workers, run.folder / stage.name / "lengths.npy")
+        rank, ranks = parallel.rank(), parallel.world()
+        micro = min(stage.micro, -(-stage.batch_size // ranks))
         self.order = Order(
-            len(samples), stage.batch_size, seed, micro=stage.micro, row_tokens=stage.row_tokens, lengths=lengths
-        )
+            len(samples), stage.batch_size, seed, micro=micro, rank=rank, ranks=ranks,
+            row_tokens=stage.row_tokens, lengths=lengths,
+        )  # fmt: skip
         if lengths is not None:
             rows = len(self.order.epoch(0)[1]) - 1
             print(
@@ -181,6 +211,27 @@ class LLaVATask(Task):
             batch.ids_T, images=batch.pixels_NCHW, labels=batch.labels_T, cu_seqlens=batch.cu_seqlens, spans=batch.spans
         )
         return loss, batch.supervised
+
+    def has_pictures(self, micro: Batch | None) -> bool:
+        return micro is not None and micro.pixels_NCHW is not None
+
+    def filled_up(self, micro: Batch | None, pictures: bool) -> Batch:
+        """A row is added that is one picture, or one token, without a label."""
+        if micro is not None and (not pictures or self.has_pictures(micro)):
+            return micro
+        example = blank_example(self.config) if pictures else Example([self.config.chat.bos_id or 0], [IGNORE], None)
+        blank = pack([example])
+        if micro is None:
+            return blank
+        ends = tuple(end + len(micro.ids_T) for end in blank.cu_seqlens[1:])
+        return dataclasses.replace(
+            micro, ids_T=torch.cat([micro.ids_T, blank.ids_T]), labels_T=torch.cat([micro.labels_T, blank.labels_T]),
+            cu_seqlens=micro.cu_seqlens + ends, pixels_NCHW=blank.pixels_NCHW, spans=blank.spans,
+        )  # fmt: skip
+
+    def fill(self) -> None:
+        assert self.run.fill is not None
+        self.run.fill(self.run.model)
 
     def tokens(self, micro: Batch) -> int:
         return len(micro.ids_T)
@@ -286,6 +337,14 @@ def exact(call: Callable[..., Any], batch: Batch) -> list[bool]:
     wanted_T = next_labels(batch.labels_T, batch.cu_seqlens)
     hit_T = (logits_TV.argmax(-1) == wanted_T) | (wanted_T == IGNORE)
     return [bool(hit_T[a:b].all()) for a, b in itertools.pairwise(batch.cu_seqlens)]
+
+
+def blank_example(config: ModelConfig) -> Example:
+    """One small grey picture and nothing else; nothing in it is learned."""
+    image = Image.new("RGB", (config.image.size, config.image.size), "grey")
+    views_NCHW, span = prepare_views(image, config, True, "blank")
+    ids = [config.chat.image_token_id] * span.tokens
+    return Example(ids, [IGNORE] * span.tokens, views_NCHW, spans=(span,))
 
 
 def read_data(files: Sequence[DataConfig]) -> list[Sample]:

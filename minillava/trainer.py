@@ -1,9 +1,10 @@
 """The loop that every stage uses.
 
-Trained parameters are float32 masters. Each step computes with copies of them in the compute dtype, through
-functional_call, so that gradients arrive in float32 and frozen parts are converted once a stage; there is no autocast.
-A step's loss is the sum over its micro-batches divided by the supervised positions of all of them, so accumulation
-equals the big batch (averaging means, as the HF Trainer did, does not: LLaVA issue 1407).
+Trained parameters are float32 masters. Each step computes with copies of them in the compute dtype, which stand in the
+model for as long as the step lasts, so that gradients arrive in float32 and frozen parts are converted once a stage;
+there is no autocast. With several ranks FSDP2 does the same to the shards (minillava.parallel).
+A step's loss is the sum over its micro-batches, those of all ranks, divided by the supervised positions of all of them,
+so neither accumulation nor ranks change it (averaging means, as the HF Trainer did, does: LLaVA issue 1407).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,37 +24,51 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from minillava import checkpoint
+from minillava import checkpoint, lora, parallel
 from minillava.config import UserError, nearest
 from minillava.metrics import Clock, matmul_peak, peak_bytes
 from minillava.optim import make_optimizer
 from minillava.progress import Bar, Log
-from minillava.recipe import StageConfig
+from minillava.recipe import Recipe, StageConfig
 from minillava.tasks import Task
 
 MAX_NON_FINITE = 5  # steps in a row without a finite gradient before the run stops
 
 
 class Trainer:
-    """Trains one stage in `folder`, from the newest checkpoint there if `resume` is set."""
+    """Trains one stage in `folder`, from the newest checkpoint there if `resume` is set.
 
-    def __init__(self, task: Task, stage: StageConfig, device: torch.device, folder: Path, log: Log, resume: bool):
+    `recipe` says how the ranks that torchrun started share the model.
+    """
+
+    def __init__(
+        self, task: Task, stage: StageConfig, device: torch.device, folder: Path, log: Log, resume: bool,
+        recipe: Recipe | None = None,
+    ):  # fmt: skip
         self.task, self.stage, self.folder, self.log = task, stage, folder, log
-        self.dtype = compute_dtype(stage.dtype, device)
+        self.recipe = recipe or Recipe()
+        self.device, self.dtype = device, compute_dtype(stage.dtype, device)
         self.steps = task.total_steps()
         self.step = self.skipped = self.non_finite = 0
+        self.shared = parallel.world() > 1 and task.split
         self.trained = self._choose_parameters()
+        if self.shared:
+            parallel.shard(task.model, self.dtype, self.recipe.shard, self.recipe.offload, device)
+            task.fill()
+            self.trained = self._named_as(self.trained)
+        lora.initialise({n: p for n, p in self.trained.items() if "lora_" in n}, max(stage.seed, 0))
         self.optimizer = make_optimizer(task.model, self.trained, stage)
         trained = {id(p) for p in self.trained.values()}
-        self.named = dict(task.model.named_parameters())
         # Frozen weights in the compute dtype. Those that have it already are not copied.
-        self.frozen = {n: p.detach().to(self.dtype) for n, p in self.named.items() if id(p) not in trained}
-        self.loose = {n: p for n, p in self.named.items() if id(p) in trained}
-        self.plain = all(p.dtype == self.dtype for p in self.named.values())
+        self.frozen = {
+            id(p): p.detach().to(self.dtype)
+            for p in task.model.parameters()
+            if id(p) not in trained and not self.shared
+        }
+        self.plain = self.shared or all(p.dtype == self.dtype for p in task.model.parameters())
+        self.saver = checkpoint.Saver(folder / "checkpoints", stage.keep)
         self.clock = Clock(device, task.parts.get("vision"))
-        self.device = device
         newest = checkpoint.latest(folder / "checkpoints") if resume else None
         if newest is not None:
             self._load(newest)
@@ -70,7 +86,13 @@ class Trainer:
             parameter.requires_grad_(False)
         trained: dict[str, Tensor] = {}
         for part, module in parts.items():
-            if part in rates:
+            if part in self.stage.lora:
+                adapters = lora.attach(module, part, self.stage.lora[part])
+                trained |= {name: parameter.requires_grad_(True) for name, parameter in adapters.items()}
+            elif part in rates:
+                if any(hasattr(layer, "dequantize") for layer in module.modules()):
+                    raise UserError(f"stage '{self.stage.name}': {part} is in 4 bits and learns by adapters only; "
+                                    f"add lora.{part}, or leave lr.{part} out")  # fmt: skip
                 for name, parameter in module.named_parameters():
                     parameter.data = parameter.data.float()
                     trained[f"{part}.{name}"] = parameter.requires_grad_(True)
@@ -79,46 +101,66 @@ class Trainer:
             raise RuntimeError(f"task '{self.stage.task}': parts overlap or are not inside the model")
         return trained
 
+    def _named_as(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of those names as they are now: sharding puts new ones in the old ones' place."""
+        now = {f"{part}.{n}": p for part, module in self.task.parts.items() for n, p in module.named_parameters()}
+        return {name: now[name] for name in trained}
+
     def describe(self) -> str:
         """What is trained at which rate, read back from the optimizer and the parameters, not from the recipe."""
         rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
         words = []
         for part, module in self.task.parts.items():
-            count = sum(p.numel() for p in module.parameters())
+            count = lora.count(module)
             trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-            words.append(f"{part} {trained:,} at {rates[part]:g}" if trained else f"{part} {count:,} frozen")
+            kind = f"{part} adapters" if part in self.stage.lora else part
+            words.append(f"{kind} {trained:,} at {rates[part]:g}" if trained else f"{part} {count:,} frozen")
         stage, accumulation = self.stage, -(-self.stage.batch_size // self.stage.micro)
         batch = f"{stage.batch_size} samples" + (f" ({accumulation} x {stage.micro})" if accumulation > 1 else "")
         dtype = str(self.dtype).removeprefix("torch.")
+        dtype += f" on {parallel.world()} ranks" if self.shared else ""
         resumed = f", going on at step {self.step:,}" if self.step else ""
         return f"{'; '.join(words)}\n  {self.steps:,} steps of {batch} in {dtype}{resumed}"
 
     # ---- a step ----
 
-    def weights(self) -> Callable[..., Any]:
-        """The model as a function, with the weights as they are now in the compute dtype."""
-        model = self.task.model
-        if self.plain:
-            return model
-        tensors = {**self.frozen, **{name: p.to(self.dtype) for name, p in self.loose.items()}}
-        return lambda *args, **kwargs: functional_call(model, tensors, args, kwargs)
+    @contextmanager
+    def weights(self) -> Iterator[Callable[..., Any]]:
+        """The model, with its weights as they are now in the compute dtype in it: for as long as this lasts, because a
+        backward pass may compute parts of the forward pass again."""
+        model, places = self.task.model, []
+        if not self.plain:
+            copies = self.frozen | {id(p): p.to(self.dtype) for p in self.trained.values()}
+            places = [(m._parameters, k, p) for m in model.modules() for k, p in m._parameters.items() if p is not None]
+            for slots, key, parameter in places:
+                slots[key] = copies[id(parameter)]  # type: ignore[assignment]
+        try:
+            yield model
+        finally:
+            for slots, key, parameter in places:
+                slots[key] = parameter
+            parallel.reshard(model)
 
     def train_step(self, micros: list[Any]) -> dict[str, Any]:
         """One optimizer step; the loss and the gradient norm are means over the supervised positions."""
-        call = self.weights()
-        total, count = torch.zeros((), device=next(iter(self.trained.values())).device), 0
-        for micro in micros:
-            with self.clock("forward"):
-                loss, supervised = self.task.loss(call, micro)
-            if loss.requires_grad:  # text alone has no gradient where only the projector is trained
-                with self.clock("backward"):
-                    loss.backward()
-            total += loss.detach()
-            count += supervised
-        del call
+        total, count = torch.zeros((), device=self.device), 0
+        if self.shared:
+            micros = self._in_step(micros)
+        with self.weights() as call:
+            for micro in micros:
+                with self.clock("forward"):
+                    loss, supervised = self.task.loss(call, micro)
+                if loss.requires_grad:  # text alone has no gradient where only the projector is trained
+                    with self.clock("backward"):
+                        loss.backward()
+                total += loss.detach()
+                count += supervised
         grads = [p.grad for p in self.trained.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        loss_sum, norm_sum = torch.stack([total, norm.to(total.device)]).tolist()  # the step's one synchronisation
+        norm = parallel.whole(torch.nn.utils.get_total_norm(grads))
+        if self.shared:
+            total, learned = parallel.summed(torch.stack([total.double(), total.new_tensor(count).double()]))
+            count = int(learned)
+        loss_sum, norm_sum = torch.stack([total, norm.to(total)]).tolist()  # the step's one synchronisation
         values = {"loss": loss_sum / max(count, 1), "grad_norm": norm_sum / max(count, 1), "supervised": count}
         if count and math.isfinite(loss_sum) and math.isfinite(norm_sum):
             self.non_finite = 0
@@ -126,7 +168,7 @@ class Trainer:
             if self.stage.clip:
                 scale *= min(1.0, self.stage.clip / (values["grad_norm"] + 1e-6))
             if grads:
-                torch._foreach_mul_(grads, scale)
+                torch._foreach_mul_([parallel.local(grad) for grad in grads], scale)
             factor = schedule(self.stage, self.step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.stage.lr[group["part"]] * factor
@@ -136,6 +178,14 @@ class Trainer:
             self._skip(values)
         self.optimizer.zero_grad(set_to_none=True)
         return values
+
+    def _in_step(self, micros: list[Any]) -> list[Any]:
+        """As many micro-batches on every rank, with pictures in the same ones, whatever the ranks drew: all then call
+        the same modules. What is added teaches nothing; pictures that no rank has are not made up."""
+        (most,) = parallel.agree([len(micros)])
+        micros = micros + [None] * (most - len(micros))
+        seen = parallel.agree([int(self.task.has_pictures(micro)) for micro in micros])
+        return [self.task.filled_up(micro, bool(pictures)) for micro, pictures in zip(micros, seen)]
 
     def _skip(self, values: dict[str, Any]) -> None:
         self.skipped += 1
@@ -153,11 +203,14 @@ class Trainer:
         stage, name = self.stage, self.stage.name
         bar = Bar(name, self.step, self.steps)
         batches = self.task.batches(self.step, self.steps)
+        watch = parallel.Watch(self.folder, self.recipe.timeout)
+        undo = parallel.wrap_blocks(self.task.model, stage.checkpointing, stage.compile)
         measured: dict[str, float] = {}
         self.task.model.train()
         try:
             with interrupt_asked() as asked:
                 while self.step < self.steps:
+                    watch.step(f"stage {name}, step {self.step + 1}")
                     began_s = time.perf_counter()
                     micros = next(batches)
                     data_s = time.perf_counter() - began_s
@@ -173,12 +226,20 @@ class Trainer:
                     if stage.eval_every and self.step % stage.eval_every == 0 and self.step < self.steps:
                         self._evaluate(bar)
                     due = stage.save_every and self.step % stage.save_every == 0
-                    if due or asked or self.step == self.steps:
+                    (stopped,) = parallel.agree([len(asked)])  # the ranks do not hear a signal in the same step
+                    if due or stopped or self.step == self.steps:
                         self.save()
-                    if asked and self.step < self.steps:
+                    if stopped and self.step < self.steps:
                         raise KeyboardInterrupt
+            watch.step(f"stage {name}, last evaluation")
             measured = self._evaluate(bar)
+            self.saver.wait()
         finally:
+            failed = isinstance(sys.exc_info()[1], Exception)
+            watch.close(failed)
+            undo()
+            if not failed:
+                self.saver.wait()
             bar.close()
             self.clock.close()
             if hasattr(batches, "close"):
@@ -207,8 +268,8 @@ class Trainer:
 
     def _evaluate(self, bar: Bar) -> dict[str, float]:
         self.task.model.eval()
-        with torch.no_grad():
-            measured = self.task.evaluate(self.weights())
+        with torch.no_grad(), self.weights() as call:
+            measured = self.task.evaluate(call)
         self.task.model.train()
         self.clock.marks.clear()
         if measured:
@@ -220,43 +281,42 @@ class Trainer:
     # ---- checkpoints ----
 
     def save(self) -> None:
-        random, python = checkpoint.random_state()
-        tensors = checkpoint.optimizer_tensors(self.optimizer, self.trained) | random
+        """Save in the background; `saver.wait()` waits until it is done."""
+        tensors, python = checkpoint.random_state()
         state = {"step": self.step, "skipped": self.skipped, "non_finite": self.non_finite, "random": python}
-        state["task"] = self.task.state()
-        files: dict[str, dict[str, Any]] = {
-            checkpoint.TRAINED: self.trained,
-            checkpoint.OPTIMIZER: tensors,
-            checkpoint.STATE: state,
-        }
-        checkpoint.write(self.folder / "checkpoints", self.step, files, self.stage.keep)
+        state["task"] = parallel.gathered(self.task.state())
+        optimizer = checkpoint.optimizer_tensors(self.optimizer, self.trained)
+        self.saver.save(self.step, self.trained, optimizer | tensors, state)
 
     def _load(self, path: Path) -> None:
-        state = checkpoint.read_state(path / checkpoint.STATE)
-        checkpoint.fill(self.trained, checkpoint.read_tensors(path / checkpoint.TRAINED), path)
-        tensors = checkpoint.read_tensors(path / checkpoint.OPTIMIZER)
-        checkpoint.fill_optimizer(self.optimizer, self.trained, tensors)
-        checkpoint.set_random_state(tensors, state["random"])
+        state = checkpoint.read_state(path)
+        checkpoint.load(path / checkpoint.TRAINED, self.trained)
+        checkpoint.load_optimizer(path / checkpoint.OPTIMIZER, self.optimizer, self.trained)
+        checkpoint.load_random_state(path / checkpoint.OPTIMIZER, state["random"])
         self.step, self.skipped, self.non_finite = state["step"], state["skipped"], state["non_finite"]
-        self.task.load_state(state["task"])
+        if parallel.rank() < len(state["task"]):
+            self.task.load_state(state["task"][parallel.rank()])
+
+    def export(self, name: str = "model") -> None:
+        """Write what has been trained so far in Hugging Face layout, as folder NAME of the stage."""
+        export, temporary = self.folder / name, self.folder / f".{name}.partial"
+        if parallel.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.task.save(temporary)
+        if temporary.exists() and parallel.is_main():
+            shutil.rmtree(export, ignore_errors=True)
+            os.rename(temporary, export)
+        parallel.barrier()
 
     def finish(self, measured: dict[str, float]) -> None:
         """Export the result, mark the stage as finished, and drop what only a continuation would need."""
-        export, temporary = self.folder / "model", self.folder / ".model.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(export, ignore_errors=True)
-        self.task.save(temporary)
-        if temporary.exists():
-            os.rename(temporary, export)
-        checkpoint.write_json(
-            self.folder / "done.json", {"steps": self.steps, "skipped": self.skipped, "eval": measured}
-        )
-        newest = checkpoint.latest(self.folder / "checkpoints")
-        for path in (self.folder / "checkpoints").iterdir():
-            if path != newest:
-                shutil.rmtree(path)
-        if newest is not None:
-            (newest / checkpoint.OPTIMIZER).unlink(missing_ok=True)
+        self.export()
+        if parallel.is_main():
+            checkpoint.write_json(
+                self.folder / "done.json", {"steps": self.steps, "skipped": self.skipped, "eval": measured}
+            )
+            self.saver.keep_weights()
+        parallel.barrier()
 
 
 def schedule(stage: StageConfig, step: int, steps: int) -> float:

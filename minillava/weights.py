@@ -11,7 +11,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,12 +88,14 @@ def load_model(
     device: torch.device | str = "cpu",
     base: Path | str | None = None,
     quantize: Scheme | None = None,
+    sink: Callable[[str, Tensor], None] | None = None,
 ) -> LLaVA:
     """The model of a checkpoint folder or hub id, in `dtype` (None: that of its embeddings in the file).
 
     Weights that are stored in four bits stay as they are; `quantize` makes others so, one after another on `device`:
     the 16-bit model is never held. `base` completes original checkpoints that are not: a delta is added to it, a lone
-    mm_projector.bin put on top. Raises UserError for whatever is missing, left over, misshapen or unreadable.
+    mm_projector.bin put on top. With a `sink` every tensor goes there as it is read, and the model that is returned has
+    none (it is on meta). Raises UserError for whatever is missing, left over, misshapen or unreadable.
     """
     folder = resolve(folder)
     raw = read_json(folder / "config.json")
@@ -108,7 +111,7 @@ def load_model(
         dtype = next(read([plan.source["decoder.embed.weight"]])).dtype
     small = {f"{layer}.weight" for layer in quantize.layers(model)} if quantize else set()
     layers = _take_quantized(plan, set() if delta else small, quantize, device)
-    state = take(plan, empty, None if delta else dtype, device)
+    state = take(plan, empty, None if delta else dtype, device, sink)
     if head is not None:
         _check_tied(head, plan.source["decoder.embed.weight"], state["decoder.embed.weight"].dtype)
     if delta is not None:
@@ -120,6 +123,8 @@ def load_model(
                 state[name] = state[name].to(dtype)
     for name in (OPTIONAL.keys() & wanted.keys()) - state.keys():
         state[name] = torch.full(wanted[name], OPTIONAL[name], dtype=dtype, device=device)
+        if sink is not None:
+            sink(name, state[name])
     for name, layer in layers.items():
         path = name.removesuffix(".weight")
         bias = state.pop(f"{path}.bias", None)
@@ -131,10 +136,18 @@ def load_model(
 
 
 def take(
-    plan: Plan, empty: dict[str, Tensor], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    plan: Plan,
+    empty: dict[str, Tensor],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    sink: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Read what a plan found, in the order of the files; `empty` holds the parameters (on meta, say) by our names."""
+    """Read what a plan found, in the order of the files; `empty` holds the parameters (on meta, say) by our names.
+
+    With a `sink` every tensor goes there once it is whole, and only its shape is kept.
+    """
     state: dict[str, Tensor] = {}
+    read_of: Counter[str] = Counter()
     ordered = sorted(plan.source.items(), key=lambda item: (str(item[1].path), item[1].name))
     for (name, _), stored in zip(ordered, read([stored for _, stored in ordered])):
         tensor = stored.to(device, dtype, copy=True)
@@ -143,8 +156,12 @@ def take(
             if name not in state:
                 state[name] = tensor.new_empty(empty[name].shape)
             state[name][int(expert[2])] = tensor
+            read_of[name] += 1
         else:
             state[name] = tensor
+        if sink is not None and read_of[name] in (0, len(state[name])):
+            sink(name, state[name])
+            state[name] = state[name].to("meta")
     return state
 
 

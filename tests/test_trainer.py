@@ -500,19 +500,28 @@ def test_a_folder_holds_one_run(world, tmp_path):
 
 
 def test_checkpoints_are_whole_and_the_last_few(tmp_path):
+    x = torch.zeros(2)
+    saver = checkpoint.Saver(tmp_path, keep=2)
     for step in (1, 2, 30):
         (tmp_path / ".step-x.partial").mkdir()  # of a killed run
-        checkpoint.write(
-            tmp_path, step, {"a.safetensors": {"x": torch.full((2,), float(step))}, "b.json": {"s": step}}, 2
-        )
+        saver.save(step, {"x": x.fill_(step)}, {"m/x": x}, {"s": step})
+        x.fill_(-1)  # what the next step does while the files are still being written
+    saver.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000030"]
     newest = checkpoint.latest(tmp_path)
-    assert checkpoint.read_tensors(newest / "a.safetensors")["x"].tolist() == [30, 30]
-    (newest / "a.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"cannot be read.*remove"):
-        checkpoint.read_tensors(newest / "a.safetensors")
+    assert checkpoint.read(newest / "trained")["x"].tolist() == [30, 30]
+    assert (
+        checkpoint.read(newest / "optimizer")["m/x"].tolist() == [30, 30] and checkpoint.read_state(newest)["s"] == 30
+    )
+    assert not [p for p in newest.rglob("*") if p.is_file() and p.suffix not in (".safetensors", ".json")]  # no pickle
     with pytest.raises(UserError, match="does not fit this model: y"):
-        checkpoint.fill({"x": torch.zeros(2)}, {"x": torch.ones(2), "y": torch.ones(2)}, newest)
+        checkpoint.load(newest / "trained", {"x": torch.zeros(2), "y": torch.ones(2)})
+    with pytest.raises(UserError, match="does not fit this model: x"):
+        checkpoint.load(newest / "trained", {"x": torch.zeros(3)})
+    for file in (newest / "trained").iterdir():
+        file.write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"cannot be read.*remove"):
+        checkpoint.read(newest / "trained")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -524,6 +533,7 @@ def test_a_checkpoint_holds_all_of_the_optimizer(world, tmp_path, optimizer):
         trainer.train_step(batches[trainer.step])
     trainer.step = 3
     trainer.save()
+    trainer.saver.wait()
     resumed = trainer_of(world, tmp_path, *sets, resume=True)
     assert resumed.step == 3 and len(resumed.optimizer.state) == len(trainer.optimizer.state) > 10
     for step in range(3, 6):

@@ -1,0 +1,121 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): a linear layer y = W x learns y = W x + alpha / r * B (A x).
+
+A and B are parameters of the very layer they adapt (lora_A [r, in], lora_B [out, r]) and a forward hook adds their
+product; so whatever has in_features and out_features can be adapted, 4-bit layers included (QLoRA, arXiv 2305.14314),
+and the names of the base's weights do not change.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillava.config import UserError
+from minillava.parallel import fill, whole
+from minillava.recipe import LoRAConfig
+
+
+class _Adapt:
+    """The hook: what the adapter of a layer adds to the layer's output."""
+
+    def __init__(self, config: LoRAConfig):
+        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+
+    def __call__(self, layer: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
+        x, A, B = F.dropout(args[0], self.dropout, layer.training), layer.lora_A, layer.lora_B
+        return y + F.linear(F.linear(x, A), B * self.scale)  # type: ignore[arg-type, operator]
+
+
+def attach(part: nn.Module, name: str, config: LoRAConfig) -> dict[str, Tensor]:
+    """Adapters on the linear layers of a part, all but its head or those of `config.targets`; by name, not yet filled.
+
+    Raises UserError where a target is not there.
+    """
+    layers = {
+        layer_name: layer
+        for layer_name, layer in part.named_modules()
+        if hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    }
+    known = {layer_name.rsplit(".", 1)[-1] for layer_name in layers}
+    if missing := set(config.targets) - known:
+        raise UserError(f"lora.{name}: no layer '{min(missing)}'; there are {', '.join(sorted(known))}")
+    adapters: dict[str, Tensor] = {}
+    for layer_name, layer in layers.items():
+        last = layer_name.rsplit(".", 1)[-1]
+        if last in config.targets if config.targets else last != "head":
+            device = layer.weight.device
+            for key, shape in (
+                ("lora_A", (config.rank, layer.in_features)),
+                ("lora_B", (layer.out_features, config.rank)),
+            ):
+                layer.register_parameter(key, nn.Parameter(torch.empty(shape, device=device)))
+                adapters[f"{name}.{layer_name}.{key}"] = getattr(layer, key)
+            layer.lora = layer.register_forward_hook(_Adapt(config))
+            layer.lora_scale = config.alpha / config.rank
+    return adapters
+
+
+def initialise(adapters: dict[str, Tensor], seed: int) -> None:
+    """A as PEFT starts it (uniform, Kaiming with a = sqrt(5)), by seed and name; B is zero, so nothing changes yet."""
+    for name, parameter in adapters.items():
+        if name.endswith("lora_A"):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+            bound = 1 / math.sqrt(parameter.shape[1])
+            fill(parameter, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+        else:
+            with torch.no_grad():
+                parameter.zero_()
+
+
+def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a model by name, whole, with its adapter merged in (in float32) and out of its 4 bits.
+
+    Where the model is sharded every rank must go through all of it.
+    """
+    layers = {name: m for name, m in model.named_modules() if hasattr(m, "lora_scale") or hasattr(m, "dequantize")}
+    for name, value in model.state_dict().items():
+        prefix, _, key = name.rpartition(".")
+        layer = layers.get(prefix)
+        if layer is None or key == "bias":
+            yield name, whole(value)
+        elif key == "weight":
+            value = layer.dequantize(torch.float32) if hasattr(layer, "dequantize") else whole(value).float()
+            if hasattr(layer, "lora_scale"):
+                A, B = (whole(t.detach()).float() for t in (layer.lora_A, layer.lora_B))
+                value = value + layer.lora_scale * (B @ A)
+            yield name, value
+
+
+def count(module: nn.Module) -> int:
+    """Weights, adapters apart; those in 4 bits too."""
+    layers = [m for m in module.modules() if hasattr(m, "dequantize")]
+    plain = sum(p.numel() for name, p in module.named_parameters() if "lora_" not in name)
+    return plain + sum(layer.in_features * layer.out_features for layer in layers)  # type: ignore[operator, misc]
+
+
+def add(named: Mapping[str, Tensor], adapters: dict[str, Tensor], configs: dict[str, LoRAConfig]) -> None:
+    """Merge adapters (by name, whole) into the weights that they adapt, which may be sharded."""
+    for name, A in adapters.items():
+        if name.endswith(".lora_A"):
+            layer = name.removesuffix(".lora_A")
+            config, weight = configs[name.split(".")[0]], named.get(f"{layer}.weight")
+            if weight is None:
+                raise UserError(f"{layer}: is in 4 bits, an adapter cannot become part of it; start from the export")
+            A, B = (t.to(weight.device, torch.float32) for t in (A, adapters[f"{layer}.lora_B"]))
+            fill(weight, whole(weight.detach()).float() + config.alpha / config.rank * (B @ A))
+
+
+def detach(model: nn.Module) -> dict[str, Tensor]:
+    """Take all adapters off; returns them by name."""
+    adapters: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_scale"):
+            adapters |= {f"{name}.{key}": getattr(module, key).detach() for key in ("lora_A", "lora_B")}
+            module.lora.remove()
+            del module.lora_A, module.lora_B, module.lora, module.lora_scale
+    return adapters

@@ -1,0 +1,255 @@
+"""Several processes under torchrun as one run: who am I, what do we agree on, and FSDP2 over the model.
+
+FSDP2 (torch.distributed.fsdp.fully_shard; Zhao et al. 2023, arXiv 2304.11277) splits every parameter over the ranks and
+gathers a block's weights only while it computes. What is trained is held in float32 and gathered in the compute dtype;
+its gradients are summed in float32. One process without torchrun uses nothing of this.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import faulthandler
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from minillava.config import UserError
+
+
+def launched() -> bool:
+    """Whether torchrun started this process (as one of one or more)."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def restarted() -> bool:
+    """Whether torchrun started it again after one of the ranks had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many ranks share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def start(device: torch.device, timeout_minutes: float) -> torch.device:
+    """Join the other ranks; returns this one's device. Only the first rank is heard on stdout from here on.
+
+    A collective that waits longer than `timeout_minutes` fails: some rank is dead or stands somewhere else.
+    """
+    if not launched() or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    atexit.register(stop)
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if world() > 1:
+        agree([0])
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The first rank goes through the block before the others do: it writes what they read."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
+def agree(numbers: list[int]) -> list[int]:
+    """The largest of all ranks' numbers, one by one. Lists must be equally long."""
+    if world() == 1:
+        return numbers
+    tensor = torch.tensor(numbers, dtype=torch.int64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value (of plain Python types), in the order of ranks."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+_groups: list[Any] = []
+
+
+def host_group() -> Any:
+    """A group for what background threads exchange, so that it never mixes with the steps' collectives; None alone."""
+    if world() > 1 and not _groups:
+        _groups.append(dist.new_group(backend="gloo"))
+    return _groups[0] if _groups else None
+
+
+class Watch:
+    """Writes where every rank stands, thread by thread, once a step lasts longer than `minutes`.
+
+    The dumps are stacks-RANK.txt in the run's folder, each headed by the step; a run that ends leaves none.
+    """
+
+    def __init__(self, folder: Path, minutes: float):
+        self.seconds = minutes * 60
+        self.path = folder / f"stacks-{rank()}.txt"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("w", encoding="utf-8") if world() > 1 else None
+
+    def step(self, where: str) -> None:
+        if self.file is not None:
+            self.file.seek(0)
+            self.file.truncate()
+            self.file.write(f"rank {rank()} of {world()}, {where}\n")
+            self.file.flush()
+            faulthandler.dump_traceback_later(self.seconds, file=self.file)
+
+    def close(self, failed: bool) -> None:
+        if self.file is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self.file.close()
+            if not failed:
+                self.path.unlink(missing_ok=True)
+
+
+# ---- the model over the ranks ----
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks inside a model: what is gathered, recomputed and compiled as one."""
+    return [block for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) for block in m
+            if any(True for _ in block.children())]  # fmt: skip
+
+
+def shard(model: nn.Module, dtype: torch.dtype, ranks: int, offload: bool, device: torch.device) -> None:
+    """Split the model's parameters over the ranks, in place; a block is gathered in `dtype` while it computes.
+
+    `ranks` share one copy of the model (0: all of them); with fewer than all, each group of so many holds one and
+    gradients are summed over the groups (HSDP: shard inside a node, replicate over nodes). Parameters may be on meta.
+    Buffers, which 4-bit weights are, stay whole on every rank.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    ranks = ranks or world()
+    if world() % ranks:
+        raise UserError(f"shard = {ranks}: does not divide the {world()} ranks; choose a divisor, or 0 for all")
+    if ranks == world():
+        mesh = init_device_mesh(device.type, (ranks,))
+    else:
+        mesh = init_device_mesh(device.type, (world() // ranks, ranks), mesh_dim_names=("replicate", "shard"))
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    for module in [*blocks_of(model), model]:
+        fully_shard(module, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # sums: the loss is divided once, by what all ranks learned
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that were gathered for a forward pass that had no backward pass."""
+    getattr(model, "reshard", lambda: None)()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of a sharded one, which every rank must ask for."""
+    return getattr(tensor, "full_tensor", lambda: tensor)()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor itself, or this rank's part of a sharded one."""
+    return getattr(tensor, "to_local", lambda: tensor)()
+
+
+def fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy whole `values` into a parameter, or this rank's part of them into a sharded one. No rank is asked."""
+    mesh = getattr(parameter, "device_mesh", None)
+    with torch.no_grad():
+        if mesh is not None:
+            from torch.distributed.tensor import distribute_tensor
+
+            values, placements = values.to(parameter.device, parameter.dtype), getattr(parameter, "placements", None)
+            values = distribute_tensor(values, mesh, placements, src_data_rank=None)
+        parameter.copy_(values)
+
+
+# ---- memory against time, block by block ----
+
+
+def wrap_blocks(model: nn.Module, checkpointing: str, compiled: bool) -> Callable[[], None]:
+    """Recompute activations in the backward pass, and compile, block by block; the returned call undoes both.
+
+    full: a block keeps only its input. selective: it also keeps attention and every product that is no wider than its
+    input, so that what is computed again is the wide half of the MLP and all that is cheap.
+    """
+    changed = []
+    for block in blocks_of(model) if compiled or checkpointing != "off" else ():
+        forward = torch.compile(block.forward) if compiled else block.forward
+        if checkpointing == "selective":
+            forward = partial(checkpoint, forward, use_reentrant=False, context_fn=_selective)
+        elif checkpointing == "full":
+            forward = partial(checkpoint, forward, use_reentrant=False)
+        block.forward = forward  # type: ignore[method-assign]
+        changed.append(block)
+
+    def undo() -> None:
+        for block in changed:
+            del block.forward
+
+    return undo
+
+
+def _selective() -> Any:
+    return create_selective_checkpoint_contexts(_keep)
+
+
+def _keep(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = op.name()
+    narrow = False
+    if name in ("aten::mm", "aten::addmm"):
+        x, weight = args[-2:]
+        narrow = weight.shape[1] <= x.shape[1]
+    keep = narrow or "attention" in name
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,119 @@
+"""Several ranks under torchrun, on the CPU: one process's losses, whatever they draw and however they stop."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from minillava.llava import LLaVA
+from minillava.progress import read_log
+from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+from minillava.weights import save_model
+
+ROOT = Path(__file__).parents[1]
+STEPS = 20
+STOP = 7  # the step in which one rank of a stopped run is told to end
+RECIPE = """
+name = "tiny"
+device = "cpu"
+[model]
+base = "{root}/base"
+[[stage]]
+name = "a"
+data = [{{path = "{root}/data.json", images = "{root}/images"}}, {{path = "{root}/text.json"}}]
+lr = {{projector = 1e-2}}
+steps = 20
+batch_size = 8
+micro_batch = 1
+dtype = "float32"
+save_every = 0
+"""
+LORA = "stage.a.lora={decoder = {rank = 4, alpha = 8, dropout = 0.0}}"
+MODES = {
+    "projector": [],
+    "full": ["stage.a.lr={vision = 1e-3, projector = 1e-2, decoder = 1e-3}"],
+    "qlora": ["stage.a.lr={projector = 1e-3, decoder = 1e-2}", LORA, "model.quantize=nf4"],
+    "lora": ["stage.a.lr={projector = 1e-3, decoder = 1e-2}", LORA],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """24 pictures, 16 texts without one, a checkpoint of a tiny model, and a recipe."""
+    root = tmp_path_factory.mktemp("ranks")
+    (root / "images").mkdir()
+    pictures, texts = [], []
+    for i in range(24):
+        picture = Image.new("RGB", (24, 16), "white")
+        ImageDraw.Draw(picture).ellipse((2, 2, 10 + i % 7, 10 + i % 5), fill=("red", "green", "blue")[i % 3])
+        picture.save(root / "images" / f"{i}.png")
+        answer = f"It is {('red', 'green', 'blue')[i % 3]}." + " Yes." * (i % 4)
+        turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": answer}]
+        pictures.append({"id": f"s{i}", "image": f"{i}.png", "conversations": turns})
+    for i in range(16):
+        turns = [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes." * (1 + i % 5)}]
+        texts.append({"id": f"t{i}", "conversations": turns})
+    (root / "data.json").write_text(json.dumps(pictures))
+    (root / "text.json").write_text(json.dumps(texts))
+    words = "USER: \nWhich? ASSISTANT: It is red. It is green. It is blue. Sure? Yes.</s>"
+    train_small_tokenizer([words] * 3, root / "tokenizer", vocab_size=381)
+    tokenizer = load_tokenizer(root / "tokenizer")
+    config = ModelConfig(
+        vision=VisionConfig(16, 32, 2, 2, 16, 8),
+        projector=ProjectorConfig(),
+        decoder=DecoderConfig(tokenizer.vocab_size, 24, 40, 2, 2, 1, 8, max_positions=256),
+        image=ImageConfig(16),
+        chat=ChatConfig(
+            image_token_id=tokenizer.token_id("<image>"), bos_id=tokenizer.bos_id, eos_ids=(tokenizer.eos_id,)
+        ),
+    )
+    model = LLaVA(config)
+    model.init_weights(seed=0)
+    save_model(model, root / "base", tokenizer)
+    (root / "recipe.toml").write_text(RECIPE.format(root=root))
+    return root
+
+
+def torchrun(world, ranks, jobs, *options):
+    """The jobs on so many ranks; returns the process."""
+    file = world / f"jobs-{ranks}-{len(list(world.glob('jobs-*')))}.json"
+    file.write_text(json.dumps([{"recipe": str(world / "recipe.toml"), **job} for job in jobs]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "ranks.py"), str(file)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def losses(world):
+    """loss and gradient norm of every step, by ranks and mode; 4 ranks leave a stopped run of each mode besides."""
+    found = {}
+    for ranks in (1, 2, 4):
+        jobs = [{"sets": sets, "out": f"{world}/{mode}-{ranks}"} for mode, sets in MODES.items()]
+        if ranks == 4:
+            jobs += [{"sets": sets, "out": f"{world}/{mode}-stopped", "stop_at": STOP} for mode, sets in MODES.items()]
+        torchrun(world, ranks, jobs)
+        for mode in MODES:
+            found[ranks, mode] = curve(world / f"{mode}-{ranks}")
+    return found
+
+
+def curve(out):
+    return [(row["loss"], row["grad_norm"]) for row in read_log(out / "log.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_losses_do_not_depend_on_the_ranks(losses, mode):
+    one = torch.tensor(losses[1, mode], dtype=torch.float64)
+    assert len(one) == STEPS and one[-1, 0] < one[0, 0] - 0.1
+    for ranks in (2, 4):
+        assert (torch.tensor(losses[ranks, mode], dtype=torch.float64) - one).abs().max() < 1e-5
