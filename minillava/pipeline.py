@@ -96,7 +96,7 @@ def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str,
     measured = trainer.run()
     trainer.finish(measured)
     run.finished.append(stage)
-    if run.fill is None:
+    if run.fill is None and stage is not run.recipe.stage[-1]:
         lora.add(dict(run.model.named_parameters()), lora.detach(run.model), stage.lora)
     summary = "; ".join(filter(None, (f"  {time.monotonic() - began_s:,.0f} s", task.summary())))
     print(summary + (f"; {trainer.skipped} steps skipped" if trainer.skipped else ""), flush=True)

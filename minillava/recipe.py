@@ -226,6 +226,8 @@ def _check(recipe: Recipe, where: str) -> None:
         for part, lora in stage.lora.items():
             require(part in stage.lr, f"{at}: lora.{part} has no rate; give lr.{part}, or leave lora.{part} out")
             require(lora.rank > 0 and 0 <= lora.dropout < 1, f"{at}: lora.{part}: rank > 0 and 0 <= dropout < 1")
+        last = stage is recipe.stage[-1] or not (stage.lora and recipe.model.quantize)
+        require(last, f"{at}: adapters over 4 bits can only be the last stage; start another recipe from the export")
         require(stage.dtype in DTYPES, f"{at}: dtype '{stage.dtype}'{nearest(stage.dtype, DTYPES)}")
         require(stage.keep > 0 and stage.log_every > 0, f"{at}: keep and log_every must be at least 1")
         require(stage.max_tokens > 1, f"{at}: max_tokens must be at least 2")
