@@ -220,7 +220,10 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
         if key not in fields:
             raise UserError(f"{where}: unknown key '{key}'{nearest(key, fields)}")
         kwargs[key] = _convert(hints[key], value, f"{where}: {key}")
-    return cls(**kwargs)
+    try:
+        return cls(**kwargs)
+    except UserError as error:  # of a class that checks its values
+        raise UserError(f"{where}: {error}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from minillava.config import (
     ChatConfig,
     DecoderConfig,
     ImageConfig,
+    LayoutConfig,
     ModelConfig,
     ProjectorConfig,
     RopeScaling,
@@ -27,6 +28,7 @@ from minillava.config import (
     from_dict,
     to_dict,
 )
+from minillava.hf_layout import HF_CLASSES, hf_layout, original_layout, read_grids
 
 _LLAMA: dict[str, Any] = dict(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
@@ -54,20 +56,17 @@ VISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "clip_vision_model": _TOWER | dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),
     "siglip_vision_model": _TOWER | dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
 }
-# What LlavaConfig puts in place of a vision_config that is absent altogether: CLIP ViT-L/14 at 336 pixels.
-CLIP_L_336: dict[str, Any] = dict(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-    patch_size=14, model_type="clip_vision_model",
-)  # fmt: skip
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 MEAN_STD: dict[str, dict[str, Any]] = {  # what a tower's own image processor uses where its file does not say
     "clip_vision_model": dict(image_mean=list(ImageConfig().mean), image_std=list(ImageConfig().std)),
     "siglip_vision_model": dict(image_mean=[0.5] * 3, image_std=[0.5] * 3),
 }
 ONEVISION_15 = "llavaonevision1_5"  # and what begins so; transformers has no class of its own for it
-HF_TYPES = ("llava", "minillava")  # minillava: our own, where transformers has no class (see `to_hf`)
-ORIGINAL_TYPES = ("llava", "llava_llama")  # "llava" is both: the original has mm_vision_tower, the other vision_config
-PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor", "SiglipImageProcessor")
+HF_TYPES = (*HF_CLASSES, "minillava")  # minillava: our own, where transformers has no class (see `to_hf`)
+# model_type -> the decoder's. "llava" is both: the original has mm_vision_tower, the other vision_config.
+ORIGINAL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+TILED = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")  # a view is squashed; their do_pad pads batches
+PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor", "SiglipImageProcessor", *TILED)
 
 Find = Callable[[str, Path, str], Path]  # (folder or hub id, the checkpoint that names it, what it is) -> folder
 
@@ -248,10 +247,11 @@ def read_image(values: dict[str, Any], where: str, vision: VisionConfig) -> Imag
     if re.sub("(Fast|Pil)$", "", kind) not in PROCESSORS:
         raise UserError(f"{where}: image processor '{kind}' is not supported (supported: {', '.join(PROCESSORS)})")
     _check_pixels(f)
-    is_siglip = kind.startswith("Siglip")
-    size = values.get("size", {"height" if is_siglip else "shortest_edge": vision.image_size})
-    pad = f.one_of("do_pad", False, [False, True])
-    crop = f.one_of("do_center_crop", not is_siglip, [False, True])
+    is_siglip, tiled = kind.startswith("Siglip"), kind.startswith(TILED)
+    square = is_siglip or kind.startswith("LlavaOnevision")
+    size = values.get("size", {"height" if square else "shortest_edge": vision.image_size})
+    pad = f.one_of("do_pad", False, [False, True]) and not tiled
+    crop = f.one_of("do_center_crop", not square, [False, True])
     crop_size = values.get("crop_size", vision.image_size) if crop else vision.image_size
     sides = [
         side for s in (size, crop_size) for side in (s.values() if isinstance(s, dict) else [s]) if side is not None
@@ -260,7 +260,7 @@ def read_image(values: dict[str, Any], where: str, vision: VisionConfig) -> Imag
         raise UserError(
             f"{where}: size {size} and crop_size {crop_size} differ from the tower's {vision.image_size} pixels"
         )
-    squash = isinstance(size, dict) and "height" in size
+    squash = tiled or (isinstance(size, dict) and "height" in size)
     if not (pad or crop or squash):
         raise UserError(
             f"{where}: pictures are neither padded, cropped nor resized to a square; the tower needs a square"
@@ -276,15 +276,18 @@ def read_image(values: dict[str, Any], where: str, vision: VisionConfig) -> Imag
 
 
 def _read_hf(raw: dict[str, Any], folder: Path) -> ModelConfig:
-    where = str(folder / "config.json")
-    top = _Fields(raw, where)
-    strategy = top.one_of("vision_feature_select_strategy", "default", ["default", "full"])
-    select = raw.get("vision_feature_layer", -2)
-    tower = CLIP_L_336 if raw.get("vision_config") is None else raw["vision_config"]
-    text = raw.get("text_config") or {}
-    vision = read_vision(tower, f"{where}: vision_config", select, strategy == "full")
+    where, kind = str(folder / "config.json"), raw["model_type"]
+    known = HF_CLASSES.get(kind, HF_CLASSES["llava"])
+    said = {key.replace("token_id", "token_index"): value for key, value in raw.items() if value is not None}
+    top = _Fields(known.defaults | said, where)
+    strategy = top.one_of("vision_feature_select_strategy", None, ["default", "full"])
+    tower, text = top.values["vision_config"], raw.get("text_config") or {}
+    if isinstance(tower, dict):
+        tower = {"model_type": known.defaults["vision_config"]["model_type"]} | tower
+    vision = read_vision(tower, f"{where}: vision_config", top.values["vision_feature_layer"], strategy == "full")
     tied = top.one_of("tie_word_embeddings", False, [False, True])
-    decoder = read_decoder(text, f"{where}: text_config", tied=tied)
+    decoder = read_decoder(text, f"{where}: text_config", known.text)
+    decoder = dataclasses.replace(decoder, tie_embeddings=tied or decoder.tie_embeddings)
     ours = _ours(raw, where)
     projector = ProjectorConfig(
         layers=_Fields(ours, f"{where}: minillava").integer("projector_layers", 2, most=8),
@@ -293,24 +296,35 @@ def _read_hf(raw: dict[str, Any], folder: Path) -> ModelConfig:
     )
     processor = _optional_json(folder / "processor_config.json")
     if isinstance(processor.get("image_processor"), dict):
-        image = read_image(processor["image_processor"], str(folder / "processor_config.json"), vision)
+        pixels, path = processor["image_processor"], folder / "processor_config.json"
     elif (folder / "preprocessor_config.json").is_file():
         path = folder / "preprocessor_config.json"
-        image = read_image(read_json(path), str(path), vision)
+        pixels = read_json(path)
     else:
         raise UserError(
             f"{folder}: no preprocessor_config.json, and no image_processor in a processor_config.json; copy it"
         )
-    index = raw.get("image_token_index", raw.get("image_token_id", 32000))
+    image = read_image(pixels, str(path), vision)
+    layout = hf_layout(kind, top, vision.image_size) if kind in HF_CLASSES else LayoutConfig()
+    cut = pixels.get("image_grid_pinpoints") if layout.grids else None
+    if cut is not None and set(read_grids(cut, image.size, str(path), False)) != set(layout.grids):
+        raise UserError(f"{path}: image_grid_pinpoints differs from config.json's; make the two equal")
+    if layout.grids and vision.keep_class_token:
+        raise UserError(
+            f"{where}: vision_feature_select_strategy 'full' keeps a class token, which fits no map of tiles"
+        )
     chat = ChatConfig(
         template="jinja",
         jinja=_jinja(folder, processor),
         split_at_image=False,
         image_token=processor.get("image_token") or "<image>",
-        image_token_id=index,
+        image_token_id=top.values["image_token_index"],
+        video_token=(processor.get("video_token") or "<video>") if "video_token_index" in known.defaults else "",
+        video_token_id=top.values.get("video_token_index", -200),
         **_special_ids(raw, text, decoder, folder),
     )
-    return ModelConfig(vision, projector, decoder, image, chat=_overridden(chat, ours, where))
+    layout = from_dict(LayoutConfig, to_dict(layout) | ours.get("layout", {}), f"{where}: minillava.layout")
+    return ModelConfig(vision, projector, decoder, image, layout, _overridden(chat, ours, where))
 
 
 def _read_onevision_15(raw: dict[str, Any], folder: Path) -> ModelConfig:
@@ -378,10 +392,10 @@ def _read_native(values: dict[str, Any], where: str, patch: int, merge: int) -> 
 
 
 def _ours(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """What we add to a config.json, and transformers passes over: {"projector_layers": ..., "chat": {...}}."""
+    """What we add to a config.json, and transformers passes over: projector_layers, and objects chat and layout."""
     ours = raw.get("minillava", {})
-    if not isinstance(ours, dict) or not isinstance(ours.get("chat", {}), dict):
-        raise UserError(f"{where}: minillava is {ours!r}, expected an object, and an object as its 'chat'")
+    if not isinstance(ours, dict) or not all(isinstance(ours.get(key, {}), dict) for key in ("chat", "layout")):
+        raise UserError(f"{where}: minillava is {ours!r}, expected an object, and objects as its 'chat' and 'layout'")
     return ours
 
 
@@ -432,16 +446,16 @@ def _token_id(folder: Path, tokenizer: dict[str, Any], token: Any) -> int | None
 def _read_original(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig:
     where = str(folder / "config.json")
     top = _Fields(raw, where)
-    top.one_of("model_type", None, ORIGINAL_TYPES)
-    top.one_of("mm_patch_merge_type", "flat", ["flat"])
+    model_type = ORIGINAL_TYPES[top.one_of("model_type", None, ORIGINAL_TYPES)]
     top.one_of("s2", False, [False])
-    if raw.get("mm_resampler_type") is not None:
-        raise UserError(f"{where}: mm_resampler_type {raw['mm_resampler_type']!r} is not supported")
     select = top.one_of("mm_vision_select_feature", "patch", ["patch", "cls_patch"])
     tower = tower_folder(raw, folder, find)
     where_tower, layer = str(tower / "config.json"), raw.get("mm_vision_select_layer", -2)
     vision = read_vision(read_json(tower / "config.json"), where_tower, layer, select == "cls_patch")
-    decoder = read_decoder({**raw, "model_type": "llama"}, where)
+    if not vision.class_token:  # the original takes SigLIP's last block off and then reads the last, whatever layer
+        vision = dataclasses.replace(vision, num_layers=vision.num_layers - 1, select_layers=(-1,))
+    wiped = {"rope_scaling": None} if model_type == "qwen2" else {}  # by the original's LlavaQwen
+    decoder = read_decoder({**raw, **wiped, "model_type": model_type}, where)
     kind = str(raw.get("mm_projector_type") or "linear")
     match = re.fullmatch(r"linear|mlp([1-8])x_gelu", kind)
     if match is None:
@@ -449,18 +463,28 @@ def _read_original(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig
     projector = ProjectorConfig(layers=int(match[1] or 1))
     path = tower / "preprocessor_config.json"
     kind = "CLIPImageProcessor" if vision.class_token else "SiglipImageProcessor"
-    aspect = top.one_of("image_aspect_ratio", "square", ["square", "pad"])
-    pixels = {"image_processor_type": kind} | _optional_json(path) | {"do_pad": aspect == "pad"}
-    image = read_image(pixels, str(path), vision)
+    image = read_image({"image_processor_type": kind} | _optional_json(path), str(path), vision)
+    layout, fit = original_layout(top, vision.image_size, image.fit)
+    image = dataclasses.replace(image, fit=fit)
     ids = _special_ids(raw, raw, decoder, folder)
     if (ids["bos_id"], ids["eos_ids"]) == (0, (1,)):  # of an early converter; LLaMA's vocabulary has 1 and 2
         ids = {"bos_id": 1, "eos_ids": (2,), "pad_id": None}
     chat = ChatConfig(
-        template="vicuna_v1" if projector.layers > 1 else "llava_v1",
+        template=_template(folder, model_type, projector.layers),
         image_start_end=top.one_of("mm_use_im_start_end", False, [False, True]),
         **ids,
     )
-    return ModelConfig(vision, projector, decoder, image, chat=_overridden(chat, _ours(raw, where), where))
+    return ModelConfig(vision, projector, decoder, image, layout, _overridden(chat, _ours(raw, where), where))
+
+
+def _template(folder: Path, decoder: str, layers: int) -> str:
+    """The prompt of an original checkpoint: there by its name, here by what its tokenizer marks turns with."""
+    tokenizer = _optional_json(folder / "tokenizer_config.json")
+    if _token_id(folder, tokenizer, "<|start_header_id|>") is not None:
+        return "llama_3"
+    if _token_id(folder, tokenizer, "<|im_start|>") is not None:
+        return "qwen_1_5" if decoder == "qwen2" else "chatml_direct"
+    return "mistral_instruct" if decoder == "mistral" else "vicuna_v1" if layers > 1 else "llava_v1"
 
 
 def is_original(raw: dict[str, Any]) -> bool:
@@ -491,7 +515,7 @@ def model_config(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig:
         return _read_onevision_15(raw, folder)
     if raw.get("model_type") not in HF_TYPES:
         raise UserError(
-            f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} is not supported (supported: llava, "
-            f"that is LlavaForConditionalGeneration; original LLaVA: {', '.join(ORIGINAL_TYPES)}, with mm_vision_tower)"
+            f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} is not supported (supported: "
+            f"{', '.join(HF_CLASSES)}; original LLaVA, with mm_vision_tower: {', '.join(ORIGINAL_TYPES)})"
         )
     return _read_hf(raw, folder)

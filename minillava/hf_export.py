@@ -14,14 +14,15 @@ from torch import Tensor
 from minillava.chat import TEMPLATES
 from minillava.config import ChatConfig, ModelConfig, UserError, nearest, to_dict
 from minillava.hf_config import ACTIVATIONS, read_json
+from minillava.hf_layout import HF_CLASSES, WITH_VIDEO, hf_class
 from minillava.tokenizer import SPACE, Tokenizer, load_tokenizer
 
 
 def to_hf(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
     """The JSON files of the Hugging Face layout, by name.
 
-    transformers has a class for two-layer projectors only. Others get model_type "minillava", which it refuses
-    instead of loading with a second layer of random numbers; `_read_hf` reads them back.
+    What no class of transformers computes (`hf_class`), such as a projector of one layer, gets model_type "minillava",
+    which it refuses instead of loading with a second layer of random numbers; `_read_hf` reads it back.
     """
     v, d, p, chat, S = config.vision, config.decoder, config.projector, config.chat, config.image.size
     traits = (d.qkv_bias, d.qk_norm, d.num_experts > 0)
@@ -63,34 +64,60 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
         layer_norm_eps=v.norm_eps, dtype=dtype, **({} if v.class_token else {"vision_use_head": False}),
     )  # fmt: skip
     select, strategy = list(v.select_layers), "full" if v.keep_class_token or not v.class_token else "default"
-    foreign = p.layers == 2
-    top = dict(
-        architectures=["LlavaForConditionalGeneration" if foreign else "MinillavaLLaVA"],
-        model_type="llava" if foreign else "minillava", text_config=text, vision_config=tower,
+    kind, layout = hf_class(config), config.layout
+    name = HF_CLASSES[kind].name if kind in HF_CLASSES else "Llava"
+    top: dict[str, Any] = dict(
+        architectures=[f"{name}ForConditionalGeneration" if kind in HF_CLASSES else "MinillavaLLaVA"],
+        model_type=kind, text_config=text, vision_config=tower,
         vision_feature_layer=select if len(select) > 1 else select[0], vision_feature_select_strategy=strategy,
         projector_hidden_act=to_act[p.activation], multimodal_projector_bias=p.bias,
         image_token_index=chat.image_token_id, image_seq_length=v.num_patches + v.keep_class_token,
         tie_word_embeddings=d.tie_embeddings, dtype=dtype, torch_dtype=dtype, pad_token_id=chat.pad_id,
-        minillava={"projector_layers": p.layers, "chat": {k: x for k, x in to_dict(chat).items() if k != "jinja"}},
+        minillava={"projector_layers": p.layers, "chat": {k: x for k, x in to_dict(chat).items() if k != "jinja"},
+                   "layout": to_dict(layout)},
     )  # fmt: skip
-    square = config.image.fit == "squash"
-    pixels = dict(
-        image_processor_type="LlavaImageProcessor" if config.image.fit == "pad" else "CLIPImageProcessor",
+    if layout.grids:  # transformers reads pairs of (height, width)
+        top["image_grid_pinpoints"] = [[rows * S, columns * S] for columns, rows in layout.grids]
+    top |= {"vision_aspect_ratio": f"anyres_max_{layout.max_tiles}"} if kind == "llava_onevision" else {}
+    top |= {"video_token_index": chat.video_token_id} if chat.video_token else {}
+    if kind == "llava_next_video":
+        top |= dict(spatial_pool_mode=layout.video_pool, spatial_pool_stride=layout.video_stride)
+    square = config.image.fit == "squash" and kind not in ("llava_next", "llava_next_video")
+    lone = "LlavaImageProcessor" if config.image.fit == "pad" else "CLIPImageProcessor"
+    pixels: dict[str, Any] = dict(
+        image_processor_type=f"{name.removesuffix('Video')}ImageProcessor" if layout.grids and kind in HF_CLASSES
+        else "LlavaNextImageProcessor" if layout.grids else lone,
         do_convert_rgb=True, do_resize=True, size={"height": S, "width": S} if square else {"shortest_edge": S},
         resample=3, do_center_crop=not square, crop_size={"height": S, "width": S}, do_rescale=True,
         rescale_factor=1 / 255, do_normalize=True, image_mean=list(config.image.mean), image_std=list(config.image.std),
-        do_pad=config.image.fit == "pad",
+        do_pad=config.image.fit == "pad" or bool(layout.grids),
     )  # fmt: skip
-    processor = dict(
-        processor_class="LlavaProcessor", patch_size=v.patch_size, vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=int(v.class_token), image_token=chat.image_token,
-    )  # fmt: skip
-    return {
+    processor: dict[str, Any] = dict(processor_class=f"{name}Processor", vision_feature_select_strategy=strategy,
+                     image_token=chat.image_token)  # fmt: skip
+    if kind == "llava_onevision":
+        processor |= dict(
+            num_image_tokens=v.num_patches + v.class_token, vision_aspect_ratio=top["vision_aspect_ratio"]
+        )
+    else:
+        processor |= dict(patch_size=v.patch_size, num_additional_image_tokens=int(v.class_token))
+    files: dict[str, dict[str, Any]] = {
         "config.json": top,
-        "preprocessor_config.json": pixels | {"processor_class": "LlavaProcessor"},
+        "preprocessor_config.json": pixels | {"processor_class": f"{name}Processor"},
         "processor_config.json": processor,
         "generation_config.json": {k: i for k, i in ids.items() if i is not None},
     }
+    if layout.grids:
+        pixels["image_grid_pinpoints"] = top["image_grid_pinpoints"]
+        files["preprocessor_config.json"] |= pixels
+    if kind in WITH_VIDEO:
+        processor["video_token"] = chat.video_token
+        frames = {
+            k: x for k, x in pixels.items() if k not in ("image_processor_type", "image_grid_pinpoints", "do_pad")
+        }
+        files["video_preprocessor_config.json"] = frames | dict(
+            video_processor_type=f"{name}VideoProcessor", do_sample_frames=False, processor_class=f"{name}Processor"
+        )
+    return files
 
 
 def jinja_of(chat: ChatConfig) -> str:
@@ -103,6 +130,7 @@ def jinja_of(chat: ChatConfig) -> str:
     if chat.template not in TEMPLATES:
         raise UserError(f"chat template '{chat.template}' is unknown{nearest(chat.template, [*TEMPLATES, 'jinja'])}")
     template, image = TEMPLATES[chat.template], json.dumps(chat.image_token)
+    video = json.dumps(chat.video_token or chat.image_token)
     names = {"{text}": "ns.text", "{system}": "ns.system", "{images}": f"({image} * ns.text.count({image}))"}
 
     def put(layout: str) -> str:
@@ -124,7 +152,8 @@ def jinja_of(chat: ChatConfig) -> str:
         "{%- set content = message['content'] -%}",
         "{%- set ns.text = content if content is string else '' -%}",
         "{%- if content is not string -%}{%- for part in content -%}",
-        f"{{%- set ns.text = ns.text ~ ({image} if part['type'] == 'image' else part['text']) -%}}",
+        f"{{%- set marks = {{'image': {image}, 'video': {video}}} -%}}",
+        "{%- set ns.text = ns.text ~ (marks[part['type']] if part['type'] in marks else part['text']) -%}",
         "{%- endfor -%}{%- endif -%}",
         "{%- if message['role'] == 'system' -%}{%- set ns.system = ns.text -%}",
         "{%- elif message['role'] == 'assistant' -%}" + put(template.answer),
@@ -137,31 +166,41 @@ def jinja_of(chat: ChatConfig) -> str:
 
 
 def add_image_token(config: ModelConfig, state: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> ModelConfig:
-    """Give <image> an id and a row of the embedding where a model has none, as original LLaVA: transformers needs both.
+    """Give <image>, and <video> where the class wants it, an id and a row of the embedding where a model has none.
 
-    `state` (our names) and tokenizer_config.json in `folder` are changed. New rows are the mean of the old; their
-    number is rounded up to 64, as transformers' own conversion does. Nothing else about the prompt changes.
+    Original LLaVA has none, transformers needs them. `state` (our names) and tokenizer_config.json in `folder` are
+    changed. New rows are the mean of the old; their number is rounded up to 64, as transformers' own conversion does.
+    Nothing else about the prompt changes.
     """
-    chat, rows = config.chat, config.decoder.vocab_size
-    if 0 <= chat.image_token_id < rows:
-        return config
-    index = tokenizer.token_id(chat.image_token)
-    if index is None:
-        index, path = tokenizer.vocab_size, folder / "tokenizer_config.json"
+    chat, rows, size = config.chat, config.decoder.vocab_size, tokenizer.vocab_size
+    tokens = {"image": (chat.image_token, chat.image_token_id)}
+    if hf_class(config) in WITH_VIDEO:
+        tokens["video"] = (chat.video_token or "<video>", chat.video_token_id if chat.video_token else -1)
+    added, ids = {}, dict[str, Any]()
+    for kind, (token, index) in tokens.items():
+        if 0 <= index < rows:
+            continue
+        found = tokenizer.token_id(token)
+        if found is None:
+            found, size = size, size + 1
+            flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+            added[str(found)] = flags | {"content": token, "special": True}
+        ids |= {f"{kind}_token": token, f"{kind}_token_id": found}
+    chat = dataclasses.replace(chat, **ids)
+    if added:
+        path = folder / "tokenizer_config.json"
         values = read_json(path) if path.is_file() else {}
-        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-        added = (values.get("added_tokens_decoder") or {}) | {
-            str(index): flags | {"content": chat.image_token, "special": True}
-        }
+        added = (values.get("added_tokens_decoder") or {}) | added
         path.write_text(json.dumps(values | {"added_tokens_decoder": added}, indent=2, ensure_ascii=False) + "\n")
-    if index >= rows:
-        rows = -(-(index + 1) // 64) * 64
+    most = max(chat.markers.values())
+    if most >= rows:
+        rows = -(-(most + 1) // 64) * 64
         for name in {"decoder.embed.weight", "decoder.head.weight"} & state.keys():
             old = state[name]
             new = old.float().mean(0, keepdim=True).to(old.dtype).expand(rows - len(old), -1)
             state[name] = torch.cat([old, new])
     decoder = dataclasses.replace(config.decoder, vocab_size=rows)
-    return dataclasses.replace(config, decoder=decoder, chat=dataclasses.replace(chat, image_token_id=index))
+    return dataclasses.replace(config, decoder=decoder, chat=chat)
 
 
 def write_tokenizer_json(folder: Path) -> None:

@@ -613,7 +613,15 @@ def test_missing_shard_and_bad_index_are_named(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llava_next"}, "model_type 'llava_next' is not supported .*llava"),
+        ({"model_type": "vipllava"}, "model_type 'vipllava' is not supported .*llava, llava_next"),
+        ({"model_type": "llava_next"}, r"image_grid_pinpoints has \[336, 672\], expected two multiples of 30 pixels"),
+        ({"model_type": "llava_next", "image_grid_pinpoints": [[60, 3030]]}, "more than 144 tiles"),
+        ({"model_type": "llava_onevision", "image_grid_pinpoints": [[30, 30]], "vision_aspect_ratio": "anyres"},
+         "vision_aspect_ratio 'anyres' is not supported"),
+        ({"model_type": "llava_next_video", "image_grid_pinpoints": [[30, 30]], "spatial_pool_mode": "conv"},
+         "spatial_pool_mode 'conv' is not supported"),
+        ({"minillava": {"layout": {"merge": "best"}}}, "layout.merge is 'best'; use one of flat, spatial, unpad"),
+        ({"minillava": {"layout": {"newline": 1}}}, "unknown key 'newline'"),
         ({"quantization_config": {"load_in_4bit": True}}, "quantised"),
         ({"text_config": {"model_type": "gpt2"}}, "text_config: model_type 'gpt2' is not supported .*llama"),
         ({"text_config": {"rope_scaling": {"type": "yarn", "factor": 2.5}}}, "rope_type 'yarn'"),
