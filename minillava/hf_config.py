@@ -306,6 +306,8 @@ def _read_hf(raw: dict[str, Any], folder: Path) -> ModelConfig:
         )
     image = read_image(pixels, str(path), vision)
     layout = hf_layout(kind, top, vision.image_size) if kind in HF_CLASSES else LayoutConfig()
+    if not layout.grids and str(pixels.get("image_processor_type")).startswith(TILED):
+        raise UserError(f"{path}: {pixels['image_processor_type']} cuts pictures into tiles; not supported for {kind}")
     cut = pixels.get("image_grid_pinpoints") if layout.grids else None
     if cut is not None and set(read_grids(cut, image.size, str(path), False)) != set(layout.grids):
         raise UserError(f"{path}: image_grid_pinpoints differs from config.json's; make the two equal")

@@ -648,7 +648,10 @@ def test_unsupported_config_is_refused_by_name(checkpoint, tmp_path, change, mes
     ("change", "message"),
     [
         ({"size": {"shortest_edge": 28}}, "differ from the tower's 30 pixels"),
-        ({"image_processor_type": "LlavaNextImageProcessor"}, "'LlavaNextImageProcessor' is not supported"),
+        (
+            {"image_processor_type": "LlavaNextImageProcessor"},
+            "LlavaNextImageProcessor cuts pictures into tiles; not supported for llava",
+        ),
         ({"do_center_crop": False}, "neither padded"),
         ({"resample": 2}, "resample 2"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
