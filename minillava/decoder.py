@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minillava.cache import KVCache
 from minillava.config import DecoderConfig
@@ -23,6 +24,25 @@ from minillava.kernels.attention import attention
 from minillava.kernels.rms_norm import rms_norm
 from minillava.kernels.swiglu import swiglu
 from minillava.quantize import Linear4bit, cat_rows
+
+
+class Unallocated(TorchFunctionMode):
+    """Modules made in here have their parameters on the meta device, and none is initialised: torch's own way there
+    imports its compiler, three quarters of a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.meta = torch.device("meta")
+        self.meta.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.meta.__exit__(*error)
 
 
 class RMSNorm(nn.Module):
@@ -88,7 +108,8 @@ class Linear(nn.Linear):
     @classmethod
     def holding(cls, weight_OD: Tensor, bias_O: Tensor | None) -> Linear:
         """A layer around tensors that are there."""
-        layer = cls(1, 1, bias_O is not None, device="meta")
+        with Unallocated():
+            layer = cls(1, 1, bias_O is not None)
         layer.out_features, layer.in_features = weight_OD.shape
         layer.weight = nn.Parameter(weight_OD.detach())
         layer.register_parameter("bias", None if bias_O is None else nn.Parameter(bias_O.detach()))

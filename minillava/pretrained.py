@@ -14,6 +14,7 @@ from minillava.answer import Answer
 from minillava.chat import Message
 from minillava.config import ModelConfig, UserError, nearest
 from minillava.conversation import Conversation
+from minillava.decoder import Unallocated
 from minillava.engine import Engine, Request, user_message
 from minillava.quantize import Scheme
 from minillava.sampling import Sampling
@@ -122,7 +123,7 @@ def default_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float16
-    with torch.device("meta"):
+    with Unallocated():
         parameters = sum(p.numel() for p in llava.LLaVA(config).parameters())
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast and parameters > SMALL else torch.float32

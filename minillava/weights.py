@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minillava.config import ModelConfig, UserError
-from minillava.decoder import Fused
+from minillava.decoder import Fused, Unallocated
 from minillava.hf_config import is_original, model_config, read_json, tower_folder
 from minillava.hf_export import add_image_token, jinja_of, to_hf, write_tokenizer_json
 from minillava.llava import LLaVA
@@ -100,7 +100,7 @@ def load_model(
     folder = resolve(folder)
     raw = read_json(folder / "config.json")
     config = model_config(raw, folder, find)
-    with torch.device("meta"):
+    with Unallocated():
         model = LLaVA(config)
     empty = model.state_dict()
     wanted = {name: tuple(p.shape) for name, p in unstack(empty).items()}

@@ -217,3 +217,16 @@ def test_importing_the_package_and_asking_for_help_is_light():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--max-new-tokens" in done.stdout
+
+
+def test_an_answer_imports_neither_compiler_nor_plotting(folder):
+    """The first token of a cold process is a matter of imports: torch's compiler alone would cost a second."""
+    program = (
+        "import sys, runpy; sys.argv = ['generate.py', '--model', sys.argv[1], '--prompt', 'what?', '--json']\n"
+        "try: runpy.run_path('generate.py', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch._dynamo', 'torch._inductor', 'transformers', 'matplotlib', 'huggingface_hub', 'av', 'sympy'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, folder], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["finish_reason"], done.stderr
