@@ -8,6 +8,7 @@ conversation.py of LLaVA, which its train.py masks by splitting the finished pro
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -38,7 +39,8 @@ class Template:
     user: str  # every later one
     answer: str  # what the model writes, its stop included: all of it is supervised, and nothing else
     system: str = ""
-    tokens: tuple[str, ...] = ()  # special tokens that the layout writes: the vocabulary must have them
+    tokens: tuple[str, ...] = ()  # special tokens that the layout writes: the vocabulary must have them; last the stop
+    around: tuple[str, ...] = ()  # what goes in front of a picture's marker and behind it, and no line break
     stop_strings: tuple[str, ...] = ()  # where the stop is text and no token
     one_turn: bool = False  # a picture and its caption, no conversation
 
@@ -54,6 +56,29 @@ _VICUNA = Template(
     answer=" {text}</s>",
     tokens=("</s>",),
 )
+_LLAMA_2 = Template(
+    system="You are a helpful language and vision assistant. You are able to understand the visual content that "
+    "the user provides, and assist the user with a variety of tasks using natural language.",
+    first="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{text} [/INST]",
+    user="<s>[INST] {text} [/INST]",
+    answer=" {text} </s>",
+    tokens=("<s>", "</s>"),
+)
+_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+_LLAMA_3 = _HEADER.format("user") + "{text}<|eot_id|>" + _HEADER.format("assistant")
+
+
+def _chatml(system: str, between: str = "\n") -> Template:
+    """ChatML; `between` turns. It opens every turn but the first, so that no answer is taught to end with it."""
+    turn = "<|im_start|>user\n{text}<|im_end|>" + between + "<|im_start|>assistant\n"
+    return Template(
+        system=system,
+        first="<|im_start|>system\n{system}<|im_end|>" + between + turn,
+        user=between + turn,
+        answer="{text}<|im_end|>",
+        tokens=("<|im_start|>", "<|im_end|>"),
+    )
+
 
 # The original trains v0 on "### Human: q\n### Assistant: a\n### " and asks it "###Human: q###Assistant:". Here both
 # are the latter, with loss on the answer and the "###" that stops it (there also on headers, which nobody samples).
@@ -69,13 +94,24 @@ TEMPLATES: dict[str, Template] = {
         answer=" {text}###",
         stop_strings=("###",),
     ),
-    "llava_llama_2": Template(
-        system="You are a helpful language and vision assistant. You are able to understand the visual content that "
-        "the user provides, and assist the user with a variety of tasks using natural language.",
-        first="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{text} [/INST]",
-        user="<s>[INST] {text} [/INST]",
-        answer=" {text} </s>",
-        tokens=("<s>", "</s>"),
+    "llava_llama_2": _LLAMA_2,
+    # LLaVA-NeXT with Mistral; its code writes earlier answers as Llama-2's template does.
+    "mistral_instruct": Template(
+        first="[INST] {text} [/INST]", user="[INST] {text} [/INST]", answer=" {text} </s>", tokens=("</s>",)
+    ),
+    # LLaVA-NeXT and NeXT-Video with Yi: ChatML without line breaks between turns.
+    "chatml_direct": _chatml("Answer the questions.", between=""),
+    "qwen_1_5": _chatml("You are a helpful assistant."),
+    "llama_3": Template(
+        system=_LLAMA_2.system,
+        first=_HEADER.format("system") + "{system}<|eot_id|>" + _LLAMA_3,
+        user=_LLAMA_3,
+        answer="{text}<|eot_id|>",
+        tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    # Qwen2.5-VL's, with its default system text.
+    "onevision_1_5": dataclasses.replace(
+        _chatml("You are a helpful assistant."), around=("<|vision_start|>", "<|vision_end|>")
     ),
     "plain": Template(first="{images}", user="", answer="{text}\n", one_turn=True),
 }
@@ -98,6 +134,8 @@ def segments(
     template = TEMPLATES[chat.template]
     system = template.system
     if messages[0].role == "system":
+        if "{system}" not in template.first:
+            raise UserError(f"template '{chat.template}' has no place for a system text; leave it out")
         system, messages = messages[0].text, messages[1:]
     if template.one_turn and (len(messages) > 2 or chat.image_token not in messages[0].text):
         raise UserError(
@@ -111,12 +149,24 @@ def segments(
         text = message.text
         for marker in chat.markers:
             text = image_first(text, marker)
-        if chat.image_start_end:
-            text = text.replace(chat.image_token, f"<im_start>{chat.image_token}<im_end>")
+            text = text.replace(f"{marker}\n", marker) if template.around else text
+            text = text.replace(marker, marker.join(around(chat, template)))
         images = chat.image_token * message.text.count(chat.image_token)
         layout = template.first if turn == 0 else template.user
         pieces.append((layout.format(system=system, text=text, images=images), False))
     return pieces
+
+
+def around(chat: ChatConfig, template: Template) -> tuple[str, ...]:
+    """What a template puts in front of a picture's marker and behind it."""
+    return template.around or (("<im_start>", "<im_end>") if chat.image_start_end else ("", ""))
+
+
+def stop_ids(chat: ChatConfig, tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end an answer: those of the checkpoint's files, and the one that its template writes behind one."""
+    template = TEMPLATES.get(chat.template)
+    stop = tokenizer.token_id(template.tokens[-1]) if template and template.tokens else None
+    return frozenset(chat.eos_ids) | ({stop} if stop is not None else set())
 
 
 def encode(

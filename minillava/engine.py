@@ -113,7 +113,7 @@ class Engine:
 
     def __init__(self, model: LLaVA, tokenizer: Tokenizer):
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
-        self.eos_ids = frozenset(model.config.chat.eos_ids)
+        self.eos_ids = chat.stop_ids(model.config.chat, tokenizer)
         self.stops = stop_strings(model.config.chat)
         self.pictures_seen = 0  # that went through the tower since the start
         self._idle: Slots | None = None  # of the last batch, for the next one: on a GPU its graphs are worth keeping

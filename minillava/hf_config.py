@@ -315,9 +315,10 @@ def _read_hf(raw: dict[str, Any], folder: Path) -> ModelConfig:
         raise UserError(
             f"{where}: vision_feature_select_strategy 'full' keeps a class token, which fits no map of tiles"
         )
+    jinja = _jinja(folder, processor)
     chat = ChatConfig(
-        template="jinja",
-        jinja=_jinja(folder, processor),
+        template="jinja" if jinja else _template(folder, decoder.model_type, projector.layers),
+        jinja=jinja,
         split_at_image=False,
         image_token=processor.get("image_token") or "<image>",
         image_token_id=top.values["image_token_index"],
@@ -431,8 +432,10 @@ def _special_ids(raw: dict[str, Any], text: dict[str, Any], decoder: DecoderConf
         return _token_id(folder, tokenizer, tokenizer.get(f"{key}_token")) if from_class is None else from_class
 
     eos = find("eos")
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    return {"bos_id": find("bos"), "eos_ids": eos_ids, "pad_id": find("pad")}
+    eos_ids = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
+    written = _token_id(folder, tokenizer, tokenizer.get("eos_token"))  # Qwen's config.json may name another than this
+    eos_ids += [] if written is None or written in eos_ids else [written]
+    return {"bos_id": find("bos"), "eos_ids": tuple(eos_ids), "pad_id": find("pad")}
 
 
 def _token_id(folder: Path, tokenizer: dict[str, Any], token: Any) -> int | None:
@@ -480,12 +483,12 @@ def _read_original(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig
 
 
 def _template(folder: Path, decoder: str, layers: int) -> str:
-    """The prompt of an original checkpoint: there by its name, here by what its tokenizer marks turns with."""
+    """The prompt where the files bring none: there by the model's name, here by what its tokenizer marks turns with."""
     tokenizer = _optional_json(folder / "tokenizer_config.json")
     if _token_id(folder, tokenizer, "<|start_header_id|>") is not None:
         return "llama_3"
     if _token_id(folder, tokenizer, "<|im_start|>") is not None:
-        return "qwen_1_5" if decoder == "qwen2" else "chatml_direct"
+        return "qwen_1_5" if decoder.startswith("qwen") else "chatml_direct"
     return "mistral_instruct" if decoder == "mistral" else "vicuna_v1" if layers > 1 else "llava_v1"
 
 

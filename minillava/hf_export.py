@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillava.chat import TEMPLATES
+from minillava.chat import TEMPLATES, around
 from minillava.config import ChatConfig, ModelConfig, UserError, nearest, to_dict
-from minillava.hf_config import ACTIVATIONS, read_json
+from minillava.hf_config import ACTIVATIONS, ONEVISION_15, read_json
 from minillava.hf_layout import HF_CLASSES, WITH_VIDEO, hf_class
 from minillava.tokenizer import SPACE, Tokenizer, load_tokenizer
 
@@ -24,39 +24,13 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
     What no class of transformers computes (`hf_class`), such as a projector of one layer, gets model_type "minillava",
     which it refuses instead of loading with a second layer of random numbers; `_read_hf` reads it back.
     """
+    if config.vision.rotary:
+        return _onevision_15(config, dtype)
     v, d, p, chat, S = config.vision, config.decoder, config.projector, config.chat, config.image.size
-    traits = (d.qkv_bias, d.qk_norm, d.num_experts > 0)
-    if traits != (d.model_type == "qwen2", d.model_type.startswith("qwen3"), d.model_type == "qwen3_moe"):
-        raise UserError(
-            f"a decoder of type {d.model_type} with qkv_bias {d.qkv_bias}, qk_norm {d.qk_norm} has no foreign name"
-        )
     if not v.class_token == v.pre_norm != v.patch_bias:
         raise UserError("the vision tower is neither CLIP's nor SigLIP's: it has no foreign name")
     to_act = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-    eos: Any = list(chat.eos_ids) if len(chat.eos_ids) > 1 else next(iter(chat.eos_ids), None)
-    ids = {"bos_token_id": chat.bos_id, "eos_token_id": eos, "pad_token_id": chat.pad_id}
-    text = dict(
-        model_type=d.model_type, vocab_size=d.vocab_size,
-        hidden_size=d.hidden_size, intermediate_size=d.intermediate_size,
-        num_hidden_layers=d.num_layers, num_attention_heads=d.num_heads, num_key_value_heads=d.num_kv_heads,
-        head_dim=d.head_dim, hidden_act="silu", rms_norm_eps=d.norm_eps, max_position_embeddings=d.max_positions,
-        rope_theta=d.rope_theta, rope_parameters={"rope_theta": d.rope_theta, "rope_type": "default"},
-        tie_word_embeddings=d.tie_embeddings, sliding_window=None, dtype=dtype, **ids,
-    )  # fmt: skip
-    if scaling := d.rope_scaling:
-        text["rope_parameters"] |= {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "linear":
-            text["max_position_embeddings"] = round(d.max_positions / scaling.factor)
-        else:
-            text["rope_parameters"] |= dict(
-                low_freq_factor=scaling.low_freq_factor, high_freq_factor=scaling.high_freq_factor,
-                original_max_position_embeddings=scaling.original_positions,
-            )  # fmt: skip
-    if d.num_experts:
-        text |= dict(
-            num_experts=d.num_experts, num_local_experts=d.num_experts, num_experts_per_tok=d.experts_per_token,
-            moe_intermediate_size=d.expert_size, norm_topk_prob=d.norm_expert_weights,
-        )  # fmt: skip
+    text, ids = _decoder(config, dtype)
     tower = dict(
         model_type="clip_vision_model" if v.class_token else "siglip_vision_model", hidden_size=v.hidden_size,
         intermediate_size=v.intermediate_size, num_hidden_layers=v.num_layers, num_attention_heads=v.num_heads,
@@ -120,6 +94,71 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
     return files
 
 
+def _decoder(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A text_config, and the special ids, which are also generation_config.json's."""
+    d, chat = config.decoder, config.chat
+    traits = (d.qkv_bias, d.qk_norm, d.num_experts > 0)
+    if traits != (d.model_type == "qwen2", d.model_type.startswith("qwen3"), d.model_type == "qwen3_moe"):
+        raise UserError(
+            f"a decoder of type {d.model_type} with qkv_bias {d.qkv_bias}, qk_norm {d.qk_norm} has no foreign name"
+        )
+    eos: Any = list(chat.eos_ids) if len(chat.eos_ids) > 1 else next(iter(chat.eos_ids), None)
+    ids = {"bos_token_id": chat.bos_id, "eos_token_id": eos, "pad_token_id": chat.pad_id}
+    text = dict(
+        model_type=d.model_type, vocab_size=d.vocab_size,
+        hidden_size=d.hidden_size, intermediate_size=d.intermediate_size,
+        num_hidden_layers=d.num_layers, num_attention_heads=d.num_heads, num_key_value_heads=d.num_kv_heads,
+        head_dim=d.head_dim, hidden_act="silu", rms_norm_eps=d.norm_eps, max_position_embeddings=d.max_positions,
+        rope_theta=d.rope_theta, rope_parameters={"rope_theta": d.rope_theta, "rope_type": "default"},
+        tie_word_embeddings=d.tie_embeddings, sliding_window=None, dtype=dtype, **ids,
+    )  # fmt: skip
+    if scaling := d.rope_scaling:
+        text["rope_parameters"] |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "linear":
+            text["max_position_embeddings"] = round(d.max_positions / scaling.factor)
+        else:
+            text["rope_parameters"] |= dict(
+                low_freq_factor=scaling.low_freq_factor, high_freq_factor=scaling.high_freq_factor,
+                original_max_position_embeddings=scaling.original_positions,
+            )  # fmt: skip
+    if d.num_experts:
+        text |= dict(
+            num_experts=d.num_experts, num_local_experts=d.num_experts, num_experts_per_tok=d.experts_per_token,
+            moe_intermediate_size=d.expert_size, norm_topk_prob=d.norm_expert_weights,
+        )  # fmt: skip
+    return text, ids
+
+
+def _onevision_15(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
+    """As its own files are. The code that they name for transformers is not in them: get it from the original."""
+    v, chat, image = config.vision, config.chat, config.image
+    text, ids = _decoder(config, dtype)
+    to_act = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    tower = dict(
+        model_type="rice_vit", depth=v.num_layers, embed_dim=v.hidden_size, hidden_size=v.hidden_size,
+        intermediate_size=v.intermediate_size, num_heads=v.num_heads, hidden_act=to_act[v.activation], in_channels=3,
+        patch_size=v.patch_size, spatial_merge_size=config.projector.merge, temporal_patch_size=1,
+        layer_norm_eps=v.norm_eps, text_hidden_size=config.decoder.hidden_size,
+    )  # fmt: skip
+    ours = {"strip_slip": v.strip_slip, "chat": {k: x for k, x in to_dict(chat).items() if k != "jinja"}}
+    top = dict(
+        architectures=["LLaVAOneVision1_5_ForConditionalGeneration"], model_type=ONEVISION_15,
+        text_config=text | {"model_type": "LLaVAOneVision1_5_text"}, vision_config=tower, torch_dtype=dtype,
+        image_token_id=chat.image_token_id, video_token_id=chat.video_token_id, minillava=ours,
+    )  # fmt: skip
+    pixels = dict(
+        image_processor_type="Qwen2VLImageProcessor", do_convert_rgb=True, do_resize=True, do_rescale=True,
+        do_normalize=True, rescale_factor=1 / 255, resample=3, image_mean=list(image.mean), image_std=list(image.std),
+        size={"shortest_edge": image.min_pixels, "longest_edge": image.max_pixels}, min_pixels=image.min_pixels,
+        max_pixels=image.max_pixels, patch_size=v.patch_size, merge_size=config.projector.merge, temporal_patch_size=1,
+    )  # fmt: skip
+    return {
+        "config.json": top,
+        "preprocessor_config.json": pixels | {"processor_class": "Qwen2_5_VLProcessor"},
+        "generation_config.json": {k: i for k, i in ids.items() if i is not None},
+    }
+
+
 def jinja_of(chat: ChatConfig) -> str:
     """The chat template for other engines: the checkpoint's own, or a built-in one as Jinja, with the same strings.
 
@@ -130,30 +169,30 @@ def jinja_of(chat: ChatConfig) -> str:
     if chat.template not in TEMPLATES:
         raise UserError(f"chat template '{chat.template}' is unknown{nearest(chat.template, [*TEMPLATES, 'jinja'])}")
     template, image = TEMPLATES[chat.template], json.dumps(chat.image_token)
-    video = json.dumps(chat.video_token or chat.image_token)
     names = {"{text}": "ns.text", "{system}": "ns.system", "{images}": f"({image} * ns.text.count({image}))"}
 
     def put(layout: str) -> str:
         parts = [p for p in re.split(r"(\{\w+\})", layout) if p]
         return "{{- " + (" ~ ".join(names.get(p) or json.dumps(p) for p in parts) or '""') + " -}}"
 
-    wrapped = f"<im_start>{chat.image_token}<im_end>" if chat.image_start_end else chat.image_token
-    first = f'({image} ~ "\\n" ~ ns.text.replace({image}, "").strip()).strip()'  # one picture goes in front
-    marked = (
-        ""
-        if template.one_turn
-        else f"{{%- if ns.text.count({image}) == 1 -%}}{{%- set ns.text = {first} -%}}{{%- endif -%}}"
-    )
-    if chat.image_start_end and not template.one_turn:
-        marked += f"{{%- set ns.text = ns.text.replace({image}, {json.dumps(wrapped)}) -%}}"
+    marked, (before, behind) = "", around(chat, template)
+    for marker in () if template.one_turn else map(json.dumps, chat.markers):
+        first = f'({marker} ~ "\\n" ~ ns.text.replace({marker}, "").strip()).strip()'  # one picture goes in front
+        marked += f"{{%- if ns.text.count({marker}) == 1 -%}}{{%- set ns.text = {first} -%}}{{%- endif -%}}"
+        if template.around:
+            marked += f'{{%- set ns.text = ns.text.replace({marker} ~ "\\n", {marker}) -%}}'
+        if before:
+            wrapped = f"{json.dumps(before)} ~ {marker} ~ {json.dumps(behind)}"
+            marked += f"{{%- set ns.text = ns.text.replace({marker}, {wrapped}) -%}}"
+    kinds = {"image": chat.image_token, "video": chat.video_token or chat.image_token}
+    part = f"{json.dumps(kinds)}[part['type']] if part['type'] != 'text' else part['text']"
     lines = [
         f'{{%- set ns = namespace(system={json.dumps(template.system)}, text="", opened=false) -%}}',
         "{%- for message in messages -%}",
         "{%- set content = message['content'] -%}",
         "{%- set ns.text = content if content is string else '' -%}",
         "{%- if content is not string -%}{%- for part in content -%}",
-        f"{{%- set marks = {{'image': {image}, 'video': {video}}} -%}}",
-        "{%- set ns.text = ns.text ~ (marks[part['type']] if part['type'] in marks else part['text']) -%}",
+        f"{{%- set ns.text = ns.text ~ ({part}) -%}}",
         "{%- endfor -%}{%- endif -%}",
         "{%- if message['role'] == 'system' -%}{%- set ns.system = ns.text -%}",
         "{%- elif message['role'] == 'assistant' -%}" + put(template.answer),

@@ -106,6 +106,8 @@ def prepare_views(
     fills with its aspect kept, centred on black. Equal to transformers' processors of LLaVA-NeXT and OneVision on PIL.
     """
     span = image_span(config, *image.size, several)
+    if span.native:
+        return native_patches([image], config, span), span
     if not span.rows:
         padded = config.layout.grids and several
         fit = dataclasses.replace(config.image, fit="pad") if padded else config.image
@@ -126,9 +128,24 @@ def prepare_views(
 def prepare_clip(
     frames: Sequence[Image.Image], config: ModelConfig, name: str = "the video"
 ) -> tuple[torch.Tensor, Span]:
-    """The frames of a clip as pixels_NCHW, one view each, and what becomes of them."""
+    """The frames of a clip as pixels_NCHW, one view each (native: all at the first one's size), and their span."""
+    if config.image.fit == "native":
+        span = clip_span(config, len(frames), *frames[0].size)
+        return native_patches(frames, config, span), span
     fit = dataclasses.replace(config.image, fit=config.layout.video_fit or config.image.fit)
     return torch.stack([prepare(frame, fit, name) for frame in frames]), clip_span(config, len(frames))
+
+
+def native_patches(frames: Sequence[Image.Image], config: ModelConfig, span: Span) -> torch.Tensor:
+    """Pixels [P, 3, patch, patch] of frames resized to the span's map: block by block, those of a token together.
+
+    Equal to transformers' Qwen2VLImageProcessor on PIL, whose rows they are (temporal_patch_size 1).
+    """
+    side, merge = config.vision.patch_size, config.projector.merge
+    size = (span.width * side, span.height * side)
+    pixels_FCHW = torch.stack([_normalised(_resized(frame, size), config.image) for frame in frames])
+    blocks = pixels_FCHW.unflatten(3, (-1, merge, side)).unflatten(2, (-1, merge, side))
+    return blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)
 
 
 def _normalised(image: Image.Image, config: ImageConfig) -> torch.Tensor:

@@ -27,8 +27,14 @@ class Span:
     columns: int = 0
     top: int = 0  # padding above, and below, in the map of all tiles
     left: int = 0
-    height: int = 0  # of the map after unpadding and shrinking
+    height: int = 0  # of the map after unpadding and shrinking; native: of a frame
     width: int = 0
+    native: bool = False  # the views are single patches, of all frames
+
+    @property
+    def frames(self) -> tuple[int, int, int]:
+        """Native: how many, and rows and columns of the patches of one."""
+        return self.views // (self.height * self.width), self.height, self.width
 
 
 def view_tokens(vision: VisionConfig) -> int:
@@ -72,6 +78,27 @@ def unpadding(layout: LayoutConfig, width: int, height: int, rows: int, columns:
     return 0, (columns - kept(width * (rows / height))) // 2
 
 
+def native_span(config: ModelConfig, width: int, height: int, frames: int = 1, clip: bool = False) -> Span:
+    """A picture or clip at the size nearest to its own that is whole in blocks of merge x merge patches.
+
+    As smart_resize of transformers' Qwen2-VL: rounded half to even, then scaled into [min_pixels, max_pixels].
+    Raises UserError if a side is more than 200 times the other.
+    """
+    block, image = config.vision.patch_size * config.projector.merge, config.image
+    if max(width, height) > 200 * min(width, height):
+        raise UserError(f"{width} x {height} pixels: one side is over 200 times the other; crop it")
+    h, w = round(height / block), round(width / block)  # in blocks; thinner than half of one is none
+    if h * w * block**2 > image.max_pixels:
+        scale = math.sqrt(height * width / image.max_pixels) * block
+        h, w = max(1, math.floor(height / scale)), max(1, math.floor(width / scale))
+    elif h * w * block**2 < image.min_pixels:
+        scale = math.sqrt(image.min_pixels / (height * width)) / block
+        h, w = math.ceil(height * scale), math.ceil(width * scale)
+    map_height, map_width = (side * config.projector.merge for side in (h, w))
+    views = frames * map_height * map_width
+    return Span(frames * h * w, views, clip, height=map_height, width=map_width, native=True)
+
+
 def image_span(config: ModelConfig, width: int, height: int, several: bool = False) -> Span:
     """What a picture of width x height pixels becomes; `several`: it is not the only one in its prompt.
 
@@ -85,6 +112,8 @@ def image_span(config: ModelConfig, width: int, height: int, several: bool = Fal
             f"config: images are prepared at {config.image.size} pixels a side but the vision tower sees "
             f"{vision.image_size}; make image.size and vision.image_size equal"
         )
+    if config.image.fit == "native":
+        return native_span(config, width, height)
     unpad = layout.merge == "unpad"
     if not layout.grids or (several and layout.several == "pad"):
         return view_span(config)
@@ -99,11 +128,17 @@ def image_span(config: ModelConfig, width: int, height: int, several: bool = Fal
     return Span(P * P + h * (w + unpad), views, False, rows, columns, top, left, h, w)
 
 
-def clip_span(config: ModelConfig, frames: int) -> Span:
-    """What a clip becomes of which `frames` frames are looked at. Raises UserError if there are none."""
+def clip_span(config: ModelConfig, frames: int, width: int = 0, height: int = 0) -> Span:
+    """What a clip becomes of which `frames` frames are looked at. Raises UserError if there are none.
+
+    The size of a frame in pixels matters at native resolution only; without one it is the largest that there is.
+    """
     layout, P = config.layout, config.vision.patches_per_side
     if frames < 1:
         raise UserError("a video without frames; leave it out")
+    if config.image.fit == "native":
+        side = math.isqrt(config.image.max_pixels)
+        return native_span(config, width or side, height or side, frames, clip=True)
     side = -(-P // layout.video_stride) if layout.video_pool == "bilinear" else P // layout.video_stride
     newlines = {"no_token": 0, "one_token": 1, "frame": frames, "grid": frames * side}[layout.video_newline]
     return Span(frames * side * side + newlines, frames, True, height=side, width=side)

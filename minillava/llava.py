@@ -85,9 +85,20 @@ class LLaVA(nn.Module):
         images = images.to(self.vision.patch_embedding.weight.dtype)
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            seen = [self.vision(some) for some in images.split(at_once or len(images))]
+            if self.config.vision.rotary:
+                merge, frames = self.config.projector.merge, [span.frames for span in spans]
+                if at_once and not self.config.vision.strip_slip:  # frames do not see each other
+                    frames = [(1, rows, columns) for count, rows, columns in frames for _ in range(count)]
+                    parts = images.split([rows * columns for _, rows, columns in frames])
+                    seen = [self.vision(part, [frame], merge) for part, frame in zip(parts, frames)]
+                else:
+                    seen = [self.vision(images, frames, merge)]
+            else:
+                seen = [self.vision(some) for some in images.split(at_once or len(images))]
             features_NPC = torch.cat(seen) if len(seen) > 1 else seen[0]
         features_NPC = features_NPC.to(next(self.projector.parameters()).dtype)
+        if self.config.vision.rotary:
+            return list(self.projector(features_NPC).flatten(0, 1).split([span.tokens for span in spans]))
         views = [span.views for span in spans]
         if not any(span.clip for span in spans):
             parts = self.projector(features_NPC).split(views)

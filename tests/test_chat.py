@@ -21,6 +21,8 @@ needs_real = pytest.mark.skipif(
     not (REAL / "llama_tokenizer.model").is_file(), reason="real/llava/llama_tokenizer.model is not there"
 )
 BUILT_IN = [name for name, template in TEMPLATES.items() if not template.one_turn]
+SPECIALS = ["<image>", "<im_start>", "<im_end>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+SPECIALS += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CORPUS = ["USER: What color is it? ASSISTANT: It is red. Human: [INST] Assistant: <<SYS>> ### a b c 1 2 3\n"] * 9
 
 # The chat template of llava-hf/llava-1.5-7b-hf, after its description in the facts sheet: pictures first, no system
@@ -66,7 +68,7 @@ def sentencepiece_folder(folder: Path, legacy: bool) -> Path:
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(buffer.getvalue())
-    added = {str(330 + i): {"content": t, "special": True} for i, t in enumerate(["<image>", "<im_start>", "<im_end>"])}
+    added = {str(330 + i): {"content": t, "special": True} for i, t in enumerate(SPECIALS)}
     config = {
         "legacy": legacy,
         "tokenizer_class": "LlamaTokenizer",
@@ -77,9 +79,10 @@ def sentencepiece_folder(folder: Path, legacy: bool) -> Path:
     return folder
 
 
-def real_tokenizer(folder: Path, legacy: bool):
+def real_tokenizer(folder: Path, legacy: bool, specials=()):
     shutil.copyfile(REAL / "llama_tokenizer.model", folder / "tokenizer.model")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+    added = {str(32000 + i): {"content": t, "special": True} for i, t in enumerate(specials)}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy, "added_tokens_decoder": added}))
     return load_tokenizer(folder)
 
 
@@ -87,8 +90,7 @@ def real_tokenizer(folder: Path, legacy: bool):
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     if request.param == "small":
-        specials = ["<s>", "</s>", "<pad>", "<image>", "<im_start>", "<im_end>", "<|im_start|>", "<|im_end|>"]
-        train_small_tokenizer(CORPUS, path, specials)
+        train_small_tokenizer(CORPUS, path, ["<s>", "</s>", "<pad>", *SPECIALS])
         return path
     return sentencepiece_folder(path, legacy=request.param.endswith("legacy"))
 
@@ -161,7 +163,7 @@ def test_awkward_answers(tmp_path, legacy, answer, first):
 @pytest.mark.parametrize("template", [*BUILT_IN, "plain"])
 def test_pieces_give_the_ids_of_the_whole_text(tmp_path, template, legacy):
     """The original tokenises each stretch between pictures as one; piece by piece the ids are the same."""
-    tokenizer = real_tokenizer(tmp_path, legacy)
+    tokenizer = real_tokenizer(tmp_path, legacy, SPECIALS[1:])
     chat = ChatConfig(template=template)
     lines = (REAL / "coco2014_val_gpt4_qa_30x3.jsonl").read_text().splitlines()
     texts = [line for line in lines if "###" not in line]
@@ -207,6 +209,48 @@ LLAMA_SYSTEM = (
                 " A2 </s>",
             ],
         ),
+        ("mistral_instruct", ["[INST] <image>\nQ1 [/INST]", " A1 </s>", "[INST] Q2 [/INST]", " A2 </s>"]),
+        (
+            "chatml_direct",
+            [
+                "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|>"
+                "<|im_start|>assistant\n",
+                "A1<|im_end|>",
+                "<|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n",
+                "A2<|im_end|>",
+            ],
+        ),
+        (
+            "qwen_1_5",
+            [
+                "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nQ1<|im_end|>\n"
+                "<|im_start|>assistant\n",
+                "A1<|im_end|>",
+                "\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
+                "A2<|im_end|>",
+            ],
+        ),
+        (
+            "onevision_1_5",
+            [
+                "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+                "<|vision_start|><image><|vision_end|>Q1<|im_end|>\n<|im_start|>assistant\n",
+                "A1<|im_end|>",
+                "\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
+                "A2<|im_end|>",
+            ],
+        ),
+        (
+            "llama_3",
+            [
+                f"<|start_header_id|>system<|end_header_id|>\n\n{LLAMA_SYSTEM}<|eot_id|><|start_header_id|>user"
+                "<|end_header_id|>\n\n<image>\nQ1<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+                "A1<|eot_id|>",
+                "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|><|start_header_id|>assistant"
+                "<|end_header_id|>\n\n",
+                "A2<|eot_id|>",
+            ],
+        ),
     ],
 )
 def test_layouts(template, expected):
@@ -214,6 +258,10 @@ def test_layouts(template, expected):
     messages = turns("Q1\n<image>", "A1", "Q2", "A2")
     assert segments(chat, messages, generate=False) == list(zip(expected, [False, True, False, True]))
     assert segments(chat, messages[:3], generate=True) == list(zip(expected[:3], [False, True, False]))
+    if not TEMPLATES[template].system:
+        with pytest.raises(UserError, match=f"'{template}' has no place for a system text"):
+            segments(chat, [Message("system", "Be brief."), *messages], generate=False)
+        return
     told = segments(chat, [Message("system", "Be brief."), *messages], generate=False)
     assert "Be brief." in told[0][0] and told[1:] == segments(chat, messages, generate=False)[1:]
     assert TEMPLATES[template].system not in told[0][0]
@@ -281,15 +329,17 @@ def conversation(rng: random.Random, specials: list[str]) -> tuple[list[Message]
 def test_any_conversation(tokenizer, template, split):
     """Loss on the answers and their stops, to the byte; a prompt is the first part of the sample it opens."""
     chat = ChatConfig(template=template, split_at_image=split)
-    ends = {"llava_v0": "###", "llava_llama_2": " </s>"}
+    written = {"llava_v0": " {}###", "llava_llama_2": " {} </s>", "mistral_instruct": " {} </s>"}
+    written |= dict.fromkeys(("chatml_direct", "qwen_1_5", "onevision_1_5"), "{}<|im_end|>")
+    answer = (written | {"llama_3": "{}<|eot_id|>"}).get(template, " {}</s>")
     rng = random.Random(template)
     for _ in range(60):
-        messages, pictures = conversation(rng, ["<image>", "</s>", "<s>", "<im_start>"])
+        messages, pictures = conversation(rng, ["<image>", "</s>", "<s>", "<im_start>", "<|im_end|>", "<|eot_id|>"])
         image_tokens = [rng.randint(1, 5) for _ in range(pictures)]
         ids, labels = encode(chat, tokenizer, messages, image_tokens, generate=False)
         assert len(ids) == len(labels) and ids.count(chat.image_token_id) == sum(image_tokens)
         assert all(label in (IGNORE, id) for id, label in zip(ids, labels))
-        answers = [f" {m.text}{ends.get(template, '</s>')}" for m in messages if m.role == "assistant"]
+        answers = [answer.replace("{}", m.text) for m in messages if m.role == "assistant"]
         assert text_of(tokenizer, [label for label in labels if label != IGNORE]) == "".join(answers)
         for turn in range(1, len(messages), 2):
             opening = messages[:turn]
