@@ -147,8 +147,9 @@ def segments(
             pieces.append((template.answer.format(text=message.text), True))
             continue
         text = message.text
+        alone = sum(map(text.count, chat.markers)) == 1
         for marker in chat.markers:
-            text = image_first(text, marker)
+            text = image_first(text, marker) if alone else text
             text = text.replace(f"{marker}\n", marker) if template.around else text
             text = text.replace(marker, marker.join(around(chat, template)))
         images = chat.image_token * message.text.count(chat.image_token)

@@ -76,10 +76,13 @@ def frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
 
 
 def rotary_tables(positions_T: Tensor, config: DecoderConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, K] of the rotary embedding, angles computed in float32. The first half of sin is negated: see
-    `rotate`."""
-    angles_T1K = torch.outer(positions_T.float(), frequencies(config, positions_T.device))[:, None]
-    cos, sin = angles_T1K.cos(), angles_T1K.sin()
+    """cos and sin [T, 1, K] of the rotary embedding, angles computed in float32."""
+    return cos_sin(torch.outer(positions_T.float(), frequencies(config, positions_T.device)), dtype)
+
+
+def cos_sin(angles_TF: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `rotate` takes, [T, 1, K] for K/2 angles a token. The first half of sin is negated."""
+    cos, sin = angles_TF[:, None].cos(), angles_TF[:, None].sin()
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 

@@ -176,9 +176,11 @@ def jinja_of(chat: ChatConfig) -> str:
         return "{{- " + (" ~ ".join(names.get(p) or json.dumps(p) for p in parts) or '""') + " -}}"
 
     marked, (before, behind) = "", around(chat, template)
+    count = " + ".join(f"ns.text.count({json.dumps(marker)})" for marker in chat.markers)
     for marker in () if template.one_turn else map(json.dumps, chat.markers):
         first = f'({marker} ~ "\\n" ~ ns.text.replace({marker}, "").strip()).strip()'  # one picture goes in front
-        marked += f"{{%- if ns.text.count({marker}) == 1 -%}}{{%- set ns.text = {first} -%}}{{%- endif -%}}"
+        alone = f"ns.text.count({marker}) == 1 and {count} == 1"
+        marked += f"{{%- if {alone} -%}}{{%- set ns.text = {first} -%}}{{%- endif -%}}"
         if template.around:
             marked += f'{{%- set ns.text = ns.text.replace({marker} ~ "\\n", {marker}) -%}}'
         if before:

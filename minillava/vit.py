@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillava.config import VisionConfig
-from minillava.decoder import rotate
+from minillava.decoder import cos_sin, rotate
 from minillava.kernels.attention import attention
 
 
@@ -161,10 +161,9 @@ class VisionTower(nn.Module):
         places = [patch_positions(rows, columns, merge).repeat(frames, 1) for frames, rows, columns in grids]
         angles_PA = (torch.cat(places).to(like.device)[:, :, None] * frequency_F).flatten(1)
         lengths = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
-        angles_TK = _with_class(angles_PA, self.class_angles.to(angles_PA.dtype), lengths).repeat(1, 2)[:, None]
-        wide = torch.promote_types(like.dtype, torch.float32)
+        angles_TA = _with_class(angles_PA, self.class_angles.to(angles_PA.dtype), lengths)
         boundaries = list(accumulate((n + 1 for n in lengths), initial=0))
-        return boundaries, angles_TK.cos().to(wide), angles_TK.sin().to(wide)
+        return boundaries, *cos_sin(angles_TA, torch.promote_types(like.dtype, torch.float32))
 
 
 def _with_class(x_PD: Tensor, class_1D: Tensor, lengths: Sequence[int]) -> Tensor:
