@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillava.kernels import flash, flash_backward
 from minillava.kernels.frame import register, shapes
 
 # With causal attention, sequences whose length is at least this share of the longest one's are computed as one
@@ -309,6 +310,14 @@ def _checked(q, k, v, cu_seqlens, cu_seqlens_k, prefix, causal, window, scale):
     return q, k, v, cu_q, cu_k, list(prefix or ()), causal, window or 0, q.shape[2] ** -0.5 if scale is None else scale
 
 
+def triton_forward(q_THK, *rest) -> tuple[Tensor, Tensor]:
+    return (flash.forward if flash.takes(q_THK, rest[-1]) else plain_forward)(q_THK, *rest)
+
+
+def triton_backward(do_THK, q_THK, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    return (flash_backward.backward if flash.takes(q_THK, rest[-1]) else plain_backward)(do_THK, q_THK, *rest)
+
+
 def _fake_forward(q_THK, k_SGK, v_SGK, cu_q, cu_k, prefix, causal, window, scale):
     return q_THK.new_empty(q_THK.shape), q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=_wide_dtype(q_THK))
 
@@ -334,7 +343,7 @@ _backward = register(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, SymInt[] cu_q, SymInt[] cu_k,"
     " SymInt[] prefix, bool causal, SymInt window, float scale) -> (Tensor, Tensor, Tensor)",
     plain=plain_backward,
-    cuda=plain_backward,
+    cuda=triton_backward,
     fake=_fake_backward,
 )
 
@@ -342,7 +351,7 @@ _forward = register(
     "attention(Tensor q, Tensor k, Tensor v, SymInt[] cu_q, SymInt[] cu_k, SymInt[] prefix, bool causal,"
     " SymInt window, float scale) -> (Tensor, Tensor)",
     plain=plain_forward,
-    cuda=plain_forward,
+    cuda=triton_forward,
     fake=_fake_forward,
     backward=_autograd,
     setup_context=_setup_context,

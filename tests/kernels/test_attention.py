@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minillava.kernels import attention as module
+from minillava.kernels import flash, flash_backward
 from minillava.kernels.attention import SHORT, attention, attention_with_lse
+from minillava.kernels.frame import HAS_TRITON
 
 CUDA = torch.cuda.is_available()
 needs_compiler = pytest.mark.skipif(
@@ -113,6 +115,119 @@ def check_error(lengths, K, H, G, causal, dtype, device):
     assert_no_worse(ours, peer, exact)
     with torch.no_grad():
         assert_no_worse([attention(*tensors, boundaries(lengths), causal)], peer[:1], exact[:1])
+
+
+# What each interpreted case adds: lengths of queries and keys, K, H, G, dtype, how tiles are read, what is asked for
+INTERPRETED = [
+    ((1, 33, 40), None, 64, 2, 1, torch.float32, "pointer", {"causal": True}),
+    ((1, 33, 40), None, 72, 1, 1, torch.float16, "pointer", {"causal": False}),
+    ((40, 7), None, 72, 2, 1, torch.float16, "descriptor", {"causal": True}),
+    ((9, 40), (50, 40), 32, 1, 1, torch.float16, "descriptor", {"causal": False}),
+    ((40, 3, 2, 1), (12, 40, 0, 5), 16, 1, 1, torch.float32, "pointer", {"causal": True}),
+    ((70,), None, 24, 1, 1, torch.float32, "descriptor", {"causal": True, "window": 7}),
+    ((40, 5), None, 16, 1, 1, torch.float32, "pointer", {"causal": True, "prefix": (20, 0)}),
+    ((3, 2), (0, 0), 16, 1, 1, torch.float32, "pointer", {"causal": True}),
+]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
+@pytest.mark.parametrize(("lengths", "keys", "K", "H", "G", "dtype", "variant", "options"), INTERPRETED)
+def test_triton_kernels_in_the_interpreter(lengths, keys, K, H, G, dtype, variant, options):
+    """Several tiles of queries and keys, partial ones, heads of one and two parts; both backwards."""
+    config = {"variant": variant, "block_m": 32, "block_n": 32, "specialize": False, "warps": 4, "stages": 1}
+    *tensors, dy = inputs(lengths, K, H, G, dtype, keys)
+    cu = boundaries(lengths), boundaries(keys or lengths)
+    rest = (*cu, options.get("prefix", ()), options["causal"], options.get("window", 0), K**-0.5)
+    o, lse = flash.forward(*tensors, *rest, config)
+    two = flash_backward.backward(dy, *tensors, o, lse, *rest, {"backward_keys": config, "backward_queries": config})
+    options = {"keys": keys, **options}
+    exact = gradients(lambda *t: one_by_one(formula, *t, lengths, **options), *(x.double() for x in (*tensors, dy)))
+    peer = gradients(lambda *t: one_by_one(sdpa, *t, lengths, **options), *tensors, dy)
+    peer = [x.nan_to_num() for x in peer]  # SDPA's way with a query that has no key
+    assert_no_worse((o, *two), peer, exact)
+    _, expected = attention_with_lse(
+        *(x.double() for x in tensors),
+        cu[0],
+        options.pop("causal"),
+        cu_seqlens_k=cu[1],
+        **{k: v for k, v in options.items() if k != "keys"},
+    )
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-3, atol=1e-3)
+    if variant == "pointer":  # the interpreter knows no reduction through a descriptor
+        one = flash_backward.backward(dy, *tensors, o, lse, *rest, {"backward": config})
+        assert_no_worse((o, *one), peer, exact)
+        assert all(torch.equal(a, b) for a, b in zip(one[1:], two[1:]))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
+def test_triton_kernels_read_nothing_outside_a_sequence():
+    """Neighbours of NaN; the sequence is shorter than a tile, and its head than a power of two."""
+    config = {"variant": "pointer", "block_m": 32, "block_n": 32, "specialize": False, "warps": 4, "stages": 1}
+    lengths, K = (5, 37, 6), 24
+    *tensors, dy = inputs(lengths, K, 2, 2, torch.float32)
+    tensors, cu, found = (
+        [x.clone() for x in tensors],
+        boundaries(lengths),
+        {"backward_keys": config, "backward_queries": config},
+    )
+    rest = (cu, cu, (), True, 0, 0.2)
+
+    def run(q, k, v, dy):
+        o, lse = flash.forward(q, k, v, *rest, config)
+        return [x[5:42] for x in (o, *flash_backward.backward(dy, q, k, v, o, lse, *rest, found))]
+
+    before = run(*tensors, dy)
+    for x in (*tensors, dy):
+        x[:5], x[42:] = float("nan"), float("nan")
+    for variant in ("pointer", "descriptor"):
+        config["variant"] = variant
+        assert all(torch.equal(a, b) for a, b in zip(run(*tensors, dy), before))
+
+
+@needs_gpu
+def test_deterministic_backward_is_the_same_to_the_bit():
+    *tensors, dy = inputs(MIXED, 128, 4, 2, torch.bfloat16, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (gradients(lambda *t: attention(*t, boundaries(MIXED), True), *tensors, dy) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_head_sizes_are_covered_by_one_product_or_two():
+    for K, expected in (
+        (16, (16, 0)),
+        (24, (32, 0)),
+        (64, (64, 0)),
+        (72, (64, 16)),
+        (80, (64, 16)),
+        (96, (64, 32)),
+        (112, (128, 0)),
+        (128, (128, 0)),
+        (160, (128, 32)),
+        (200, (256, 0)),
+        (256, (256, 0)),
+    ):
+        assert tuple(flash.parts(K).values()) == expected
+
+
+@pytest.mark.parametrize("keys", (False, True))
+def test_table_of_tiles(keys):
+    """Every row of every sequence once, and with causal attention the tiles with most keys (or queries) first."""
+    cu_q, cu_k = (0, 5, 5, 42), (0, 7, 9, 109)
+    table = flash.tiles(cu_q, cu_k, (), keys, 16, True, torch.device("cpu")).tolist()
+    seen = {
+        (row[2 if keys else 0] + first)
+        for row in table
+        for first in range(row[4], min(row[4] + 16, row[3 if keys else 1]))
+    }
+    assert seen == set(range(109 if keys else 42)) and len(table) == (9 if keys else 4)
+    work = [
+        q_len - max(0, first - k_len + q_len) if keys else min(k_len, first + 16 + k_len - q_len)
+        for _, q_len, _, k_len, first, *_ in table
+    ]
+    assert work == sorted(work, reverse=True)
 
 
 @pytest.mark.parametrize("scale", (None, 0.7))

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from minillava.kernels import decode_attention as module
 from minillava.kernels.attention import attention
-from minillava.kernels.decode_attention import decode_attention, plain, reference
+from minillava.kernels.decode_attention import decode_attention, plain, reference, shares, triton_decode
+from minillava.kernels.frame import HAS_TRITON
 
 CUDA = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not CUDA, reason="no GPU here; bf16 and long caches of the Triton kernels wait for one")
@@ -64,6 +65,44 @@ def test_mass_is_the_mean_over_heads():
 @pytest.mark.parametrize(("B", "longest"), ((1, 1), (1, 32768), (64, 300), (3, 2049)))
 def test_error(B, longest, dtype):
     check_error(B, longest, 8, 2, 64, dtype, "cpu")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
+@pytest.mark.parametrize("window", (0, 20))
+@pytest.mark.parametrize(
+    ("lengths", "H", "G", "K", "room", "splits", "dtype"),
+    (
+        ((1, 0, 70), 3, 1, 64, 58, 2, torch.float16),  # fewer blocks than shares, and a row without keys
+        ((128, 100), 2, 2, 72, 0, 2, torch.float32),
+        ((33,), 2, 1, 16, 0, 1, torch.float16),
+    ),
+)
+def test_triton_kernels_in_the_interpreter(lengths, H, G, K, room, splits, dtype, window):
+    q, k, v, lengths_B = inputs(lengths, H, G, K, room, dtype)
+    config = {"block_n": 16, "warps": 4, "stages": 1, "programs": 1}
+    assert shares(len(lengths) * G, k.shape[1], config, 108) == splits
+    exact, mass = reference(q.double(), k.double(), v.double(), lengths_B, 0.3, window)
+    peer = plain(q, k, v, lengths_B, 0.3, window, False)[0]
+    for b, length in enumerate(lengths):  # nothing behind a row's end is read
+        k[b, length:], v[b, length:] = float("nan"), float("nan")
+    ours, mass_BS = triton_decode(q, k, v, lengths_B, 0.3, window, True, config)
+    assert ours.dtype == dtype and error(ours, exact) <= 2 * error(peer, exact)
+    torch.testing.assert_close(mass_BS, mass, rtol=5e-3, atol=1e-5)
+    assert triton_decode(q, k, v, lengths_B, 0.3, window, False, config)[0].equal(ours)
+
+
+def test_shares_follow_the_work():
+    """Enough programs for the card whatever the batch; none with fewer than four blocks; powers of two."""
+    config = {"block_n": 64, "programs": 4}
+    for rows, S, expected in (
+        (32, 4096, 16),
+        (32, 300, 1),
+        (2, 32768, 128),
+        (32 * 64, 4096, 1),
+        (4, 32768, 128),
+        (64, 65536, 8),
+    ):
+        assert shares(rows, S, config, 132) == expected
 
 
 @needs_gpu
