@@ -46,7 +46,9 @@ class Case:
 
 
 def cases(device: str, dtype: torch.dtype, tiny: bool, compiled: bool = True):
-    """Build the cases one after another, so that only one holds memory."""
+    """Build the cases one after another, so that only one holds memory; the last are those of bench/attention.py."""
+    from bench import attention
+
     for label, K, H, O, rows in TINY_PROJECTORS if tiny else PROJECTORS:
         for direction in ("forward", "forward+backward"):
             yield _projector(label, K, H, O, rows, direction, device, dtype, compiled)
@@ -55,6 +57,7 @@ def cases(device: str, dtype: torch.dtype, tiny: bool, compiled: bool = True):
     for kernel, label, rows, width in TINY_ELEMENTWISE if tiny else ELEMENTWISE:
         for direction in ("forward", "forward+backward"):
             yield _elementwise(kernel, label, rows, width, direction, device, dtype, compiled)
+    yield from attention.cases(device, dtype, compiled)
 
 
 def _random(shapes, device: str, dtype: torch.dtype, grad: bool) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench import machine
+from bench import attention, machine
 from bench.cases import HAS_LIGER, Case, cases
 
 # The goals for an H200: (kernel, direction, peer) -> least ratio of the peer's time to ours.
@@ -50,6 +50,8 @@ def missed(row: dict[str, Any]) -> list[str]:
     if row["kernel"] == "rms_norm":
         short = row["share_of_roofline"] < NORM_SHARE_OF_COPY
         return [f"{row['share_of_roofline']:.2f} of copy bandwidth, {NORM_SHARE_OF_COPY} wanted"] if short else []
+    if row["kernel"].endswith("attention"):
+        return attention.missed(row)
     few = int(row["shape"].split()[0]) < 4608
     found = []
     for (kernel, direction, peer), goal in GOALS.items():
@@ -99,7 +101,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     intensities = [row["flops"] / row["bytes"] for row in report["rows"]]
     line = [min([*intensities, peak / bandwidth]) / 4, peak / bandwidth, max([*intensities, peak / bandwidth]) * 4]
     axes.loglog(line, [min(peak, bandwidth * x) / 1e12 for x in line], color="black", label="measured roofline")
-    for kernel, marker in (("fused_mlp", "o"), ("linear_cross_entropy", "s"), ("rms_norm", "^"), ("swiglu", "v")):
+    markers = {"fused_mlp": "o", "linear_cross_entropy": "s", "rms_norm": "^", "swiglu": "v"}
+    for kernel, marker in (*markers.items(), ("attention", "D"), ("decode_attention", "P")):
         for direction, colour in (("forward", "tab:blue"), ("forward+backward", "tab:orange")):
             rows = [r for r in report["rows"] if (r["kernel"], r["direction"]) == (kernel, direction)]
             if rows:
@@ -118,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder for the results (bench/results/<device>)")
     parser.add_argument("--full", action="store_true", help="real shapes on a CPU too (slow)")
+    parser.add_argument("--kernel", action="append", help="only this kernel (may be given again)")
     parser.add_argument("--rounds", type=int, help="calls of every peer (30 on a GPU, 5 on a CPU)")
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile peer out")
     parser.add_argument("--seconds", type=float, default=300.0, help="stop taking new rows after this long")
@@ -132,6 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
     limits = machine.limits(device, dtype, tiny)
     rows = []
     for case in cases(device, dtype, tiny, not chosen.no_compile):
+        if chosen.kernel and case.kernel not in chosen.kernel:
+            continue
         if time.perf_counter() - started > chosen.seconds:
             notes.append(
                 f"Stopped after {chosen.seconds:.0f} s: {case.kernel} {case.shape} and what follows is missing."

@@ -23,12 +23,23 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from minillava.kernels import configs, frame, fused_mlp, linear_cross_entropy, rms_norm, swiglu
+from minillava.kernels import (
+    configs,
+    decode_attention,
+    flash,
+    flash_backward,
+    frame,
+    fused_mlp,
+    linear_cross_entropy,
+    rms_norm,
+    swiglu,
+)
 from minillava.kernels.frame import Card
 
 MARKERS = {
     "wgmma": "wgmma.mma_async",
     "tma": "cp.async.bulk.tensor",
+    "tma reduce": "cp.reduce.async.bulk.tensor",
     "setmaxnreg": "setmaxnreg",
     "mma.sync": "mma.sync",
     "cp.async": "cp.async.cg",
@@ -59,12 +70,15 @@ class Compiled:
         return wrong + [f"has no {name}" for name in self._wanted() if name not in self.instructions]
 
     def _wanted(self) -> list[str]:
+        if self.kernel == "_decode_split" and not self.arch.startswith("gfx"):
+            return ["cp.async", "mma.sync"]
         if "BLOCK_M" not in self.settings:
-            return []  # no matrix product
+            return []  # no matrix product, or none that decides
         if self.arch.startswith("gfx"):
             return ["mfma"]
         wanted = ["setmaxnreg"] if self.settings.get("SPECIALIZE") else []
-        if self.kernel == "_descriptor":
+        if self.kernel == "_descriptor" or self.settings.get("TMA"):
+            wanted += ["tma reduce"] if self.settings.get("REDUCE") else []
             return [*wanted, "tma", "tcgen05" if self.arch == "sm_100" else "wgmma"]
         small = self.settings["BLOCK_M"] < 64 or self.arch != "sm_90"
         return ["cp.async", "mma.sync" if small else "wgmma"]
@@ -195,6 +209,29 @@ def compile_norm(arch: str, part: str, config: dict[str, Any], width: int) -> li
     return found
 
 
+# Part, head size, causal: the towers' heads, the decoder's, and the largest
+FLASH = [("forward", 64, False), ("forward", 72, False), ("forward", 128, True), ("forward", 256, True)]
+FLASH += [(part, K, K != 72) for part in ("backward", "backward_keys") for K in (64, 72, 128, 256)]
+FLASH += [("backward_queries", K, K != 72) for K in (72, 128, 256)] + [("decode", K, False) for K in (64, 128)]
+FEWER = "sm_89", "gfx942"  # cards for which only the decoder's heads are compiled
+
+
+def compile_flash(arch: str, part: str, config: dict[str, Any], K: int, causal: bool) -> list[Compiled]:
+    """Compile one configuration of attention for heads of K, of which four share a key/value head."""
+    q, k, v, o, do = (_meta(2048, heads, K) for heads in (8, 2, 2, 8, 8))
+    lse, cu = _meta(8, 2048, dtype=torch.float32), [0, 577, 2048]
+    rest = (cu, cu, [], causal, 0, K**-0.5)
+    with compiling(arch) as found:
+        if part == "forward":
+            flash.forward(q, k, v, *rest, config)
+        elif part == "decode":
+            cache, lengths = _meta(2, 4096, 2, K), _meta(2, dtype=torch.int64)
+            decode_attention.triton_decode(q[:2], cache, cache, lengths, K**-0.5, 0, True, config)
+        else:
+            flash_backward.backward(do, q, k, v, o, lse, *rest, {part: config})
+    return found
+
+
 def shipped(arch: str) -> Iterator[Compiled]:
     """Compile everything that tuned/*.json ships for `arch`: erf GELU throughout, tanh where descriptors are used."""
     for part, cards in configs.table("fused_mlp").items():
@@ -210,6 +247,11 @@ def shipped(arch: str) -> Iterator[Compiled]:
     for part, cards in configs.table("rms_norm").items():
         for bucket in _buckets(cards, arch):
             yield from compile_norm(arch, part, bucket["config"], bucket.get("width", rms_norm.WIDEST))
+    for part, K, causal in FLASH:
+        if arch not in FEWER or K == 128:
+            config = configs.choose("flash", part, frame.CARDS[arch], 2048, K)
+            found = compile_flash(arch, part, config, K, causal)
+            yield from (row for row in found if row.kernel != "_delta" or part == "backward")
 
 
 def _buckets(cards: dict[str, list], arch: str) -> list[dict[str, Any]]:

@@ -26,10 +26,13 @@ def test_the_report_is_written(tmp_path, capsys):
         ("rms_norm", "forward+backward"),
         ("swiglu", "forward"),
         ("swiglu", "forward+backward"),
+        ("attention", "forward"),
+        ("decode_attention", "forward"),
     }
     for row in report["rows"]:
-        products = set() if row["kernel"] in ("rms_norm", "swiglu") else {"products only"}
-        assert {"ours", "eager"} | products == set(row["peers"]) and row["flop_per_s"] > 0
+        more = {"products only"} if row["kernel"] in ("fused_mlp", "linear_cross_entropy") else set()
+        more |= {"transformers"} if row["kernel"].endswith("attention") else set()
+        assert {"ours", "eager"} | more == set(row["peers"]) and row["flop_per_s"] > 0
     assert report["facts"]["versions"]["torch"] and report["limits"]["copy_bytes_per_s"] > 0
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "kernels.md").read_text()
@@ -64,6 +67,24 @@ def row(rows, eager, products, kernel="fused_mlp", direction="forward", share=0.
 )
 def test_goals(measured, count):
     assert len(reporting.missed(measured)) == count
+
+
+@pytest.mark.parametrize(
+    ("label", "kernel", "shape", "direction", "tflops", "ratios", "share", "count"),
+    (
+        ("decoder", "attention", "4 x 4096", "forward", 560, {"SDPA cuDNN": 1.01}, 0.7, 0),
+        ("decoder", "attention", "4 x 4096", "forward", 540, {"SDPA cuDNN": 0.99}, 0.7, 2),
+        ("decoder", "attention", "4 x 4096", "forward+backward", 460, {"SDPA cuDNN": 1.0}, 0.6, 0),
+        ("CLIP-L", "attention", "1 x 577", "forward", 1, {"eager": 2.0, "SDPA flash": 1.1}, 0.1, 1),
+        ("SigLIP", "attention", "64 x 729", "forward", 1, {"eager": 1.3, "SDPA flash": 1.25}, 0.1, 0),
+        ("packed", "attention", "20 rows", "forward+backward", 1, {"eager": 1.2}, 0.1, 1),
+        ("7B", "decode_attention", "1 x 4096", "forward", 1, {"eager": 1.2}, 0.84, 1),
+        ("7B", "decode_attention", "32 x 4096", "forward", 1, {"eager": 1.2}, 0.5, 0),
+    ),
+)
+def test_goals_of_attention(label, kernel, shape, direction, tflops, ratios, share, count):
+    measured = {"label": label, "kernel": kernel, "shape": shape, "direction": direction, "ratios": ratios}
+    assert len(reporting.missed({**measured, "flop_per_s": tflops * 1e12, "share_of_roofline": share})) == count
 
 
 def test_the_real_shapes_are_those_of_the_models():
