@@ -220,7 +220,7 @@ def compile_flash(arch: str, part: str, config: dict[str, Any], K: int, causal: 
     """Compile one configuration of attention for heads of K, of which four share a key/value head."""
     q, k, v, o, do = (_meta(2048, heads, K) for heads in (8, 2, 2, 8, 8))
     lse, cu = _meta(8, 2048, dtype=torch.float32), [0, 577, 2048]
-    rest = (cu, cu, [], causal, 0, K**-0.5)
+    rest = (cu, cu, (), causal, 0, K**-0.5)
     with compiling(arch) as found:
         if part == "forward":
             flash.forward(q, k, v, *rest, config)

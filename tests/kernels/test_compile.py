@@ -114,6 +114,8 @@ import importlib.util, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
 import torch
+from minillava.kernels.attention import attention
+from minillava.kernels.decode_attention import decode_attention
 from minillava.kernels.fused_mlp import fused_mlp
 from minillava.kernels.linear_cross_entropy import linear_cross_entropy
 assert not any(name.startswith("minillava.kernels.aot") for name in sys.modules)
@@ -121,6 +123,9 @@ x = torch.randn(3, 8, requires_grad=True)
 y = fused_mlp(x, torch.randn(16, 8), None, torch.randn(8, 16), None)
 linear_cross_entropy(y, torch.randn(9, 8), torch.tensor([0, 1, 8])).backward()
 assert x.grad.shape == x.shape
+q, lengths = torch.randn(1, 3, 2, 16), torch.tensor([3])
+last = attention(q, q, q, causal=True)[:, -1]
+torch.testing.assert_close(decode_attention(q[:, -1], q, q, lengths), last)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
