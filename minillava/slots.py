@@ -105,19 +105,22 @@ class Slots:
         done()
         return tokens_B.tolist()
 
-    def _capture(self, n: int, kinds: frozenset[int]) -> torch.cuda.CUDAGraph:
-        """Run the step twice, so that what first use compiles or allocates is there; put its state back; capture it."""
+    def rehearse(self, n: int, kinds: frozenset[int]) -> None:
+        """Run the step twice, so that what first use compiles or allocates is there, and put its state back. What it
+        wrote to the cache lies behind the lengths, where the next step writes."""
         state = (self.tokens_B, self.left_B, self.cache.lengths_B, self.cache.live_B, self.sampler.used_B)
         before = [tensor.clone() for tensor in state]
-        stream = torch.cuda.Stream()
+        for _ in range(2):
+            self.step(n, kinds)
+            for tensor, value in zip(state, before):
+                tensor.copy_(value)
+
+    def _capture(self, n: int, kinds: frozenset[int]) -> torch.cuda.CUDAGraph:
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.step(n, kinds)
-                for tensor, value in zip(state, before):
-                    tensor.copy_(value)
+            self.rehearse(n, kinds)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         with torch.cuda.graph(graph, pool=pool):
             self.step(n, kinds)

@@ -316,6 +316,20 @@ def test_a_step_leaves_every_tensor_in_its_place(engine):
     assert moved_B.max() == 3 and moved_B.min() <= 2 and not slots.cache.live_B[moved_B < 3].any()
 
 
+def test_a_rehearsal_changes_nothing(engine, monkeypatch):
+    """What precedes a capture, in front of every step of a batch that shrinks: the same answers."""
+    expected = [a.token_ids for a in engine.generate(mixed_requests())]
+    launch, rehearsed = Slots.launch, []
+
+    def rehearsing(slots, n):
+        slots.rehearse(size := min(1 << (n - 1).bit_length(), slots.rows), frozenset(slots.kinds[:size]))
+        rehearsed.append(size)
+        launch(slots, n)
+
+    monkeypatch.setattr(Slots, "launch", rehearsing)
+    assert [a.token_ids for a in engine.generate(mixed_requests())] == expected and set(rehearsed) >= {2, 4, 8}
+
+
 def test_compiled_steps_give_the_same_tokens(engine):
     """Eight rows, five steps, float32: the step traced as one graph without a break, its changes of state among the
     graph's outputs, and plain. (Code generation for it takes a minute, and does not pay on a CPU: bench/LOG.md.)"""
@@ -370,3 +384,17 @@ def test_slots_are_used_again(engine):
     next(stream)  # holds the slots until it ends
     assert [a.token_ids for a in engine.generate(mixed_requests())] == first and engine._idle is not slots
     stream.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph: needs a GPU")
+def test_captured_steps_give_the_same_tokens(tiny_model, tiny_tokenizer):
+    """On a GPU, float32: graphs replayed with tokens read a step late, and the same steps run plainly."""
+    engine = Engine(copy.deepcopy(tiny_model).cuda(), tiny_tokenizer)
+    captured = [a.token_ids for a in engine.generate(mixed_requests())]
+    graphs, slots = len(engine._idle.graphs), engine._idle
+    assert graphs > 1, "a batch that shrinks needs several"
+    assert [a.token_ids for a in engine.generate(mixed_requests())] == captured
+    assert engine._idle is slots and len(slots.graphs) == graphs, "the second batch captures nothing"
+    slots._capture = lambda n, kinds: type("Plain", (), {"replay": lambda self: slots.step(n, kinds)})()
+    slots.graphs.clear()
+    assert [a.token_ids for a in engine.generate(mixed_requests())] == captured
