@@ -1,0 +1,156 @@
+"""The built-in world in every form LLaVAs are trained on: captions, questions, text alone, several pictures, clips.
+
+python -m minillava.shapes_mixed FOLDER [NUMBER] writes NUMBER samples of each kind as LLaVA's JSON with pictures and
+folders of frames beside it, which any recipe trains on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from minillava.chat import Message
+from minillava.data import MARKER, VIDEO_MARKER, Sample
+from minillava.shapes import Scene, at, caption, conversation, make_scene, questions
+from minillava.store import ImageRef, ImageStore
+
+KINDS = ("caption", "picture", "text", "several", "video")
+WAYS = {"right": 1, "left": -1, "down": 3, "up": -3}  # one step on the board, as a change of the cell's number
+
+
+class Mixed(ImageStore, Sequence[Sample]):
+    """`number` samples, of the kinds in turn, made when they are asked for; the same index gives the same sample."""
+
+    def __init__(self, number: int, seed: int, kinds: tuple[str, ...] = KINDS, turns: int = 3):
+        self.number, self.seed, self.kinds, self.turns = number, seed, kinds, turns
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index):  # type: ignore[override]
+        if not 0 <= index < self.number:
+            raise IndexError(index)
+        kind = self.kinds[index % len(self.kinds)]
+        scenes, rng = self.scenes(index), random.Random(f"mixed words {self.seed} {index}")
+        images, videos = [ImageRef(f"{index}-{n}", self) for n in range(len(scenes))], []
+        if kind == "caption":
+            messages = [Message("user", MARKER), Message("assistant", caption(scenes[0], rng))]
+        elif kind == "picture":
+            messages = list(conversation(scenes[0], rng, self.turns, MARKER))
+        elif kind == "text":
+            images = []
+            messages = list(conversation(scenes[0], rng, self.turns, caption(scenes[0], rng)))
+        elif kind == "several":
+            messages = _about_several(scenes, rng, self.turns)
+        else:
+            images, videos = [], [ImageRef(f"{index}", self)]
+            messages = _about_clip(scenes)
+        return Sample(f"{kind}-{index}", tuple(images), tuple(messages), kind, tuple(videos))
+
+    def scenes(self, index: int) -> list[Scene]:
+        """The pictures of a sample, or the frames of its clip."""
+        rng = random.Random(f"mixed {self.seed} {index}")
+        kind = self.kinds[index % len(self.kinds)]
+        if kind == "video":
+            return _clip(rng)
+        return [make_scene(rng) for _ in range(rng.randint(2, 4) if kind == "several" else 1)]
+
+    def has(self, name: str) -> bool:
+        return name.split("-")[0].isdigit() and int(name.split("-")[0]) < self.number
+
+    def get(self, name: str, label: str) -> Any:
+        index, *number = map(int, name.split("-"))
+        pictures = [scene.image() for scene in self.scenes(index)]
+        if number:  # some are wide and some are high, so that tiles and padding have something to do
+            side = pictures[number[0]].width
+            size = random.Random(name).choice([(side, side), (2 * side, side), (side, 3 * side)])
+            return pictures[number[0]].resize(size, Image.Resampling.NEAREST)
+        return pictures
+
+
+def _about_several(scenes: Sequence[Scene], rng: random.Random, turns: int) -> list[Message]:
+    """Questions that name the picture they are about; half of the samples have the markers inside the text."""
+    if rng.random() < 0.5:
+        opening = "\n".join([MARKER] * len(scenes))
+    else:
+        opening = " ".join(f"Picture {n}: {MARKER}" for n in range(1, len(scenes) + 1))
+    messages: list[Message] = []
+    for _ in range(turns):
+        n = rng.randrange(len(scenes))
+        (question, *_) = questions(scenes[n], rng, 1) or [None]
+        if question is not None:
+            text = f"In picture {n + 1}: {question.text}"
+            messages += [
+                Message("user", text if messages else f"{opening}\n{text}"),
+                Message("assistant", question.answer),
+            ]
+    return messages or [
+        Message("user", f"{opening}\nHow many pictures are there?"),
+        Message("assistant", str(len(scenes))),
+    ]
+
+
+def _clip(rng: random.Random) -> list[Scene]:
+    """A thing that crosses the board, three squares in a line, for three to nine frames."""
+    scene = make_scene(rng)
+    way = rng.choice(list(WAYS))
+    line = rng.randrange(3)
+    cells = [3 * line + i for i in range(3)] if way in ("right", "left") else [line + 3 * i for i in range(3)]
+    if WAYS[way] < 0:
+        cells.reverse()
+    thing, hold = scene.things[0], rng.randint(1, 3)
+    return [replace(scene, things=(replace(thing, cell=cell),)) for cell in cells for _ in range(hold)]
+
+
+def _about_clip(scenes: Sequence[Scene]) -> list[Message]:
+    first, last = scenes[0].things[0], scenes[-1].things[0]
+    step = (last.cell - first.cell) // 2
+    way = next(way for way, by in WAYS.items() if by == step)
+    asked = f"Which way does the {first.color} {first.shape} move?", "Where is it at the end?"
+    return [
+        Message("user", f"{VIDEO_MARKER}\n{asked[0]}"),
+        Message("assistant", way),
+        Message("user", asked[1]),
+        Message("assistant", at(last.cell)),
+    ]
+
+
+def write(folder: Path, number: int, seed: int = 0) -> dict[str, Path]:
+    """A JSON file for each kind, with `number` samples; pictures and folders of frames under `folder`/media."""
+    files = {}
+    for kind in KINDS:
+        samples, rows = Mixed(number, seed, (kind,)), []
+        for sample in samples:
+            row: dict[str, Any] = {"id": sample.id}
+            for ref in (*sample.images, *sample.videos):
+                pictures = samples.get(ref.name, sample.name)
+                path = folder / "media" / f"{kind}-{ref.name}"
+                if isinstance(pictures, list):
+                    path.mkdir(parents=True, exist_ok=True)
+                    for n, frame in enumerate(pictures):
+                        frame.save(path / f"{n}.png")
+                else:
+                    path = path.with_suffix(".png")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    pictures.save(path)
+                row.setdefault("video" if sample.videos else "image", []).append(path.name)
+            row["conversations"] = [
+                {"from": {"user": "human", "assistant": "gpt"}[m.role], "value": m.text} for m in sample.messages
+            ]
+            rows.append(row)
+        files[kind] = folder / f"{kind}.json"
+        files[kind].parent.mkdir(parents=True, exist_ok=True)
+        files[kind].write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return files
+
+
+if __name__ == "__main__":
+    for kind, path in write(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 100).items():
+        print(f"{kind}: {path}")
