@@ -27,17 +27,22 @@ def main() -> int:
     parser.add_argument("--stage", metavar="NAME", help="train this stage only, on what the earlier ones left in --out")
     parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
+    parser.add_argument(
+        "--inspect", type=int, metavar="N", help="show N samples of each stage as they would be trained"
+    )
     args = parser.parse_args()
 
     from minillava.recipe import read_recipe
 
     try:
         recipe = read_recipe(args.recipe, args.set, args.out)
-        from minillava.pipeline import (
-            run_recipe,
-        )  # torch and all: seconds, so not before the recipe is known to be good
+        # torch and all: seconds, so not before the recipe is known to be good
+        from minillava.pipeline import inspect_recipe, run_recipe
 
-        run_recipe(recipe, args.resume, args.stage)
+        if args.inspect is not None:
+            inspect_recipe(recipe, args.inspect, args.stage)
+        else:
+            run_recipe(recipe, args.resume, args.stage)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

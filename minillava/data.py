@@ -21,7 +21,7 @@ import torch
 
 from minillava import chat
 from minillava.chat import IGNORE, Message
-from minillava.config import ModelConfig, UserError
+from minillava.config import ChatConfig, ModelConfig, UserError
 from minillava.image import prepare_clip, prepare_views
 from minillava.layout import Span, image_tokens
 from minillava.store import ImageRef, ImageStore, open_store
@@ -270,6 +270,12 @@ def encode_sample(sample: Sample, config: ModelConfig, tokenizer: Tokenizer, max
     return Example(ids, labels, pixels, length - len(ids), tuple(span for _, span in visuals))
 
 
+def marked(sample: Sample, config: ChatConfig) -> list[Message]:
+    """The sample's messages with a checkpoint's own markers."""
+    theirs = config.image_token, config.video_token or config.image_token
+    return [Message(m.role, _remark(m.text, theirs, bool(sample.videos))) for m in sample.messages]
+
+
 def _remark(text: str, markers: tuple[str, str], clips: bool) -> str:
     """The JSON's markers as those of a checkpoint; without clips <video> is a word."""
     parts = re.split(f"({MARKER}|{VIDEO_MARKER})" if clips else f"({MARKER})", text)
@@ -299,10 +305,7 @@ def _encode_text(
     clips: Sequence[Clip],
 ) -> tuple[list[int], list[int]]:
     """Ids and labels; `tokens` are those of each picture and of each clip."""
-    messages: Sequence[Message] = sample.messages
-    theirs = config.chat.image_token, config.chat.video_token or config.chat.image_token
-    if theirs != (MARKER, VIDEO_MARKER):
-        messages = [Message(m.role, _remark(m.text, theirs, bool(clips))) for m in messages]
+    messages = marked(sample, config.chat)
     if clips and config.layout.time_instruction:
         messages = chat.tell_times(config.chat, messages, len(tokens[0]), [clip.instruction() for clip in clips])
     try:

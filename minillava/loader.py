@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -264,26 +264,53 @@ def _quiet(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@dataclass
+class Survey:
+    """What was found in some samples, spread over the data."""
+
+    failures: list[str] = field(default_factory=list)  # why a sample cannot be used, "nothing to learn" among it
+    sources: dict[str, Counter[str]] = field(default_factory=dict)  # by file: samples, tokens, trained, cut, pictures
+    learned: str = ""  # the trained text of one of them
+
+    def total(self, what: str) -> int:
+        return sum(counts[what] for counts in self.sources.values())
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` indices, or all, at equal distances."""
+    return [i * count // min(count, wanted) for i in range(min(count, wanted))]
+
+
+def survey(dataset: Dataset, wanted: int) -> Survey:
+    found = Survey()
+    for index in spread(len(dataset), wanted):
+        sample = dataset.samples[index]
+        try:
+            example = dataset[index]
+        except SampleError as error:
+            found.failures.append(str(error))
+            continue
+        learned = [label for label in example.labels if label != IGNORE]
+        counts = found.sources.setdefault(sample.source, Counter())
+        counts.update(samples=1, tokens=len(example.ids), trained=len(learned), cut=bool(example.cut))
+        counts.update(pictures=len(example.spans), visual=sum(span.tokens for span in example.spans))
+        found.learned = found.learned or dataset.tokenizer.decode(learned, skip_special=False)
+    return found
+
+
 def check_supervision(dataset: Dataset, count: int = 200) -> str:
     """Encode up to `count` samples spread over the data before a run starts, and say what would be learned.
 
     Returns a line with the share of supervised tokens and the supervised text of one sample. Raises UserError if more
     than one in 200 has no supervised token, or if none can be used.
     """
-    step = max(1, len(dataset) // count)
-    picked = list(range(0, len(dataset), step))[:count]
-    failures: list[str] = []
-    tokens = supervised = 0
-    sample_text = ""
-    for index in picked:
-        try:
-            example = dataset[index]
-        except SampleError as error:
-            failures.append(str(error))
-            continue
-        learned = [label for label in example.labels if label != IGNORE]
-        tokens, supervised = tokens + len(example.ids), supervised + len(learned)
-        sample_text = sample_text or dataset.tokenizer.decode(learned, skip_special=False)
-    if len(failures) * 200 > len(picked):
-        raise UserError(f"{len(failures)} of {len(picked)} samples tried cannot be used, the first: {failures[0]}")
-    return f"{supervised:,} of {tokens:,} tokens of {len(picked)} samples are supervised, such as {sample_text!r}"
+    found = survey(dataset, count)
+    good, failures = found.total("samples"), found.failures
+    tried = good + len(failures)
+    if len(failures) * 200 > tried:
+        raise UserError(f"{len(failures)} of {tried} samples tried cannot be used, the first: {failures[0]}")
+    cut = f", {found.total('cut')} are cut" if found.total("cut") else ""
+    return (
+        f"{found.total('trained'):,} of {found.total('tokens'):,} tokens of {tried} samples are supervised{cut}, "
+        f"such as {found.learned!r}"
+    )

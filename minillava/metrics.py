@@ -107,8 +107,9 @@ def _products(module: nn.Module, input_gradient: bool) -> int:
     layer: Any
     for layer in module.modules():
         if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-            trained = any(p.requires_grad for p in layer.parameters(recurse=False))
-            total += 2 * layer.in_features * layer.out_features * (1 + input_gradient + trained)
+            trained = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
+            total += 2 * layer.in_features * layer.out_features * (1 + input_gradient + ("weight" in trained))
+            total += sum(6 * p.numel() for name, p in trained.items() if name.startswith("lora_"))
     return total
 
 

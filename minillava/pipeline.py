@@ -11,6 +11,7 @@ import functools
 import importlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +19,18 @@ from typing import Any
 
 import torch
 
-from minillava import checkpoint, hf_config, lora, names, parallel, tensor_files, weights
+from minillava import checkpoint, hf_config, look, lora, names, parallel, tensor_files, weights
 from minillava.config import ModelConfig, UserError, nearest
 from minillava.llava import LLaVA
 from minillava.progress import Log, plot
 from minillava.projector import Projector
 from minillava.quantize import Scheme
 from minillava.recipe import ModelRecipe, Recipe, StageConfig, differences, read_recipe, stage_index, to_toml
-from minillava.tasks import Run, make_task, merge_config, task_class
+from minillava.tasks import LLaVATask, Run, make_task, merge_config, task_class
 from minillava.tokenizer import Tokenizer, load_tokenizer
 from minillava.trainer import Trainer, compute_dtype
 
+ANSWERS = 8  # to held-out samples, written at a stage's end
 # Tokenizers that are made, not read: name in a recipe -> module and function(folder, recipe) that writes the files.
 TOKENIZERS = {"shapes": "minillava.pretrain:write_tokenizer", "data": "minillava.pretrain:write_data_tokenizer"}
 
@@ -50,7 +52,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, only: str | None = None) ->
     run = make_run(recipe, folder, device)
     ranks = f", {parallel.world()} ranks" if parallel.world() > 1 else ""
     print(f"{recipe.name} in {folder} on {describe_device(device)}{ranks}; {count(run.model)}")
-    log = Log(folder / "log.jsonl" if parallel.is_main() else Path(os.devnull))
+    log = Log(folder / "log.jsonl", recipe.sinks) if parallel.is_main() else Log(Path(os.devnull))
     results: dict[str, dict[str, float]] = {}
     try:
         for stage in recipe.stage[: recipe.stage.index(chosen[-1]) + 1]:
@@ -84,6 +86,7 @@ def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str,
     torch.manual_seed(seed + parallel.rank() * task_class(stage).split)  # ranks that share a step drop out differently
     began_s = time.monotonic()
     folder = run.folder / stage.name
+    run.model.config = run.config
     if run.fill is not None:
         run.model = fresh(run)
         if not task_class(stage).split:
@@ -98,9 +101,41 @@ def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str,
     run.finished.append(stage)
     if run.fill is None and stage is not run.recipe.stage[-1]:
         lora.add(dict(run.model.named_parameters()), lora.detach(run.model), stage.lora)
+    if (
+        parallel.is_main()
+        and isinstance(task, LLaVATask)
+        and task.held_out is not None
+        and "template" not in stage.chat
+    ):
+        shown = [task.held_out.samples[i] for i in look.spread(len(task.held_out), ANSWERS)]
+        try:
+            look.write_answers(folder / "model", shown, folder / "answers.jsonl", run.device)
+        except torch.OutOfMemoryError:
+            print("  no sample answers: the exported model does not fit beside the training")
+    parallel.barrier()
     summary = "; ".join(filter(None, (f"  {time.monotonic() - began_s:,.0f} s", task.summary())))
     print(summary + (f"; {trainer.skipped} steps skipped" if trainer.skipped else ""), flush=True)
     return measured
+
+
+def inspect_recipe(recipe: Recipe, number: int, only: str | None = None) -> None:
+    """Show `number` samples of each stage, or of `only` one, as the model would see them; no weights are loaded.
+
+    Raises UserError where a sample cannot be used or trains nothing.
+    """
+    chosen = recipe.stage if only is None else (recipe.stage[stage_index(recipe, only)],)
+    with tempfile.TemporaryDirectory() as folder:
+        config, tokenizer = read_config(recipe, Path(folder))
+        with torch.device("meta"):
+            model = LLaVA(config)
+        run = Run(recipe, Path(folder), model, tokenizer, torch.device("cpu"), torch.float32)
+        for stage in chosen:
+            print(f"stage {stage.name}: {stage.task}")
+            if not issubclass(task_class(stage), LLaVATask):
+                print("  makes its own data, which is not shown")
+                continue
+            task = make_task(run, dataclasses.replace(stage, row_tokens=0))
+            look.show(task.dataset, number)  # type: ignore[attr-defined]
 
 
 def load_stage(run: Run, model: LLaVA, stage: StageConfig) -> None:
@@ -165,26 +200,14 @@ def make_run(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     wanted, shared = recipe.model, parallel.world() > 1
     if wanted.quantize and not wanted.base:
         raise UserError("model: quantize is for the weights of a base; name one, or leave quantize out")
-    with parallel.main_first():
-        tokenizer = make_tokenizer(recipe, folder)
-    if wanted.base:
-        read = weights.read_config(wanted.base)
-        config = merge_config(read, wanted.tables, "model")
-        if config != dataclasses.replace(read, chat=config.chat):
-            raise UserError("model: a base brings its own sizes and image size; only [model.chat] can be changed")
-        if wanted.quantize or not shared:
-            model = load_base(wanted, device)
-        else:
-            model = weights.load_model(wanted.base, device="meta")
-        model.config = config
-    else:
-        config = new_config(wanted, tokenizer)
+    config, tokenizer = read_config(recipe, folder)
+    if not wanted.base:
         model = new_model(wanted, config, recipe.seed, (lambda *_: None) if shared else None)
-    if tokenizer.vocab_size > config.decoder.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the decoder's embedding {config.decoder.vocab_size} rows; "
-            "set model.decoder.vocab_size or use the model's own tokenizer"
-        )
+    elif wanted.quantize or not shared:
+        model = load_base(wanted, device)
+    else:
+        model = weights.load_model(wanted.base, device="meta")
+    model.config = config
     computes = {compute_dtype(stage.dtype, device) for stage in recipe.stage}
     half = torch.bfloat16 if torch.bfloat16 in computes else torch.float32  # what 16-bit checkpoints are held in
     save_dtype = torch.float32 if model.decoder.embed.weight.dtype == torch.float32 else torch.bfloat16
@@ -195,6 +218,26 @@ def make_run(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     if shared:
         run.fill = functools.partial(fill, run)
     return run
+
+
+def read_config(recipe: Recipe, folder: Path) -> tuple[ModelConfig, Tokenizer]:
+    """What [model] says, without its weights; a tokenizer that has to be made is written into the run's folder."""
+    wanted = recipe.model
+    with parallel.main_first():
+        tokenizer = make_tokenizer(recipe, folder)
+    if wanted.base:
+        read = weights.read_config(wanted.base)
+        config = merge_config(read, wanted.tables, "model")
+        if config != dataclasses.replace(read, chat=config.chat):
+            raise UserError("model: a base brings its own sizes and image size; only [model.chat] can be changed")
+    else:
+        config = new_config(wanted, tokenizer)
+    if tokenizer.vocab_size > config.decoder.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the decoder's embedding {config.decoder.vocab_size} rows; "
+            "set model.decoder.vocab_size or use the model's own tokenizer"
+        )
+    return config, tokenizer
 
 
 def load_base(wanted: ModelRecipe, device: torch.device) -> LLaVA:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import sys
+import uuid
 from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,72 @@ from minillava import parallel
 from minillava.config import UserError
 
 
-class Log:
-    """log.jsonl of a run: a line for every step and every evaluation, each with its stage and step."""
+class TensorBoard:
+    """Curves for TensorBoard, each stage a run; what a stage wrote behind the step it starts again from is purged."""
 
-    def __init__(self, path: Path):
+    def __init__(self, folder: Path):
+        self.folder = folder / "tensorboard"
+        self.writers: dict[str, Any] = {}
+
+    def write(self, stage: str, step: int, numbers: dict[str, float]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if stage not in self.writers:
+            self.writers[stage] = SummaryWriter(str(self.folder / stage), purge_step=step)
+        for name, value in numbers.items():
+            self.writers[stage].add_scalar(name, value, step)
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
+
+
+class WandB:
+    """Curves for Weights & Biases; a run that is resumed goes on in the same one."""
+
+    def __init__(self, folder: Path):
+        import wandb
+
+        known = folder / "wandb-id"
+        if not known.exists():
+            known.write_text(uuid.uuid4().hex)
+        settings = {"name": folder.name, "id": known.read_text(), "dir": str(folder), "resume": "allow"}
+        self.run: Any = wandb.init(project="minillava", **settings)
+        self.stages: set[str] = set()
+
+    def write(self, stage: str, step: int, numbers: dict[str, float]) -> None:
+        if stage not in self.stages:
+            self.stages.add(stage)
+            self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        self.run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in numbers.items()}})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+SINKS = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+class Log:
+    """log.jsonl of a run: a line for every step and every evaluation, each with its stage and step.
+
+    `sinks` (names of SINKS) are told the same. Raises UserError where the package of one is missing.
+    """
+
+    def __init__(self, path: Path, sinks: Sequence[str] = ()):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.file = path.open("a", encoding="utf-8", buffering=1)
+        for name in sinks:
+            if importlib.util.find_spec(name) is None:
+                raise UserError(f"sinks: {name} is not installed; pip install {name}, or leave it out")
+        self.sinks: list[Any] = [SINKS[name](path.parent) for name in sinks]
 
-    def write(self, **values: Any) -> None:
-        self.file.write(json.dumps(values) + "\n")
+    def write(self, stage: str, step: int, **values: Any) -> None:
+        self.file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        numbers = dict(_numbers("", values)) if self.sinks else {}
+        for sink in self.sinks:
+            sink.write(stage, step, numbers)
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget what a killed run wrote behind its last checkpoint: it will be computed and written again."""
@@ -37,6 +96,17 @@ class Log:
 
     def close(self) -> None:
         self.file.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+def _numbers(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """All numbers of a line by path: lr/projector."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(f"{prefix}{name}/", value)
+        elif isinstance(value, int | float):
+            yield f"{prefix}{name}", value
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minillava.config import ChatConfig, ModelConfig, UserError, from_dict, nearest, to_dict
+from minillava.config import ChatConfig, LayoutConfig, ModelConfig, UserError, from_dict, nearest, to_dict
 
 # Keys that may differ when a run is resumed: they do not change what is computed.
 FREE_KEYS = (
@@ -28,6 +28,7 @@ FREE_KEYS = (
     "timeout",
     "checkpointing",
     "compile",
+    "sinks",
 )
 
 
@@ -37,6 +38,7 @@ class DataConfig:
 
     path: str = ""  # .json or .jsonl
     images: str = ""  # the folder or zip that its image paths are relative to; may be empty for text alone
+    take: str = "all"  # which of its samples: all, first:N, end:N or random:N (by seed); N may be a percentage
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class StageConfig:
     eval_data: tuple[DataConfig, ...] = ()  # empty: eval_samples are held out of data
     shapes: dict[str, Any] = field(default_factory=dict)  # options of the built-in world; the task reads them
     chat: dict[str, Any] = field(default_factory=dict)  # keys of ChatConfig for this stage, such as template = "plain"
+    layout: dict[str, Any] = field(default_factory=dict)  # keys of LayoutConfig for this stage, laid over the model's
     lr: dict[str, float] = field(default_factory=dict)  # peak learning rate per part; a part without one is frozen
     lora: dict[str, LoRAConfig] = field(default_factory=dict)  # parts that train adapters (at their lr) in their place
     steps: int = 0  # optimizer steps; or
@@ -88,7 +91,8 @@ class StageConfig:
     micro_batch: int = 0  # samples a forward pass on one rank; 0: all of batch_size, in equal shares
     row_tokens: int = 0  # pack samples into rows of this many tokens; batch_size and micro_batch then count rows
     warmup: float = 0.03  # share of the steps in which the rate rises linearly
-    schedule: str = "cosine"  # to zero; or constant
+    schedule: str = "cosine"  # or constant
+    floor: float = 0.0  # share of the peak rate that the cosine ends at
     optimizer: str = "adamw"  # or muon, for the matrices; the rest has AdamW still
     weight_decay: float = 0.0  # of matrices; norms, biases and embeddings never decay
     betas: tuple[float, float] = (0.9, 0.999)
@@ -119,6 +123,7 @@ class Recipe:
     seed: int = 42
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, cuda:1, mps
     out: str = ""  # the run's folder; empty: runs/NAME
+    sinks: tuple[str, ...] = ()  # who is told what the log is told: tensorboard, wandb
     shard: int = 0  # ranks that share one copy of the model under torchrun (HSDP: those of a node); 0: all
     offload: bool = False  # under torchrun, keep parameters and optimizer in the hosts' memory
     timeout: float = 10.0  # minutes after which a rank that waits for the others says where it stands and gives up
@@ -198,6 +203,9 @@ def _check(recipe: Recipe, where: str) -> None:
         if not holds:
             raise UserError(f"{where}: {message}")
 
+    for sink in recipe.sinks:
+        require(sink in SINKS, f"sinks: '{sink}'{nearest(sink, SINKS)}")
+
     from_dict(ModelConfig, recipe.model.tables, f"{where}: model")
     require(bool(recipe.stage), "has no [[stage]]; add one")
     names = [stage.name for stage in recipe.stage]
@@ -209,12 +217,20 @@ def _check(recipe: Recipe, where: str) -> None:
         )
         require(names.count(stage.name) == 1, f"{at}: the name is used twice")
         from_dict(ChatConfig, stage.chat, f"{where}: {at}: chat")
+        brought = {"merge": "unpad"} if recipe.model.base else {}  # a base's own layout is not known yet
+        from_dict(LayoutConfig, brought | recipe.model.layout | stage.layout, f"{where}: {at}: layout")
+        for file in (*stage.data, *stage.eval_data):
+            require(
+                re.fullmatch(r"all|(first|end|random):\d+(\.\d+)?%|(first|end|random):\d+", file.take) is not None,
+                f"{at}: data: take '{file.take}'; use all, first:N, end:N or random:N, where N may be a percentage",
+            )
         require(bool(stage.lr), f"{at}: lr is empty, nothing would be trained; set e.g. lr = {{projector = 1e-3}}")
         for part, rate in stage.lr.items():
             require(rate > 0, f"{at}: lr.{part} is {rate}; leave the part out to freeze it")
         require((stage.steps > 0) != (stage.epochs > 0), f"{at}: set either steps or epochs")
         require(stage.batch_size > 0 and stage.micro_batch >= 0, f"{at}: batch_size and micro_batch must be positive")
         require(0 <= stage.warmup < 1, f"{at}: warmup is a share of the steps, from 0 to below 1")
+        require(0 <= stage.floor <= 1, f"{at}: floor is a share of the peak rate, from 0 to 1")
         require(stage.schedule in SCHEDULES, f"{at}: schedule '{stage.schedule}'{nearest(stage.schedule, SCHEDULES)}")
         require(
             stage.optimizer in OPTIMIZERS, f"{at}: optimizer '{stage.optimizer}'{nearest(stage.optimizer, OPTIMIZERS)}"
@@ -241,6 +257,7 @@ CHECKPOINTING = ("off", "selective", "full")
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant")
+SINKS = ("tensorboard", "wandb")
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -84,8 +84,7 @@ def _about_several(scenes: Sequence[Scene], rng: random.Random, turns: int) -> l
     messages: list[Message] = []
     for _ in range(turns):
         n = rng.randrange(len(scenes))
-        (question, *_) = questions(scenes[n], rng, 1) or [None]
-        if question is not None:
+        for question in questions(scenes[n], rng, 1):
             text = f"In picture {n + 1}: {question.text}"
             messages += [
                 Message("user", text if messages else f"{opening}\n{text}"),

@@ -10,6 +10,9 @@ import dataclasses
 import hashlib
 import importlib
 import itertools
+import math
+import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,11 +25,11 @@ from torch import Tensor, nn
 
 from minillava import lora, parallel
 from minillava.chat import Message
-from minillava.config import ChatConfig, ModelConfig, UserError, from_dict, nearest, to_dict
+from minillava.config import ModelConfig, UserError, from_dict, nearest, to_dict
 from minillava.data import IGNORE, MARKER, Batch, Example, Sample, pack, scan
 from minillava.image import prepare_views
 from minillava.llava import LLaVA, next_labels
-from minillava.loader import Dataset, Loader, Tally, check_supervision
+from minillava.loader import Dataset, Loader, Tally, check_supervision, spread
 from minillava.metrics import Work
 from minillava.packing import Order
 from minillava.recipe import DataConfig, Recipe, StageConfig
@@ -54,6 +57,9 @@ class Run:
     save_dtype: torch.dtype  # of exported checkpoints
     fill: Callable[[LLaVA], None] | None = None  # gives a model that is on meta its weights; None: it has them
     finished: list[StageConfig] = field(default_factory=list)  # stages whose results the model has, or shall be given
+
+    def __post_init__(self) -> None:
+        self.config: ModelConfig = self.model.config  # of the model that comes out; a stage's layout may differ
 
 
 class Task:
@@ -154,8 +160,8 @@ class LLaVATask(Task):
         self.run, self.stage = run, stage
         self.model = run.model
         self.parts = {"vision": run.model.vision, "projector": run.model.projector, "decoder": run.model.decoder}
-        chat = {**to_dict(run.model.config.chat), **stage.chat}
-        self.config = dataclasses.replace(run.model.config, chat=from_dict(ChatConfig, chat, "chat"))
+        self.config = merge_config(run.config, {"chat": stage.chat, "layout": stage.layout}, f"stage '{stage.name}'")
+        run.model.config = dataclasses.replace(run.config, layout=self.config.layout)
         seed = stage.seed if stage.seed >= 0 else run.recipe.seed
 
         samples, held_out = self.read_samples(seed)
@@ -254,15 +260,23 @@ class LLaVATask(Task):
         return counts
 
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
-        """Loss a supervised token on what was held out."""
+        """Loss a supervised token on what was held out, and on that of each file where there are several."""
         if self.held_out is None:
             return {}
-        total, count = 0.0, 0
-        for first in range(0, len(self.held_out), self.stage.micro):
-            rows = range(first, min(first + self.stage.micro, len(self.held_out)))
-            loss, supervised = self.loss(call, self.held_out.batch(rows, 0))
-            total, count = total + loss.item(), count + supervised
-        measured = {"eval_loss": total / count}
+        counts: Counter[str] = Counter()
+        totals: dict[str, list[float]] = {}
+        for source in dict.fromkeys(sample.source for sample in self.held_out.samples):
+            mine = [i for i, sample in enumerate(self.held_out.samples) if sample.source == source]
+            for first in range(0, len(mine), self.stage.micro):
+                loss, supervised = self.loss(call, self.held_out.batch(mine[first : first + self.stage.micro], 0))
+                totals.setdefault(source, []).append(loss.item())
+                counts[source] += supervised
+        measured = {"eval_loss": sum(map(sum, totals.values())) / counts.total()}
+        if len(totals) > 1:
+            paths = [Path(source) for source in totals]
+            stems = [path.stem if [p.stem for p in paths].count(path.stem) == 1 else str(path) for path in paths]
+            for stem, (source, losses) in zip(stems, totals.items()):
+                measured[f"eval_loss/{stem}"] = sum(losses) / counts[source]
         return measured | self.exact_answers(self.held_out, call) if self.stage.eval_exact else measured
 
     def exact_answers(self, held_out: Dataset, call: Callable[..., Any]) -> dict[str, float]:
@@ -279,7 +293,11 @@ class LLaVATask(Task):
         return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
 
     def save(self, folder: Path) -> None:
+        """The checkpoint is the run's model: a stage's own chat and layout are how it was trained, no more."""
+        model, mine = self.run.model, self.run.model.config
+        model.config = self.run.config
         export(self.run, folder)
+        model.config = mine
 
     def state(self) -> dict[str, Any]:
         return self.tally.state()
@@ -297,7 +315,7 @@ def split_data(stage: StageConfig, seed: int) -> tuple[list[Sample], list[Sample
     What `eval_samples` holds out is chosen by the names of a sample's pictures, so that all stages over the same
     pictures hold out the same ones.
     """
-    samples, held_out = read_data(stage.data), read_data(stage.eval_data)
+    samples, held_out = read_data(stage.data, seed), read_data(stage.eval_data, seed)
     if stage.eval_samples and not held_out:
         if stage.eval_samples >= len(samples):
             raise UserError(f"stage '{stage.name}': eval_samples leaves nothing of {len(samples)} samples to train on")
@@ -310,7 +328,9 @@ def split_data(stage: StageConfig, seed: int) -> tuple[list[Sample], list[Sample
         samples, held_out = samples[stage.eval_samples :], samples[: stage.eval_samples]
     if stage.split_turns:
         samples = [turn for sample in samples for turn in turns_of(sample)]
-    return samples, held_out[: stage.eval_samples or None]
+    if stage.eval_samples:
+        held_out = [held_out[i] for i in spread(len(held_out), stage.eval_samples)]  # of every file
+    return samples, held_out
 
 
 def turns_of(sample: Sample) -> list[Sample]:
@@ -347,8 +367,8 @@ def blank_example(config: ModelConfig) -> Example:
     return Example(ids, [IGNORE] * span.tokens, views_NCHW, spans=(span,))
 
 
-def read_data(files: Sequence[DataConfig]) -> list[Sample]:
-    """All samples of several files, with a line for each file. Raises UserError if one cannot be used."""
+def read_data(files: Sequence[DataConfig], seed: int = 0) -> list[Sample]:
+    """The samples of several files, with a line for each file. Raises UserError if one cannot be used."""
     samples: list[Sample] = []
     for file in files:
         found, report = scan(Path(file.path), Path(file.images) if file.images else None)
@@ -356,8 +376,23 @@ def read_data(files: Sequence[DataConfig]) -> list[Sample]:
         if report.problems:
             more = f" ({len(report.problems) - 1:,} more samples are unusable)" if len(report.problems) > 1 else ""
             raise UserError(report.problems[0] + more)
-        samples += found
+        taken = take(found, file.take, f"{seed} {file.path} {file.take}")
+        if len(taken) < len(found):
+            print(f"    {len(taken):,} of them are taken ({file.take})")
+        samples += taken
     return samples
+
+
+def take(samples: list[Sample], which: str, seed: str) -> list[Sample]:
+    """all, first:N, end:N or random:N of the samples, N a number or a percentage (rounded up); in their order."""
+    kind, _, amount = which.partition(":")
+    if kind == "all":
+        return samples
+    share = round(len(samples) * float(amount[:-1]) / 100, 6) if amount.endswith("%") else float(amount)
+    number = min(math.ceil(share), len(samples))
+    if kind == "random":
+        return [samples[i] for i in sorted(random.Random(seed).sample(range(len(samples)), number))]
+    return samples[:number] if kind == "first" else samples[len(samples) - number :]
 
 
 def rounded_up(batch: Batch, image_token_id: int) -> Batch:

@@ -320,7 +320,7 @@ class Trainer:
 
 
 def schedule(stage: StageConfig, step: int, steps: int) -> float:
-    """Factor of the peak rate in step `step` (from 0): a linear rise, then half a cosine towards zero.
+    """Factor of the peak rate in step `step` (from 0): a linear rise, then half a cosine towards the floor.
 
     As in the HF Trainer, but for one step's shift: there the first step has a rate of zero.
     """
@@ -329,7 +329,8 @@ def schedule(stage: StageConfig, step: int, steps: int) -> float:
         return (step + 1) / warmup
     if stage.schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    fallen = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return stage.floor + (1 - stage.floor) * fallen
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

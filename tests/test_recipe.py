@@ -98,6 +98,11 @@ def test_set_reaches_every_kind_of_value(recipe_file, change, wanted):
         ("model.decoder.num_layers.x=1", ["expected int"]),
         ("stage.first.steps.x=1", ["inside a value"]),
         ("stage=[]", ["has no [[stage]]"]),
+        ("stage.second.data.0.take=random:x", ["take 'random:x'", "first:N"]),
+        ("stage.second.layout.girds=[[1, 2]]", ["unknown key 'girds'", "'grids'"]),
+        ("stage.second.floor=2.0", ["floor is a share"]),
+        ("stage.second.row_tokens=100", ["row_tokens is below max_tokens"]),
+        ('sinks=["tensorbord"]', ["'tensorbord'", "'tensorboard'"]),
         ("seed", ["expected key=value"]),
     ],
 )
@@ -145,18 +150,55 @@ def test_micro_batch_is_bounded_by_the_batch():
     assert StageConfig(batch_size=8, micro_batch=30).micro == 8
 
 
+P, D, V = "projector", "decoder", "vision"
+ALL = {P: 1e-5, D: 1e-5, V: 2e-6}
+# (rates, batch size, epochs or steps) of each stage, from the papers and scripts that the recipes name.
+NUMBERS = {
+    "llava-v1": [({P: 2e-3}, 128, 1), ({P: 2e-5, D: 2e-5}, 32, 3)],
+    "llava-1.5-7b": [({P: 1e-3}, 256, 1), ({P: 2e-5, D: 2e-5}, 128, 1)],
+    "llava-1.5-13b": [({P: 1e-3}, 256, 1), ({P: 2e-5, D: 2e-5}, 128, 1)],
+    "llava-1.5-7b-lora": [({P: 1e-3}, 256, 1), ({P: 2e-5, D: 2e-4}, 128, 1)],
+    "llava-1.5-7b-qlora": [({P: 2e-5, D: 2e-5}, 128, 1)],
+    "llava-1.5-task": [({P: 2e-5, D: 2e-5}, 128, 1)],
+    "llava-1.5-task-lora": [({P: 2e-5, D: 2e-4}, 128, 1)],
+    "llava-1.5-hd": [({P: 1e-3}, 256, 1), ({P: 2e-5, D: 2e-5}, 128, 1)],
+    "llava-next": [({P: 1e-3}, 256, 1), (ALL, 128, 1)],
+    "next-video": [(ALL, 128, 1)],
+    "llava-video": [(ALL, 256, 1)],
+    "onevision": [({P: 1e-3}, 512, 1), (ALL, 256, 1), (ALL, 256, 1), (ALL, 256, 1)],
+    "onevision-1.5": [
+        ({P: 1e-4}, 8, 2500),
+        ({P: 1e-5, D: 1e-5, V: 1e-5}, 16, 20000),
+        ({P: 1e-5, D: 1e-5, V: 1e-5}, 224, 3500),
+    ],
+}
+
+
 def test_the_papers_numbers():
-    """Table 9 of arXiv 2310.03744; 4.2 and the appendix of arXiv 2304.08485."""
-    numbers = {
-        r.stem: [(s.lr, s.batch_size, s.epochs) for s in read_recipe(r).stage] for r in RECIPES if "llava" in r.stem
-    }
-    assert numbers["llava-1.5"] == [({"projector": 1e-3}, 256, 1), ({"projector": 2e-5, "decoder": 2e-5}, 128, 1)]
-    assert numbers["llava-v1"] == [({"projector": 2e-3}, 128, 1), ({"projector": 2e-5, "decoder": 2e-5}, 32, 3)]
-    for recipe in map(read_recipe, RECIPES):
-        if "llava" in recipe.name:
-            for stage in recipe.stage:
+    recipes = {path.stem: read_recipe(path) for path in RECIPES if path.stem != "nano"}
+    assert {
+        name: [(s.lr, s.batch_size, s.epochs or s.steps) for s in recipe.stage] for name, recipe in recipes.items()
+    } == NUMBERS
+    for name, recipe in recipes.items():
+        assert recipe.name == name
+        for stage in recipe.stage:
+            assert (stage.schedule, stage.clip) == ("cosine", 1.0)
+            if name != "onevision-1.5":
                 assert (stage.warmup, stage.weight_decay, stage.betas, stage.eps) == (0.03, 0.0, (0.9, 0.999), 1e-8)
-                assert (stage.schedule, stage.max_tokens, stage.clip) == ("cosine", 2048, 1.0)
+            if name == "llava-v1" or (name.startswith("llava-1.5") and name != "llava-1.5-hd"):
+                assert stage.max_tokens == 2048 and stage.floor == 0
+    adapters = {name: recipe.stage[-1].lora["decoder"] for name, recipe in recipes.items() if recipe.stage[-1].lora}
+    assert {name: (a.rank, a.alpha, a.dropout) for name, a in adapters.items()} == {
+        "llava-1.5-7b-lora": (128, 256, 0.05),
+        "llava-1.5-task-lora": (128, 256, 0.05),
+        "llava-1.5-7b-qlora": (64, 16, 0.05),
+    }
+    for stage, floor, betas, decay, row in zip(
+        recipes["onevision-1.5"].stage, (0.01, 0.1, 0.1), ((0.9, 0.99), (0.9, 0.95), (0.9, 0.99)),
+        (0, 0.01, 0), (32768, 32768, 0), strict=True,
+    ):  # fmt: skip
+        assert (stage.floor, stage.betas, stage.weight_decay, stage.row_tokens) == (floor, betas, decay, row)
+        assert (stage.eps, stage.warmup, stage.max_tokens) == (1e-5, 0.002, 32768)
 
 
 def test_help_needs_no_torch():

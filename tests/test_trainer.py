@@ -380,7 +380,7 @@ def test_a_run_learns_and_leaves_what_it_promises(world, tmp_path):
 
 
 def test_the_papers_start_takes_tower_and_language_model_from_their_own_folders(world, tmp_path):
-    """As recipes/llava-1.5.toml does: weights to the bit, sizes from their config.json, 16 bits stay 16 bits."""
+    """As recipes/llava-1.5-7b.toml does: weights to the bit, sizes from their config.json, 16 bits stay 16 bits."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     clip = {**sizes, "model_type": "clip_vision_model", "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     llama = {**sizes, "model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500}
