@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     p = Parser(prog="generate.py", description="Ask a LLaVA about pictures. With no arguments: about a drawn scene.")
     p.add_argument("--model", default=str(NANO), metavar="DIR|HUB_ID", help="checkpoint (default: the one that ships)")
+    p.add_argument("--base", metavar="DIR|HUB_ID", help="what a delta, a lone projector or LoRA adapters belong to")
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     p.add_argument("--video", metavar="FILE", help="not supported yet")
     p.add_argument("--prompt", metavar="TEXT", help="the question; <image> in it says where a picture goes")
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args)
         from minillava import LLaVA
 
-        model = LLaVA.from_pretrained(args.model, args.dtype, args.device, args.quantize)
+        model = LLaVA.from_pretrained(args.model, args.dtype, args.device, args.quantize, args.base)
         run = Run(args, model, load_s=time.perf_counter() - started)
         if args.chat:
             run.chat()

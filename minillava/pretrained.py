@@ -19,7 +19,7 @@ from minillava.engine import Engine, Request, user_message
 from minillava.quantize import Scheme
 from minillava.sampling import Sampling
 from minillava.tokenizer import Tokenizer, load_tokenizer
-from minillava.weights import load_model, read_config, resolve, save_model
+from minillava.weights import base_of, load_model, read_config, resolve, save_model
 
 if TYPE_CHECKING:
     from minillava.engine import ImageSource
@@ -50,8 +50,11 @@ class LLaVA:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         quantize: str | None = None,
+        base: str | Path | None = None,
     ) -> LLaVA:
         """A checkpoint folder or hub id, in any layout that `minillava.weights` reads.
+
+        base: what a delta, a lone projector or adapters belong to.
 
         device: the GPU if there is one, else the CPU. dtype: see `default_dtype`. quantize: "nf4" puts the decoder's
         linear layers in four bits while they are read; more in `minillava.quantize.Scheme.parse`. Raises UserError for
@@ -61,10 +64,11 @@ class LLaVA:
         folder = resolve(source)
         place = _device(device)
         chosen = default_dtype(read_config(folder), place) if dtype is None else _dtype(dtype)
-        model = load_model(folder, chosen, place, quantize=scheme)
+        model = load_model(folder, chosen, place, base, scheme)
         if chosen.itemsize == 2:  # float32 is for exactness: its products stay those of the checkpoint
             model.decoder.fuse()
-        return cls(model, load_tokenizer(folder))
+        own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        return cls(model, load_tokenizer(folder if own else resolve(base) if base else base_of(folder)))
 
     def generate(
         self,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from minillava.adapters import Adapters, read_adapters
 from minillava.config import ModelConfig, UserError
 from minillava.decoder import Fused, Unallocated
 from minillava.hf_config import is_original, model_config, read_json, tower_folder
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
 # ---- which tensor goes where ----
 
 
-def _plan(folder: Path, raw: dict[str, Any], base: Path | None) -> tuple[Plan, Plan | None]:
+def _plan(folder: Path, raw: dict[str, Any], base: Path | None, adapters: Adapters | None) -> tuple[Plan, Plan | None]:
     """Match the tensors of a folder (and of tower, projector file and base) with parameters; a delta's base apart."""
-    tensors = inspect_folder(folder)
+    tensors = inspect_folder(folder) if adapters is None else _decoder_of(base or base_of(folder))
     projector = folder / "mm_projector.bin"
     if not tensors and not (is_original(raw) and projector.is_file()):
         raise UserError(f"{folder}: no weights (model.safetensors or pytorch_model.bin, or their .index.json)")
@@ -52,7 +53,10 @@ def _plan(folder: Path, raw: dict[str, Any], base: Path | None) -> tuple[Plan, P
         if base is not None:
             raise UserError(f"{folder}: is complete in itself; a base is for deltas and projectors of original LLaVA")
         return plan, None
-    if not plan.has("projector.") and projector.is_file():  # beside a full model lies the one of stage 1: superseded
+    if adapters is not None:
+        plan.add(adapters.whole, "original", override=True)
+        base = None
+    elif not plan.has("projector.") and projector.is_file():  # beside a full model lies the one of stage 1: superseded
         if not plan.has("decoder."):
             name = raw.get("_name_or_path")
             if base is None and not name:
@@ -70,6 +74,16 @@ def _plan(folder: Path, raw: dict[str, Any], base: Path | None) -> tuple[Plan, P
             raise UserError(f"{tower}: no weights of the vision tower (model.safetensors or pytorch_model.bin)")
         plan.add(found, "tower")
     return plan, delta
+
+
+def base_of(folder: Path) -> Path:
+    """The language model that a folder belongs to: itself, unless it holds adapters."""
+    if not (folder / "adapter_config.json").is_file():
+        return folder
+    name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{folder}: adapters, and adapter_config.json names no base; say which it is (base)")
+    return find(str(name), folder, "the base (base_model_name_or_path)")
 
 
 def _decoder_of(base: Path) -> dict[str, Stored]:
@@ -94,7 +108,8 @@ def load_model(
 
     Weights that are stored in four bits stay as they are; `quantize` makes others so, one after another on `device`:
     the 16-bit model is never held. `base` completes original checkpoints that are not: a delta is added to it, a lone
-    mm_projector.bin put on top. With a `sink` every tensor goes there as it is read, and the model that is returned has
+    mm_projector.bin put on top, adapters are merged into it (by default into the one that their config names). With a
+    `sink` every tensor goes there as it is read, and the model that is returned has
     none (it is on meta). Raises UserError for whatever is missing, left over, misshapen or unreadable.
     """
     folder = resolve(folder)
@@ -104,18 +119,25 @@ def load_model(
         model = LLaVA(config)
     empty = model.state_dict()
     wanted = {name: tuple(p.shape) for name, p in unstack(empty).items()}
-    plan, delta = _plan(folder, raw, None if base is None else resolve(base))
+    adapters = read_adapters(folder) if (folder / "adapter_config.json").is_file() else None
+    plan, delta = _plan(folder, raw, None if base is None else resolve(base), adapters)
+    late = delta is not None or adapters is not None  # the weights are whole only when all files are read
+    if late and sink is not None:
+        raise UserError(f"{folder}: a delta or adapters; load it on one device and save the whole, then use that")
     head = plan.source.pop("decoder.head.weight", None) if config.decoder.tie_embeddings else None
     plan.check(str(folder), wanted)
     if dtype is None:
         dtype = next(read([plan.source["decoder.embed.weight"]])).dtype
     small = {f"{layer}.weight" for layer in quantize.layers(model)} if quantize else set()
-    layers = _take_quantized(plan, set() if delta else small, quantize, device)
+    layers = _take_quantized(plan, set() if late else small, quantize, device)
     state = take(plan, empty, None if delta else dtype, device, sink)
     if head is not None:
         _check_tied(head, plan.source["decoder.embed.weight"], state["decoder.embed.weight"].dtype)
     if delta is not None:
         _add_base(state, delta, wanted, str(base))
+    if adapters is not None:
+        adapters.merge(state)
+    if late:
         for name in list(state):
             if quantize and name in small:
                 layers[name] = _quantized(state.pop(name), quantize, name)

@@ -517,6 +517,72 @@ def test_delta_is_added_to_its_base(checkpoint, tmp_path):
         load_model(checkpoint, base=tmp_path / "base")
 
 
+def _lora(checkpoint: Path, folder: Path, **config) -> dict:
+    """A LoRA folder as original LLaVA writes it, over a language model with a tokenizer in folder/base; all tensors."""
+    tensors = _original(checkpoint, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "base").mkdir()
+    language = {k: t for k, t in tensors.items() if "vision_tower" not in k and "mm_projector" not in k}
+    save_file(language, folder / "base/model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, folder / "base" / name)
+    whole = {f"base_model.model.{k}": t for k, t in tensors.items() if "mm_projector" in k}
+    torch.save(whole, folder / "non_lora_trainables.bin")
+    adapters = {}
+    for name, weight in language.items():
+        if "layers" in name and weight.ndim == 2:
+            out, inside = weight.shape
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            adapters |= {
+                f"{module}.lora_A.weight": torch.randn(4, inside),
+                f"{module}.lora_B.weight": torch.randn(out, 4),
+            }
+    torch.save(adapters, folder / "adapter_model.bin")
+    said = dict(peft_type="LORA", r=4, lora_alpha=8, bias="none", base_model_name_or_path="base") | config
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return tensors | adapters
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"), [({}, 2.0), ({"use_rslora": True}, 4.0), ({"alpha_pattern": {"mlp.up_proj": 2}}, None)]
+)
+def test_lora_folder_is_merged_into_its_base(checkpoint, tmp_path, config, scale):
+    """W + alpha / r * B A in float32, the projector from non_lora_trainables, the tower from its folder."""
+    tensors = _lora(checkpoint, tmp_path / "m", **config)
+    state = load_model(tmp_path / "m", torch.float32).state_dict()
+    for name in (n for n in tensors if "lora" not in n):
+        wanted, module = tensors[name], f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" in tensors:
+            s = scale or (0.5 if "mlp.up_proj" in name else 2.0)
+            wanted = wanted + s * (tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"])
+        assert torch.equal(state[rename(name, "original", True)], wanted), name
+    from minillava import LLaVA
+
+    assert LLaVA.from_pretrained(tmp_path / "m").tokenizer.vocab_size  # the base's
+    (tmp_path / "m/base").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"the base \(base_model_name_or_path\) is not in"):
+        load_model(tmp_path / "m")
+    again = load_model(tmp_path / "m", torch.float32, base=tmp_path / "elsewhere").state_dict()
+    assert all(torch.equal(t, again[name]) for name, t in state.items())
+
+
+def test_what_is_no_plain_lora_is_refused(checkpoint, tmp_path):
+    _lora(checkpoint, tmp_path / "m")
+    adapters = torch.load(tmp_path / "m/adapter_model.bin", weights_only=True)
+    name = next(n for n in adapters if "lora_A" in n)
+    for changed, message in (
+        ({k: t for k, t in adapters.items() if k != name}, "has no partner"),
+        (adapters | {name: adapters[name][:, :-1].clone()}, "do not fit decoder.blocks.0"),
+        (adapters | {"base_model.model.model.visual.x": torch.ones(1)}, "extra: model.visual.x"),
+    ):
+        torch.save(changed, tmp_path / "m/adapter_model.bin")
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path / "m")
+    _edit(tmp_path / "m", "adapter_config.json", use_dora=True)
+    with pytest.raises(UserError, match=r"is not plain LoRA \(use_dora"):
+        load_model(tmp_path / "m")
+
+
 # ---- bad input ----
 
 
