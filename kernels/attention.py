@@ -125,7 +125,7 @@ def _by_block(blocks: list[Block], queries: tuple[Tensor, ...], keys: tuple[Tens
     for tensors, name in ((queries, "T"), (keys, "S")):
         sizes = [(block.rows, getattr(block, name)) for block in blocks]
         for x in tensors:
-            parts = x.split([rows * length for rows, length in sizes])
+            parts = x.split([rows * length for rows, length in sizes]) if len(sizes) > 1 else (x,)
             out.append([part.unflatten(0, size).transpose(1, 2) for part, size in zip(parts, sizes)])
     return out
 
@@ -172,7 +172,7 @@ def plain_forward(q_THK, k_SGK, v_SGK, cu_q, cu_k, prefix, causal, window, scale
         q_THK, k_SGK, v_SGK = (x.index_select(0, token_P) for x in (q_THK, k_SGK, v_SGK))
     out = []
     for block, q, k, v in zip(blocks, *_by_block(blocks, (q_THK,), (k_SGK, v_SGK))):
-        q = q[:, :, block.keyless :]
+        q = q[:, :, block.keyless :] if block.keyless else q
         if not q.numel():
             o, lse = torch.empty_like(q), q.new_empty(*q.shape[:3], dtype=_wide_dtype(q))
         elif q.device.type == FLASH_ON:

@@ -17,7 +17,16 @@ from typing import Any
 import torch
 import triton
 
-from minillava.kernels import configs, fused_mlp, linear_cross_entropy, rms_norm, swiglu
+from minillava.kernels import (
+    configs,
+    decode_attention,
+    flash,
+    flash_backward,
+    fused_mlp,
+    linear_cross_entropy,
+    rms_norm,
+    swiglu,
+)
 from minillava.kernels.frame import Card, card_of
 
 SHAPE = 1024, 4096, 4096  # K, H, O of LLaVA-1.5 7B
@@ -155,11 +164,52 @@ def tune_swiglu(card: Card, part: str, bucket: dict[str, Any], rounds: int) -> d
     return {**bucket, "config": best}
 
 
+def flash_candidates(card: Card, part: str) -> Iterator[dict[str, Any]]:
+    if part == "decode":
+        for block, warps, stages, programs in itertools.product((32, 64, 128), (4, 8), (2, 3, 4), (2, 4, 8)):
+            yield {"block_n": block, "programs": programs, "warps": warps, "stages": stages}
+        return
+    blocks = list(itertools.product((32, 64, 128), repeat=2))
+    for (m, n), warps, stages in itertools.product(blocks, (4, 8), (2, 3)):
+        sizes = {"block_m": m, "block_n": n, "warps": warps, "stages": stages}
+        yield {"variant": "pointer", "specialize": False, **sizes}
+        if card.has_descriptors:
+            yield {"variant": "descriptor", "specialize": False, **sizes}
+            if card.arch == "sm_90" and part in ("forward", "backward_keys") and warps == 4:
+                yield {"variant": "descriptor", "specialize": True, **sizes}
+
+
+def tune_flash(card: Card, part: str, bucket: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """The bucket with the best configuration for it: 8192 tokens of a 7B decoder, causal."""
+    K, T, H = bucket.get("width", 256), 8192, 32
+    q, k, v, do = (torch.randn(T, H, K, device="cuda").bfloat16() for _ in range(4))
+    rest: tuple = ((0, T // 2, T), (0, T // 2, T), (), True, 0, K**-0.5)
+    if part == "decode":
+        cache, lengths = k.view(1, T, H, K), torch.full((1,), T, device="cuda")
+
+        def run(config: dict) -> Any:
+            return decode_attention.triton_decode(q[:1], cache, cache, lengths, K**-0.5, 0, False, config)
+    elif part == "forward":
+
+        def run(config: dict) -> Any:
+            return flash.forward(q, k, v, *rest, config)
+    else:
+        o, lse = flash.forward(q, k, v, *rest)
+
+        def run(config: dict) -> Any:
+            return flash_backward.backward(do, q, k, v, o, lse, *rest, {part: config})
+
+    best, ranked = fastest(run, list(flash_candidates(card, part)), rounds)
+    print(f"flash {part} {K} wide: {ranked[0][0] * 1e6:.1f} us {best}")
+    return {**bucket, "config": best}
+
+
 TUNERS: dict[str, Callable[[Card, str, dict[str, Any], int], dict[str, Any]]] = {
     "fused_mlp": tune_mlp,
     "linear_cross_entropy": tune_loss,
     "rms_norm": tune_norm,
     "swiglu": tune_swiglu,
+    "flash": tune_flash,
 }
 
 
