@@ -53,6 +53,9 @@ class NoText:
     special_ids = range(1 << 30)
     _strip_first_space = False
 
+    def token_id(self, token: str) -> None:
+        return None
+
 
 def build(name: str) -> LLaVA:
     """Random weights of a shape, in bf16."""
