@@ -222,6 +222,8 @@ def triton_decode(
 ) -> tuple[Tensor, Tensor]:
     """`plain` by the kernels. How many programs share a row follows from rows, heads and room, not from lengths."""
     if not takes(q_BHK, scale) or not q_BHK.numel() or not k_BSGK.shape[1]:
+        if q_BHK.is_cuda:  # asks nothing of the host, so that a decode step can be captured in fp32 too
+            return reference(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window)
         return plain(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window, mass)
     (B, H, K), (S, G), none = q_BHK.shape, k_BSGK.shape[1:3], q_BHK.new_empty(0)
     R, config = H // G, config or choose("decode", q_BHK, S)

@@ -36,6 +36,9 @@ class Slots:
         self.tokens_B = torch.zeros(rows, device=device, dtype=torch.int64)  # the last ones, not yet in the cache
         self.left_B = torch.zeros(rows, device=device, dtype=torch.int64)  # tokens that may still come
         self.eos_E = torch.tensor([*eos_ids, -1], device=device)  # never empty; no token is -1
+        # Experts in other types than bf16 ask the host where their tokens end (decoder.py).
+        asks = model.config.decoder.num_experts > 0 and dtype != torch.bfloat16
+        self.captured = device.type == "cuda" and not asks
         # The host reads the tokens of a step while a GPU works on the next one.
         self.lag = 1 if device.type == "cuda" else 0
         self.flight: deque[tuple[Tensor, Callable[[], object]]] = deque()  # tokens on their way, and the wait for them
@@ -86,17 +89,18 @@ class Slots:
     def launch(self, n: int) -> None:
         """Start a step of the first n slots; `take` hands over its tokens."""
         kinds = frozenset(self.kinds[:n])
-        if self.device.type != "cuda":
-            self.step(n, kinds)
-            tokens_B, done = self.tokens_B[:n].clone(), _no_wait
-        else:
+        if self.captured:
             size = min(1 << (n - 1).bit_length(), self.rows)  # slots from n on are not live: nothing comes of them
-            graph = self.graphs.get((size, kinds)) or self._capture(size, kinds)
-            graph.replay()
+            (self.graphs.get((size, kinds)) or self._capture(size, kinds)).replay()
+        else:
+            self.step(n, kinds)
+        if self.device.type == "cuda":
             event = torch.cuda.Event()
             tokens_B = torch.empty(n, dtype=torch.int64, pin_memory=True).copy_(self.tokens_B[:n], non_blocking=True)
             event.record()
             done = event.synchronize
+        else:
+            tokens_B, done = self.tokens_B[:n].clone(), _no_wait
         self.flight.append((tokens_B, done))
 
     def take(self) -> list[int]:
