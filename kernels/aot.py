@@ -31,6 +31,7 @@ from minillava.kernels import (
     frame,
     fused_mlp,
     linear_cross_entropy,
+    nf4_matmul,
     rms_norm,
     swiglu,
 )
@@ -46,6 +47,7 @@ MARKERS = {
     "tcgen05": "tcgen05.mma",
     "mfma": "v_mfma",
 }
+MOST_PER_WEIGHT = 4.6  # bitsandbytes takes 8.7
 
 
 @dataclass
@@ -61,12 +63,15 @@ class Compiled:
     shared_bytes: int
     shared_limit: int
     instructions: list[str] = field(default_factory=list)
+    per_weight: float = 0.0  # SASS instructions a weight of the innermost loop, where 4-bit weights are looked up
 
     def complaints(self) -> list[str]:
         """What is wrong with it: spills, too much shared memory, an instruction missing that was the point."""
         wrong = [f"spills {self.spill_bytes} bytes"] if self.spill_bytes else []
         if self.shared_bytes > self.shared_limit:
             wrong.append(f"takes {self.shared_bytes} bytes of shared memory of {self.shared_limit}")
+        if self.kernel == "_gemv" and self.per_weight > MOST_PER_WEIGHT:
+            wrong.append(f"takes {self.per_weight:.2f} instructions a weight, {MOST_PER_WEIGHT} wanted")
         return wrong + [f"has no {name}" for name in self._wanted() if name not in self.instructions]
 
     def _wanted(self) -> list[str]:
@@ -80,6 +85,8 @@ class Compiled:
         if self.kernel == "_descriptor" or self.settings.get("TMA"):
             wanted += ["tma reduce"] if self.settings.get("REDUCE") else []
             return [*wanted, "tma", "tcgen05" if self.arch == "sm_100" else "wgmma"]
+        if self.kernel == "_product":  # y^T = W x^T: BLOCK_N is its first side
+            return ["cp.async", {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(self.arch, "mma.sync")]
         small = self.settings["BLOCK_M"] < 64 or self.arch != "sm_90"
         return ["cp.async", "mma.sync" if small else "wgmma"]
 
@@ -140,6 +147,7 @@ def _read_back(kernel: Any, compiled: Any, card: Card, settings: dict[str, Any])
         shared_bytes=compiled.metadata.shared,
         shared_limit=card.shared_bytes,
         instructions=[name for name, marker in MARKERS.items() if marker in text],
+        per_weight=_per_weight(compiled.asm["cubin"]) if settings.get("SHUFFLE") else 0.0,
     )
 
 
@@ -153,6 +161,28 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+
+
+def _per_weight(cubin: bytes) -> float:
+    """Instructions of a loop for each of its shuffles by index, which look a 4-bit weight up; 0 if there is no loop."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(Path(knobs.nvidia.cuobjdump.path).with_name("nvdisasm")), "-c", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code, labels, ratios = [], {}, [0.0]
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+            target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", code[-1])
+            loop = code[labels[target[1]] :] if target and target[1] in labels else []
+            if looked_up := sum("SHFL.IDX" in i for i in loop):
+                ratios.append(len(loop) / looked_up)
+    return round(max(ratios), 3)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -232,6 +262,19 @@ def compile_flash(arch: str, part: str, config: dict[str, Any], K: int, causal: 
     return found
 
 
+def compile_nf4(
+    arch: str, config: dict[str, Any], rows: int, K: int = 4096, nested: bool = False, N: int = 4096
+) -> list[Compiled]:
+    """Compile one configuration of the product with 4-bit weights, blocks of 64."""
+    blocks = N * K // 64
+    absmax = _meta(blocks, dtype=torch.uint8 if nested else torch.float32)
+    scales = (_meta(2, blocks // 256, dtype=torch.float32), _meta(256, dtype=torch.float32)) if nested else (None, None)
+    with compiling(arch) as found:
+        packed = _meta(N * K // 2, dtype=torch.uint8)
+        nf4_matmul.triton_forward(_meta(rows, K), packed, absmax, *scales, None, N, "nf4", 64, config)
+    return found
+
+
 def shipped(arch: str) -> Iterator[Compiled]:
     """Compile everything that tuned/*.json ships for `arch`: erf GELU throughout, tanh where descriptors are used."""
     for part, cards in configs.table("fused_mlp").items():
@@ -252,6 +295,14 @@ def shipped(arch: str) -> Iterator[Compiled]:
             config = configs.choose("flash", part, frame.CARDS[arch], 2048, K)
             found = compile_flash(arch, part, config, K, causal)
             yield from (row for row in found if row.kernel != "_delta" or part == "backward")
+    for bucket in _buckets(configs.table("nf4_matmul")["forward"], arch):
+        for K, nested in ((4096, False), (11008, True)) if bucket["config"]["variant"] != "library" else ():
+            yield from compile_nf4(arch, bucket["config"], bucket["rows"], K, nested)
+    for bucket in _buckets(configs.table("nf4_matmul")["dequantize"], arch):
+        with compiling(arch) as found:
+            parts = _meta(1 << 21, dtype=torch.uint8), _meta(1 << 16, dtype=torch.float32)
+            nf4_matmul.triton_dequantize(*parts, None, None, 1024, 4096, "nf4", 64, torch.bfloat16, bucket["config"])
+        yield from found
 
 
 def _buckets(cards: dict[str, list], arch: str) -> list[dict[str, Any]]:
@@ -268,13 +319,18 @@ def write_table(folder: Path) -> None:
     lines = [
         f"Compiled without a card by Triton {triton.__version__}; bf16, K-H-O {'-'.join(map(str, WIDTHS))}.",
         "",
-        "| arch | kernel | settings | warps | registers | spilled bytes | shared bytes | limit | instructions |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| arch | kernel | settings | warps | registers | spilled bytes | shared bytes | limit | instructions "
+        "| a weight |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         settings = " ".join(f"{name.lower()}={value}" for name, value in row.settings.items())
         cells = (row.arch, row.kernel, settings, row.warps, row.registers, row.spill_bytes, row.shared_bytes)
-        lines.append("| " + " | ".join(map(str, (*cells, row.shared_limit, ", ".join(row.instructions)))) + " |")
+        lines.append(
+            "| "
+            + " | ".join(map(str, (*cells, row.shared_limit, ", ".join(row.instructions), row.per_weight or "")))
+            + " |"
+        )
     (folder / "compile.md").write_text("\n".join(lines) + "\n")
 
 

@@ -1,0 +1,172 @@
+"""The product with 4-bit weights against float64 with the exact dequantised weights: at most twice PyTorch's error."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minillava.kernels import nf4_matmul as module
+from minillava.kernels.frame import HAS_TRITON
+from minillava.kernels.nf4_matmul import nf4_matmul, plain_dequantize, triton_dequantize, triton_forward
+from minillava.quantize import quantize
+
+CUDA = torch.cuda.is_available()
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
+    reason="torch.compile needs a C++ compiler on a CPU, and there is none",
+)
+needs_gpu = pytest.mark.skipif(not CUDA, reason="no GPU here; bf16 and real widths of the Triton kernels wait for one")
+GEMV = {"variant": "gemv", "block_n": 16, "blocks": 4, "warps": 2, "stages": 1}
+PRODUCTS = [
+    {"variant": "product", "block_m": 16, "block_n": 32, "split_k": split, "late": late, "warps": 4, "stages": 3}
+    for late in (True, False)
+    for split in (1, 3)
+]
+
+
+def inputs(M, N, K, dtype, quant_type="nf4", blocksize=64, double=False, device="cpu"):
+    """x, the weight's parts, bias; rows and outputs of x and W differ by orders of magnitude."""
+    torch.manual_seed(M + N)
+    x = torch.randn(M, K, device=device) * torch.logspace(-2, 2, M, device=device)[:, None]
+    w = torch.randn(N, K, device=device) * torch.logspace(-2, 1, N, device=device)[:, None]
+    parts = quantize(w, quant_type, blocksize, double)
+    exact = plain_dequantize(*parts, N, K, quant_type, blocksize, torch.float64)
+    return x.to(dtype), parts, torch.randn(N, device=device).to(dtype), exact
+
+
+def error(got, exact):
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def assert_no_worse(got, x, bias, exact):
+    """`got` against x W^T + bias in float64, no more than twice as far off as PyTorch with W in x's dtype."""
+    want = F.linear(x.double(), exact, None if bias is None else bias.double())
+    plain = F.linear(x, exact.to(x.dtype), bias)
+    assert got.shape == want.shape and got.dtype == x.dtype
+    assert error(got, want) <= 2 * error(plain, want), f"{error(got, want):.2e} against {error(plain, want):.2e}"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize(
+    ("M", "N", "K", "quant_type", "blocksize", "double"),
+    (
+        (1, 896, 896, "nf4", 64, True),
+        (5, 300, 4304, "nf4", 64, False),  # SigLIP: a row ends in a quarter of a block
+        (3, 64, 136, "fp4", 4096, False),
+        (2, 33, 9, "fp4", 32, True),  # rows that begin in the middle of a byte
+        (40, 1100, 1024, "nf4", 128, True),
+    ),
+)
+def test_error(M, N, K, quant_type, blocksize, double, dtype):
+    x, parts, bias, exact = inputs(M, N, K, dtype, quant_type, blocksize, double)
+    for b in (bias, None):
+        assert_no_worse(nf4_matmul(x, *parts, b, N, quant_type, blocksize), x, b, exact)
+    x.requires_grad_()
+    dy = torch.randn(M, N).to(dtype)
+    y = nf4_matmul(x, *parts, bias.requires_grad_(), N, quant_type, blocksize)
+    dx, dbias = torch.autograd.grad(y, (x, bias), dy)
+    assert_no_worse(dx, dy, None, exact.T)
+    assert torch.equal(dbias, dy.sum(0))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("M", "N", "K", "quant_type", "blocksize", "double"),
+    (
+        (1, 32, 512, "nf4", 64, False),  # whole tiles: no masks
+        (3, 40, 576, "nf4", 64, True),
+        (2, 33, 128, "fp4", 128, True),
+        (20, 33, 192, "nf4", 64, False),
+        (1, 272, 64, "nf4", 64, True),  # more than 256 blocks: two groups of nested scales
+    ),
+)
+def test_triton_kernels_in_the_interpreter(M, N, K, quant_type, blocksize, double):
+    x, parts, bias, exact = inputs(M, N, K, torch.float16, quant_type, blocksize, double)
+    for config in (GEMV, *PRODUCTS):
+        for b in (bias, None):
+            y = triton_forward(x, *parts, b, N, quant_type, blocksize, config)
+            assert_no_worse(y, x, b, exact)
+    strided = torch.stack((x, x), -1)[..., 0]
+    assert torch.equal(triton_forward(strided, *parts, b, N, quant_type, blocksize, config), y)
+
+
+@needs_triton
+@pytest.mark.parametrize("double", (False, True))
+def test_triton_dequantises_to_the_bit(double):
+    for N, K, blocksize in ((40, 72, 64), (33, 64, 32), (8, 512, 4096)):
+        _, parts, _, _ = inputs(1, N, K, torch.float32, "nf4", blocksize, double)
+        for dtype in (torch.float32, torch.float16):
+            got = triton_dequantize(*parts, N, K, "nf4", blocksize, dtype)
+            want = plain_dequantize(*parts, N, K, "nf4", blocksize, dtype)
+            torch.testing.assert_close(got, want, rtol=1e-6 if dtype == torch.float32 else 0, atol=0)
+
+
+@needs_triton
+def test_sizes_that_the_kernels_do_not_take_go_to_the_library(monkeypatch):
+    monkeypatch.setattr(module, "launch", None)
+    for M, N, K, blocksize in ((2, 33, 72, 64), (3, 32, 96, 32), (0, 8, 64, 64)):
+        x, parts, bias, exact = inputs(M, N, K, torch.float16, "nf4", blocksize)
+        torch.testing.assert_close(
+            triton_forward(x, *parts, bias, N, "nf4", blocksize, GEMV),
+            F.linear(x, exact.half(), bias),
+        )
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("double", (False, True))
+@pytest.mark.parametrize(("N", "K"), ((4096, 11008), (12288, 4096), (4608, 3584), (1152, 4304), (896, 896)))
+def test_error_on_gpu(N, K, double, dtype):
+    """Every configuration that is shipped for this card, at the rows that it is for."""
+    for M in (1, 2, 16, 17, 64, 512, 1000):
+        x, parts, bias, exact = inputs(M, N, K, dtype, "nf4", 64, double, "cuda")
+        y = nf4_matmul(x, *parts, bias, N, "nf4", 64)
+        assert_no_worse(y, x, bias, exact)
+    cpu = plain_dequantize(*(None if p is None else p.cpu() for p in parts), N, K, "nf4", 64, dtype)
+    got = triton_dequantize(*parts, N, K, "nf4", 64, dtype).cpu()
+    assert torch.equal(got, cpu) if not double else (got == cpu).float().mean() > 0.99  # a fused multiplication and sum
+
+
+def test_opcheck_and_gradcheck():
+    for double in (False, True):
+        x, parts, bias, _ = inputs(3, 5, 64, torch.float64, double=double)
+        x.requires_grad_(), bias.requires_grad_()
+        arguments = (x, *parts, bias, 5, "nf4", 64)
+        torch.library.opcheck(torch.ops.minillava.nf4_matmul.default, arguments)
+        assert torch.autograd.gradcheck(lambda x, b, p=parts: nf4_matmul(x, *p, b, 5, "nf4", 64), (x, bias))
+        torch.library.opcheck(torch.ops.minillava.nf4_dequantize.default, (*parts, 5, 64, "nf4", 64, torch.float32))
+        dy = torch.randn(3, 5)
+        torch.library.opcheck(torch.ops.minillava.nf4_matmul_backward.default, (dy, *parts, 64, "nf4", 64))
+
+
+@needs_compiler
+def test_compiles_in_one_graph():
+    _, parts, bias, _ = inputs(3, 5, 64, torch.float32)
+    compiled = torch.compile(nf4_matmul, fullgraph=True)
+    for rows in (3, 4):
+        xs = torch.randn(rows, 64, requires_grad=True)
+        y, z = (f(xs, *parts, bias, 5, "nf4", 64) for f in (compiled, nf4_matmul))
+        torch.testing.assert_close(y, z)
+        torch.testing.assert_close(*(torch.autograd.grad(t.sum(), xs) for t in (y, z)))
+
+
+def test_what_does_not_fit_is_refused_with_the_shapes():
+    x, parts, bias, _ = inputs(2, 6, 64, torch.float32, double=True)
+    packed, absmax, nested, dynamic = parts
+    cases = [
+        ((x[:, :60], *parts, bias, 6, "nf4", 64), r"weight \[6, 60\].*packed \[192\], absmax \[6\]"),
+        ((x, *parts, bias, 6, "nf3", 64), "no quantisation 'nf3'"),
+        ((x, *parts, bias, 6, "nf4", 96), "blocks of 96"),
+        ((x, packed, absmax, None, None, bias, 6, "nf4", 64), "parts do not make"),
+        ((x, packed, absmax.float(), nested, dynamic, bias, 6, "nf4", 64), "parts do not make"),
+        ((x, *parts, bias[:5], 6, "nf4", 64), r"bias \[6\]"),
+        ((x, *parts, bias.double(), 6, "nf4", 64), "float64"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            nf4_matmul(*arguments)
