@@ -172,7 +172,9 @@ def _per_weight(cubin: bytes) -> float:
         file.flush()
         command = [str(Path(knobs.nvidia.cuobjdump.path).with_name("nvdisasm")), "-c", file.name]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    code, labels, ratios = [], {}, [0.0]
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    ratios = [0.0]
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(code)
