@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -234,6 +235,18 @@ def _add_base(state: dict[str, Tensor], delta: Plan, wanted: dict[str, tuple[int
         rows += tensor.to(rows.device, rows.dtype)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise the UserError that loading would end with, as far as can be known without reading the weights."""
+    raw = read_json(folder / "config.json")
+    config = model_config(raw, folder, find)
+    with Unallocated():
+        wanted = {name: tuple(t.shape) for name, t in unstack(LLaVA(config).state_dict()).items()}
+    plan, _ = _plan(folder, raw, None, read_adapters(folder) if (folder / "adapter_config.json").is_file() else None)
+    if config.decoder.tie_embeddings:
+        plan.source.pop("decoder.head.weight", None)
+    plan.check(str(folder), wanted)
+
+
 def read_config(folder: Path | str) -> ModelConfig:
     """The ModelConfig of a checkpoint folder: config.json with the processor's, tokenizer's and tower's files."""
     folder = resolve(folder)
@@ -347,3 +360,9 @@ def find(name: str, checkpoint: Path, what: str) -> Path:
         return resolve(name)
     except UserError as error:
         raise UserError(f"{checkpoint}: {what} is not in {checkpoint / name}; {error}") from None
+
+
+if __name__ == "__main__":
+    from minillava.inspection import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -936,3 +936,41 @@ def test_loading_peaks_at_about_one_copy(checkpoint, tmp_path, kind, dtype):
     ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     print(f"peak over one copy: {ratio:.2f}")
     assert 0.9 < ratio < 1.3
+
+
+# ---- what is this folder? ----
+
+
+def _inspected(folder) -> dict[str, str]:
+    command = [sys.executable, "-m", "minillava.weights", "inspect", str(folder)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {line[:10].strip(): line[11:] for line in out.splitlines()}
+
+
+def test_inspect_says_what_a_folder_is(checkpoint, tmp_path):
+    found = _inspected(checkpoint)
+    assert found["is"] == "a LLaVA in Hugging Face's layout (model_type llava)" and found["loads"] == "yes"
+    vision = sum(p.numel() for p in load_model(checkpoint).vision.parameters())
+    assert found["vision"] == f"{vision:,} numbers, {vision * 4 / 2**20:,.1f} MiB, F32, in model.safetensors"
+    assert found["prompt"].startswith("jinja, <image>, stops at") and "unknown" not in found and "ignored" not in found
+
+    tensors = _original(checkpoint, tmp_path / "m")
+    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(3)} | {
+        "what": torch.ones(1)
+    }
+    save_file({k: t for k, t in tensors.items() if "vision_tower" not in k} | extra, tmp_path / "m/model.safetensors")
+    found = _inspected(tmp_path / "m")
+    assert found["is"] == "a LLaVA in the original layout (model_type llava_llama)" and "vision" not in found
+    assert found["ignored"] == "3 tensors: model.layers.{0-2}.self_attn.rotary_emb.inv_freq"
+    assert (
+        found["unknown"] == "1 tensors: what" and found["loads"].startswith("no: ") and "extra: what" in found["loads"]
+    )
+    assert _inspected(tmp_path / "m/tower")["is"].startswith("a vision tower")
+
+    _lora(checkpoint, tmp_path / "lora")
+    found = _inspected(tmp_path / "lora")
+    assert found["is"].startswith("LoRA adapters") and found["adapters"] == "on 21 weights of base"
+    assert found["loads"] == "yes" and found["projector"].endswith("float32, in non_lora_trainables.bin")
+    command = [sys.executable, "-m", "minillava.weights", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path}: no weights here")
