@@ -207,9 +207,12 @@ class Engine:
 
     def step_bytes(self, tokens: int) -> int:
         """Bytes that a decode step has to read: the weights, and keys and values of `tokens` tokens."""
-        decoder = self.model.decoder
-        read = sum(t.nbytes for t in (*decoder.parameters(), *decoder.buffers()))
-        read -= 0 if self.config.decoder.tie_embeddings else decoder.embed.weight.nbytes  # a row a token is read of it
+        decoder, config = self.model.decoder, self.config.decoder
+        weights = (*decoder.parameters(), *decoder.buffers())
+        read = sum(t.nbytes for t in weights if t.ndim < 3)
+        if config.num_experts:  # stacked in three dimensions; a token goes through some of them
+            read += sum(t.nbytes for t in weights if t.ndim == 3) * config.experts_per_token // config.num_experts
+        read -= 0 if config.tie_embeddings else decoder.embed.weight.nbytes  # a row a token is read of it
         return read + tokens * self._cache_bytes()
 
     def _slots(self, rows: int, capacity: int) -> Slots:

@@ -375,6 +375,13 @@ def test_rows_of_a_bf16_batch_are_within_rounding_of_each_alone(tiny_model, tiny
         assert (together.mean(1) <= 2 * alone.mean(1)).all() and together.mean() <= 1.2 * alone.mean()
 
 
+def test_bytes_of_a_step(engine):
+    """By hand for 3 layers, 32 wide, 4 heads over 2 of 8, 48 inside, float32, 10 tokens held."""
+    vocabulary = engine.config.decoder.vocab_size
+    layer = 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48 + 2 * 32
+    assert engine.step_bytes(10) == 4 * (3 * layer + 32 + vocabulary * 32 + 10 * 3 * 2 * 2 * 8)
+
+
 def test_slots_are_used_again(engine):
     """The second batch takes the first one's slots, a longer one gets new ones; what was in them does not matter."""
     first = [a.token_ids for a in engine.generate(mixed_requests())]
