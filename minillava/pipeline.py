@@ -100,7 +100,8 @@ def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str,
     trainer.finish(measured)
     run.finished.append(stage)
     if run.fill is None and stage is not run.recipe.stage[-1]:
-        lora.add(dict(run.model.named_parameters()), lora.detach(run.model), stage.lora)
+        adapters = lora.detach(run.model)
+        lora.add(dict(run.model.named_parameters()), adapters, lora.scales_of(adapters, stage.lora))
     if (
         parallel.is_main()
         and isinstance(task, LLaVATask)
@@ -154,7 +155,9 @@ def load_stage(run: Run, model: LLaVA, stage: StageConfig) -> None:
         for name in ours:
             named[name].data = named[name].data.float()
     checkpoint.load(newest / checkpoint.TRAINED, {name: named[name] for name in ours}, strict=False)
-    lora.add(named, checkpoint.read(newest / checkpoint.TRAINED, adapters) if adapters else {}, stage.lora)
+    if adapters:
+        values = checkpoint.read(newest / checkpoint.TRAINED, adapters)
+        lora.add(named, values, lora.scales_of(adapters, stage.lora))
 
 
 def on_meta(model: LLaVA) -> LLaVA:
@@ -200,6 +203,8 @@ def make_run(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     wanted, shared = recipe.model, parallel.world() > 1
     if wanted.quantize and not wanted.base:
         raise UserError("model: quantize is for the weights of a base; name one, or leave quantize out")
+    if wanted.adapter and (wanted.quantize or not wanted.base):
+        raise UserError("model: an adapter becomes part of a base in 16 bits; name that, and leave quantize out")
     config, tokenizer = read_config(recipe, folder)
     if not wanted.base:
         model = new_model(wanted, config, recipe.seed, (lambda *_: None) if shared else None)
@@ -243,6 +248,8 @@ def read_config(recipe: Recipe, folder: Path) -> tuple[ModelConfig, Tokenizer]:
 def load_base(wanted: ModelRecipe, device: torch.device) -> LLaVA:
     scheme = Scheme.parse(wanted.quantize) if wanted.quantize else None
     model = weights.load_model(wanted.base, device=device if scheme else "cpu", quantize=scheme)
+    if wanted.adapter:
+        lora.merge_peft(model, Path(wanted.adapter))
     return model.to(device) if scheme else model
 
 
@@ -274,6 +281,8 @@ def fill(run: Run, model: LLaVA) -> None:
 
     if wanted.base:
         weights.load_model(wanted.base, sink=put)
+        if wanted.adapter:
+            lora.merge_peft(model, Path(wanted.adapter))
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.recipe.seed)  # as at the start of a run in one process

@@ -48,6 +48,7 @@ class ModelRecipe:
     base: str = ""  # a LLaVA checkpoint: folder or hub id
     vision_from: str = ""  # a vision tower on its own (CLIP) or that of a LLaVA: folder or hub id
     decoder_from: str = ""  # a language model on its own (Vicuna), with its tokenizer: folder or hub id
+    adapter: str = ""  # folder with PEFT's LoRA files, merged into the base at the start
     quantize: str = ""  # 4-bit weights of the base for a start with adapters (QLoRA): nf4, nf4-double, ...
     tokenizer: str = ""  # folder; "data": trained on all stages' data; "shapes"; empty: of base or decoder_from
     vision: dict[str, Any] = field(default_factory=dict)  # keys of VisionConfig

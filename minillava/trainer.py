@@ -306,6 +306,10 @@ class Trainer:
         if temporary.exists() and parallel.is_main():
             shutil.rmtree(export, ignore_errors=True)
             os.rename(temporary, export)
+        if self.stage.lora:
+            trained = {n: t.cpu() for n, t in ((n, parallel.whole(p.detach())) for n, p in self.trained.items())}
+            if parallel.is_main():
+                lora.save_peft(self.folder / "adapter", trained, self.stage.lora, self.recipe.model.base)
         parallel.barrier()
 
     def finish(self, measured: dict[str, float]) -> None:

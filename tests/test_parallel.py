@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig
 from minillava.llava import LLaVA
 from minillava.progress import read_log
 from minillava.tokenizer import load_tokenizer, train_small_tokenizer
-from minillava.weights import save_model
+from minillava.weights import load_model, save_model
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20
@@ -97,10 +98,14 @@ def torchrun(world, ranks, jobs, *options):
 def losses(world):
     """loss and gradient norm of every step, by ranks and mode; 4 ranks leave a stopped run of each mode besides."""
     found = {}
-    for ranks in (1, 2, 4):
+    for ranks in (4, 2, 1):
         jobs = [{"sets": sets, "out": f"{world}/{mode}-{ranks}"} for mode, sets in MODES.items()]
         if ranks == 4:
             jobs += [{"sets": sets, "out": f"{world}/{mode}-stopped", "stop_at": STOP} for mode, sets in MODES.items()]
+        else:
+            for mode, sets in MODES.items():
+                shutil.copytree(world / f"{mode}-stopped", world / f"{mode}-resumed-{ranks}")
+                jobs.append({"sets": sets, "out": f"{world}/{mode}-resumed-{ranks}", "resume": True})
         torchrun(world, ranks, jobs)
         for mode in MODES:
             found[ranks, mode] = curve(world / f"{mode}-{ranks}")
@@ -117,3 +122,25 @@ def test_the_losses_do_not_depend_on_the_ranks(losses, mode):
     assert len(one) == STEPS and one[-1, 0] < one[0, 0] - 0.1
     for ranks in (2, 4):
         assert (torch.tensor(losses[ranks, mode], dtype=torch.float64) - one).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stopped_on_four_ranks_and_resumed_on_two_and_on_one(world, losses, mode):
+    """SIGTERM reaches one rank: all save in the same step and stop; another number of them goes on."""
+    stopped = curve(world / f"{mode}-stopped")
+    assert stopped == losses[4, mode][:STOP]
+    for ranks in (2, 1):
+        resumed = torch.tensor(curve(world / f"{mode}-resumed-{ranks}"), dtype=torch.float64)
+        assert len(resumed) == STEPS
+        assert (resumed - torch.tensor(losses[1, mode], dtype=torch.float64)).abs().max() < 1e-5
+
+
+def test_exports_of_all_ranks_are_one_model(world, losses):
+    for mode in MODES:
+        one, four = (load_model(world / f"{mode}-{ranks}" / "a" / "model").state_dict() for ranks in (1, 4))
+        base = load_model(world / "base").state_dict()
+        changed = {name.split(".")[0] for name in base if not torch.equal(one[name], base[name])}
+        parts = {"projector": {"projector"}, "full": {"vision", "projector", "decoder"}}
+        assert changed == parts.get(mode, {"projector", "decoder"}), mode
+        for name in one:
+            assert (one[name] - four[name]).abs().max() < 2e-4, name
