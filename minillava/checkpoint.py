@@ -147,25 +147,26 @@ def optimizer_tensors(optimizer: Together, named: dict[str, Tensor]) -> dict[str
     return {
         f"{key}/{name}": value
         for name, parameter in named.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in optimizer.moments(parameter).items()
     }
 
 
 def load_optimizer(folder: Path, optimizer: Together, named: dict[str, Tensor]) -> None:
     values: dict[str, Tensor] = {}
+    of: dict[str, dict[str, Tensor]] = {}
     for key, shape in shapes(folder).items():
         moment, slash, name = key.partition("/")
-        if slash:
+        if slash and moment.partition("@")[2] in ("", str(parallel.rank())):  # X@2 is of the third rank alone
             if name not in named:
                 raise UserError(f"{folder}: does not fit this model: {key}")
             parameter = named[name]
-            if shape == parameter.shape and shape:
-                values[key] = torch.zeros_like(parameter)
-            else:
-                device = parameter.device if optimizer.defaults.get("fused") else "cpu"
-                values[key] = torch.zeros(shape, device=device)
-            optimizer.state[parameter][moment] = values[key]
+            device = parameter.device if shape or optimizer.defaults.get("fused") else "cpu"
+            whole = shape == parameter.shape and shape
+            values[key] = torch.zeros_like(parameter) if whole else torch.zeros(shape, device=device)
+            of.setdefault(name, {})[moment] = values[key]
     load(folder, values, strict=False)
+    for name, moments in of.items():
+        optimizer.load_moments(named[name], moments)
 
 
 def random_state() -> tuple[dict[str, Tensor], list[Any]]:

@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, or Muon for the matrices and AdamW for the rest.
+"""Optimizers: AdamW, with moments in float32 or in 8 bits, or Muon for the matrices and AdamW for the rest.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises the momentum of each matrix. Its updates are
 scaled to AdamW's size (Liu et al. 2025, arXiv 2502.16982), so both take the same learning rate. On the small models of
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minillava import parallel
+from minillava.config import UserError
 from minillava.recipe import StageConfig
 
 
@@ -33,6 +35,19 @@ class Together:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
 
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter's state in tensors that any number of ranks can take: of its shape, or of none."""
+        state = self.state.get(parameter, {})
+        return _from_8bit(parameter, state) if "absmax1" in state or isinstance(state.get("step"), int) else state
+
+    def load_moments(self, parameter: Tensor, values: dict[str, Tensor]) -> None:
+        """Take back what `moments` gave."""
+        optimizer = self.optimizers[0]
+        if hasattr(optimizer, "load_moments"):
+            optimizer.load_moments(parameter, values)
+        else:
+            self.state[parameter] = values
+
 
 def make_optimizer(model: nn.Module, trained: dict[str, Tensor], stage: StageConfig) -> Together:
     """A group for each part (first word of a name) and kind; norms, biases and embeddings do not decay."""
@@ -51,9 +66,81 @@ def make_optimizer(model: nn.Module, trained: dict[str, Tensor], stage: StageCon
         ]
 
     optimizers: list[torch.optim.Optimizer] = []
-    if listed(False):
+    if stage.optimizer == "adamw8bit":
+        optimizers.append(_adamw_8bit(listed(False), stage))
+    elif listed(False):
         fused = next(iter(trained.values())).device.type in ("cpu", "cuda", "mps")
         optimizers.append(torch.optim.AdamW(listed(False), betas=stage.betas, eps=stage.eps, fused=fused))
     if listed(True):
         optimizers.append(torch.optim.Muon(listed(True), adjust_lr_fn="match_rms_adamw"))
     return Together(*optimizers)
+
+
+# ---- 8 bits ----
+
+SLOTS = (("exp_avg", "state1", "absmax1", "qmap1"), ("exp_avg_sq", "state2", "absmax2", "qmap2"))
+BLOCK = 256  # of bitsandbytes' 8-bit states
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW with moments in 8 bits (arXiv 2110.02861), on each rank's own part of sharded parameters.
+
+    Moments of fewer than 4096 numbers stay in float32. A checkpoint holds all of them in float32, because blocks end
+    elsewhere on another number of ranks; with their scales, which it holds too, they become what they were in 8 bits.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError('optimizer = "adamw8bit" needs bitsandbytes: pip install bitsandbytes') from None
+
+    class Local(AdamW8bit):
+        def init_state(self, group: Any, p: Tensor, *at: int) -> None:
+            self._as_local(p, lambda own: AdamW8bit.init_state(self, group, own, *at))
+
+        def update_step(self, group: Any, p: Tensor, *at: int) -> None:
+            if parallel.local(p).numel():
+                self._as_local(p, lambda own: AdamW8bit.update_step(self, group, own, *at))
+
+        def _as_local(self, p: Tensor, work: Any) -> None:
+            own = nn.Parameter(parallel.local(p.detach()))
+            own.grad = None if p.grad is None else parallel.local(p.grad)
+            self.state[own] = self.state[p]
+            work(own)
+            self.state[p] = self.state.pop(own)
+
+        def load_moments(self, p: Tensor, values: dict[str, Tensor]) -> None:
+            index = next((g, k) for g, group in enumerate(self.param_groups)
+                         for k, other in enumerate(group["params"]) if other is p)  # fmt: skip
+            self.state[p] = {}
+            self.init_state(self.param_groups[index[0]], p, *index)
+            state = self.state[p]
+            state["step"] = int(values["step"])
+            for name, slot, absmax, qmap in SLOTS:
+                value = parallel.local(values[name]).contiguous()
+                if absmax in state:
+                    scales = values.get(f"{absmax}@{parallel.rank()}")
+                    if scales is None or scales.shape != state[absmax].shape:  # of another number of ranks
+                        blocks = nn.functional.pad(value.flatten(), (0, -value.numel() % BLOCK)).view(-1, BLOCK)
+                        scales = blocks.abs().amax(1)
+                    state[absmax] = scales.to(value.device)
+                    each = state[absmax].clamp(min=1e-38).repeat_interleave(BLOCK)[: value.numel()]
+                    code = state[qmap]
+                    codes = torch.bucketize(value.flatten() / each, (code[1:] + code[:-1]) / 2)
+                    state[slot] = codes.to(torch.uint8).view(value.shape)
+                else:
+                    state[slot].copy_(value)
+
+    return Local(groups, betas=stage.betas, eps=stage.eps)
+
+
+def _from_8bit(parameter: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
+    values = {"step": torch.tensor(float(state["step"]))}
+    for name, slot, absmax, qmap in SLOTS:
+        value = state[slot]
+        if absmax in state:
+            from bitsandbytes.functional import dequantize_blockwise
+
+            values[f"{absmax}@{parallel.rank()}"] = state[absmax]
+            value = dequantize_blockwise(value, absmax=state[absmax], code=state[qmap], blocksize=BLOCK)
+        values[name] = parallel.like(parameter, value.view(parallel.local(parameter).shape))
+    return values

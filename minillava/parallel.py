@@ -203,6 +203,17 @@ def local(tensor: Tensor) -> Tensor:
     return getattr(tensor, "to_local", lambda: tensor)()
 
 
+def like(parameter: Tensor, own: Tensor) -> Tensor:
+    """This rank's part of a tensor that is sharded as `parameter` is; the part itself where that is whole."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return own
+    from torch.distributed.tensor import DTensor
+
+    placements, shape, stride = getattr(parameter, "placements", None), parameter.shape, parameter.stride()
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
 def fill(parameter: Tensor, values: Tensor) -> None:
     """Copy whole `values` into a parameter, or this rank's part of them into a sharded one. No rank is asked."""
     mesh = getattr(parameter, "device_mesh", None)

@@ -94,7 +94,7 @@ class StageConfig:
     warmup: float = 0.03  # share of the steps in which the rate rises linearly
     schedule: str = "cosine"  # or constant
     floor: float = 0.0  # share of the peak rate that the cosine ends at
-    optimizer: str = "adamw"  # or muon, for the matrices; the rest has AdamW still
+    optimizer: str = "adamw"  # or adamw8bit (bitsandbytes); or muon, for the matrices: the rest has AdamW still
     weight_decay: float = 0.0  # of matrices; norms, biases and embeddings never decay
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -256,7 +256,7 @@ def _check(recipe: Recipe, where: str) -> None:
 
 CHECKPOINTING = ("off", "selective", "full")
 DTYPES = ("auto", "float32", "bfloat16")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 SCHEDULES = ("cosine", "constant")
 SINKS = ("tensorboard", "wandb")
 

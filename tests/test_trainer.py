@@ -20,9 +20,10 @@ from minillava import checkpoint
 from minillava.config import DecoderConfig, ModelConfig, UserError, VisionConfig
 from minillava.llava import LLaVA
 from minillava.names import rename
+from minillava.optim import make_optimizer
 from minillava.pipeline import make_run, run_recipe
 from minillava.progress import Log, read_log
-from minillava.recipe import ModelRecipe, read_recipe
+from minillava.recipe import ModelRecipe, StageConfig, read_recipe
 from minillava.tasks import LLaVATask, Task, rounded_up
 from minillava.tokenizer import load_tokenizer, train_small_tokenizer
 from minillava.trainer import MAX_NON_FINITE, Trainer, compute_dtype, schedule
@@ -524,7 +525,7 @@ def test_checkpoints_are_whole_and_the_last_few(tmp_path):
         checkpoint.read(newest / "trained")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
 def test_a_checkpoint_holds_all_of_the_optimizer(world, tmp_path, optimizer):
     sets = f"stage.finetune.optimizer={optimizer}", "stage.finetune.lr.vision=1e-2"
     trainer = trainer_of(world, tmp_path, *sets)
@@ -541,6 +542,39 @@ def test_a_checkpoint_holds_all_of_the_optimizer(world, tmp_path, optimizer):
         assert trainer.train_step(batches[step]) == resumed.train_step(batches[step])
     for name, parameter in trainer.trained.items():
         assert torch.equal(parameter, resumed.trained[name]), name
+
+
+def test_eight_bit_moments_come_back_as_they_were():
+    """Through the float32 of a checkpoint, to the bit: large moments in 8 bits, small ones in float32."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    stage = StageConfig(name="a", lr={"x": 1e-2}, optimizer="adamw8bit")
+    a = torch.nn.Linear(128, 64)
+
+    def optimizer_of(model):
+        return make_optimizer(model, {f"x.{name}": p for name, p in model.named_parameters()}, stage)
+
+    def step(seed, *pairs):
+        for model, _ in pairs:
+            torch.manual_seed(seed)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+        for _, optimizer in pairs:
+            optimizer.step()
+
+    before = optimizer_of(a)
+    for seed in range(3):
+        step(seed, (a, before))
+    b = copy.deepcopy(a)
+    after = optimizer_of(b)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        moments = before.moments(p)
+        assert moments["exp_avg"].shape == p.shape and moments["exp_avg"].dtype == torch.float32
+        after.load_moments(q, {key: value.clone() for key, value in moments.items()})
+    assert before.state[a.weight]["state1"].dtype == torch.uint8 and before.state[a.bias]["state1"].is_floating_point()
+    for seed in range(3, 6):
+        step(seed, (a, before), (b, after))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 # ---- bad data ----
