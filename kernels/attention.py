@@ -270,11 +270,19 @@ def attention(
     of each sequence. A query without a key gets 0. Raises ValueError when shapes or boundaries do not fit.
     """
     args = _checked(q, k, v, cu_seqlens, cu_seqlens_k, prefix, causal, window, scale)
+    cu, same = args[3], args[3] == args[4]
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if training and q.device.type == "cpu" and args[3] == args[4] and q.shape[-2] == k.shape[-2]:
-        short = max(b - a for a, b in pairwise(args[3])) <= SHORT[q.itemsize]
-        return (reference if short else _first)(*args).view(q.shape)
-    return _first(*args).view(q.shape)
+    if q.device.type != "cpu" or not same or not cu[-1]:
+        return _forward(*args)[0].view(q.shape)
+    if training and q.shape[-2] == k.shape[-2] and max(b - a for a, b in pairwise(cu)) <= SHORT[q.itemsize]:
+        return reference(*args).view(q.shape)
+    if training or window or prefix or any(b - a != cu[1] for a, b in pairwise(cu)):
+        return _forward(*args)[0].view(q.shape)
+    # Inference, rows of one length: SDPA as it is, since what the operation does around it costs 2 to 5 % of a layer's
+    # attention on a CPU (0.15 ms).
+    rows = (x.unflatten(0, (-1, cu[1])).transpose(1, 2) for x in args[:3])
+    options = {"is_causal": causal, "scale": args[-1], "enable_gqa": q.shape[-2] != k.shape[-2]}
+    return F.scaled_dot_product_attention(*rows, **options).transpose(1, 2).reshape(q.shape)
 
 
 def attention_with_lse(q, k, v, cu_seqlens, causal, scale=None, **options) -> tuple[Tensor, Tensor]:
@@ -283,10 +291,6 @@ def attention_with_lse(q, k, v, cu_seqlens, causal, scale=None, **options) -> tu
     names = ("cu_seqlens_k", "prefix", "window")
     cu_k, prefix, window = (options.get(name) for name in names)
     return _forward(*_checked(q, k, v, cu_seqlens, cu_k, prefix, causal, window, scale))
-
-
-def _first(*args) -> Tensor:
-    return _forward(*args)[0]
 
 
 def _checked(q, k, v, cu_seqlens, cu_seqlens_k, prefix, causal, window, scale):

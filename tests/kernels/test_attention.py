@@ -118,6 +118,18 @@ def check_error(lengths, K, H, G, causal, dtype, device):
         assert_no_worse([attention(*tensors, boundaries(lengths), causal)], peer[:1], exact[:1])
 
 
+# lengths of queries and keys, and what else is asked for
+VARIANTS = [
+    ((3, 1, 4), (5, 9, 4), {"causal": True}),
+    ((3, 1, 4), (5, 9, 4), {"causal": False}),
+    ((6, 3, 2, 1), (2, 3, 0, 5), {"causal": True}),  # queries that have no key
+    ((2, 2), (0, 0), {"causal": True}),
+    ((2, 2), (0, 3), {"causal": False}),
+    ((7, 2, 9), None, {"causal": True, "window": 3}),
+    ((3, 1), (9, 6), {"causal": True, "window": 2}),
+    ((7, 2, 9), None, {"causal": True, "prefix": (4, 0, 20)}),
+    ((5, 3), (2, 8), {"causal": True, "prefix": (1, 2)}),
+]
 # What each interpreted case adds: lengths of queries and keys, K, H, G, dtype, how tiles are read, what is asked for
 INTERPRETED = [
     ((1, 33, 40), None, 64, 2, 1, torch.float32, "pointer", {"causal": True}),
@@ -196,6 +208,34 @@ def test_deterministic_backward_is_the_same_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@needs_gpu
+@pytest.mark.parametrize("K", (64, 72, 128))
+@pytest.mark.parametrize(("lengths", "keys", "options"), VARIANTS)
+def test_variants_on_gpu(lengths, keys, options, K):
+    """Other keys, windows, prefixes, keyless queries in bf16, with 70 times as many tokens; NaN around a sequence."""
+    lengths = tuple(70 * n for n in lengths)
+    keys = tuple(70 * n for n in keys) if keys else lengths
+    options = {name: 70 * x if name == "window" else x for name, x in options.items()}
+    if "prefix" in options:
+        options["prefix"] = [70 * n for n in options["prefix"]]
+    *tensors, dy = inputs(lengths, K, 4, 2, torch.bfloat16, keys, "cuda")
+    rest = {**options, "keys": keys}
+    exact = gradients(lambda *t: one_by_one(formula, *t, lengths, **rest), *(x.double() for x in (*tensors, dy)))
+    peer = gradients(lambda *t: one_by_one(sdpa, *t, lengths, **rest), *tensors, dy)
+
+    def ours(tensors):
+        cu = {"cu_seqlens": boundaries(lengths), "cu_seqlens_k": boundaries(keys)}
+        return gradients(lambda *t: attention(*t, **cu, **options), *tensors, dy)
+
+    before = ours(tensors)
+    assert_no_worse(before, [x.nan_to_num() for x in peer], exact)
+    tensors = [x.clone() for x in tensors]
+    for x, n in zip(tensors, (lengths[0], keys[0], keys[0])):
+        x[n:] = float("nan")
+    for a, b, n in zip(ours(tensors), before, (lengths[0], lengths[0], keys[0], keys[0])):
+        assert error(a[:n], b[:n].double()) < 1e-2  # dq is added up in any order
+
+
 def test_head_sizes_are_covered_by_one_product_or_two():
     for K, expected in (
         (16, (16, 0)),
@@ -245,20 +285,6 @@ def test_packed_equals_one_by_one(lengths, causal, G, scale):
         NAMES, gradients(lambda *t: attention(*t, boundaries(lengths), causal, scale), *tensors, dy), exact
     ):
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
-
-
-# lengths of queries and keys, and what else is asked for
-VARIANTS = [
-    ((3, 1, 4), (5, 9, 4), {"causal": True}),
-    ((3, 1, 4), (5, 9, 4), {"causal": False}),
-    ((6, 3, 2, 1), (2, 3, 0, 5), {"causal": True}),  # queries that have no key
-    ((2, 2), (0, 0), {"causal": True}),
-    ((2, 2), (0, 3), {"causal": False}),
-    ((7, 2, 9), None, {"causal": True, "window": 3}),
-    ((3, 1), (9, 6), {"causal": True, "window": 2}),
-    ((7, 2, 9), None, {"causal": True, "prefix": (4, 0, 20)}),
-    ((5, 3), (2, 8), {"causal": True, "prefix": (1, 2)}),
-]
 
 
 @pytest.mark.parametrize("G", (4, 1))
@@ -316,7 +342,7 @@ def test_similar_lengths_share_a_block(monkeypatch):
         (BLOCK, False, [(2, 5), (1, 4)]),  # without causality padded keys would be seen
         (LOOP, True, [(1, 9), (1, 2), (1, 1)]),
     ):
-        attention(*inputs(lengths)[:3], boundaries(lengths), causal)
+        attention_with_lse(*inputs(lengths)[:3], boundaries(lengths), causal)
         assert seen == expected
         seen.clear()
 
