@@ -35,7 +35,9 @@ def parser() -> Parser:
     p.add_argument("--model", default=str(NANO), metavar="DIR|HUB_ID", help="checkpoint (default: the one that ships)")
     p.add_argument("--base", metavar="DIR|HUB_ID", help="what a delta, a lone projector or LoRA adapters belong to")
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
-    p.add_argument("--video", metavar="FILE", help="not supported yet")
+    p.add_argument("--video", action="append", default=[], metavar="FILE", help="a video, or a folder of frames")
+    p.add_argument("--frames", type=int, metavar="N", help="frames of a video to look at, at most")
+    p.add_argument("--fps", type=float, metavar="F", help="frames a second to look at; 0: spread evenly over the video")
     p.add_argument("--prompt", metavar="TEXT", help="the question; <image> in it says where a picture goes")
     p.add_argument("--chat", action="store_true", help="a conversation: one question a line, the pictures stay")
     p.add_argument("--raw", action="store_true", help="--prompt is the whole prompt: no chat template around it")
@@ -59,15 +61,20 @@ def parser() -> Parser:
 
 def check(args: argparse.Namespace) -> None:
     """What can be refused before torch is imported."""
-    if args.video is not None:
-        raise UserError(f"--video {args.video}: videos are not supported yet; give frames with several --image")
     if args.raw and (args.chat or args.prompt is None):
         raise UserError("--raw takes the whole prompt from --prompt, and does not go with --chat")
-    if args.image and args.prompt is None and not args.chat:
-        raise UserError("--image needs a question: give --prompt TEXT, or --chat to ask several")
+    if (args.image or args.video) and args.prompt is None and not args.chat:
+        raise UserError(
+            f"--{'image' if args.image else 'video'} needs a question: give --prompt TEXT, or --chat to ask several"
+        )
     for image in args.image:
         if not Path(image).is_file():
             raise UserError(f"{image}: no such image file; check the path")
+    for video in args.video:
+        if not Path(video).exists():
+            raise UserError(f"{video}: no such video file or folder of frames; check the path")
+    if (args.frames or 1) < 1 or (args.fps or 0) < 0:
+        raise UserError("--frames takes 1 or more, --fps 0 or more")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,11 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from minillava import LLaVA
 
         model = LLaVA.from_pretrained(args.model, args.dtype, args.device, args.quantize, args.base)
+        if args.frames is not None or args.fps is not None:
+            model.look(args.frames, args.fps)
         run = Run(args, model, load_s=time.perf_counter() - started)
         if args.chat:
             run.chat()
         elif args.prompt is not None:
-            run.once(args.prompt, args.image)
+            run.once(args.prompt, args.image, args.video)
         else:
             run.demo()
     except UserError as error:
@@ -101,10 +110,10 @@ class Run:
         self.args, self.model, self.load_s = args, model, load_s
         self.peak = self.with_buffers = 0  # bytes
 
-    def once(self, prompt: str, images: Sequence[str]) -> None:
+    def once(self, prompt: str, images: Sequence[str], videos: Sequence[str] = ()) -> None:
         a = self.args
         how = (a.max_new_tokens, a.temperature, a.top_p, a.top_k, a.seed, a.raw)
-        self.show(self.model.generate(prompt, images, *how, self.write))
+        self.show(self.model.generate(prompt, images, *how, self.write, videos))
 
     def demo(self) -> None:
         """The built-in world: draw, save, ask."""
@@ -128,7 +137,7 @@ class Run:
         from minillava.sampling import Sampling
 
         a = self.args
-        conversation = self.model.conversation(a.image)
+        conversation = self.model.conversation(a.image, a.video)
         sampling = Sampling(a.temperature, a.top_p, a.top_k, a.seed)
         question = a.prompt
         while True:

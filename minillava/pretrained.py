@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from minillava.config import ModelConfig, UserError, nearest
 from minillava.conversation import Conversation
 from minillava.decoder import Unallocated
 from minillava.engine import Engine, Request, user_message
+from minillava.layout import frame_limit
 from minillava.quantize import Scheme
 from minillava.sampling import Sampling
 from minillava.tokenizer import Tokenizer, load_tokenizer
@@ -104,6 +106,19 @@ class LLaVA:
             request = Request(prompt, images, max_new_tokens=max_new_tokens, sampling=sampling, videos=videos)
         hear = None if on_text is None else lambda _, piece: on_text(piece)
         return self.engine.generate([request], hear)[0]
+
+    def look(self, frames: int | None = None, fps: float | None = None) -> None:
+        """Look at up to so many frames of a video, so many a second (0: spread evenly); None: as the checkpoint says.
+
+        Raises UserError for more frames than fit the context.
+        """
+        layout = self.config.layout
+        layout = replace(layout, max_frames=frames or layout.max_frames)
+        layout = replace(layout, video_fps=layout.video_fps if fps is None else fps)
+        config = replace(self.config, layout=layout)
+        if frames is not None and frame_limit(config) < frames:
+            raise UserError(f"{frames} frames of a video do not fit the context; take {frame_limit(config)} or fewer")
+        self.config = self.model.config = self.engine.config = config
 
     def conversation(self, images: Sequence[ImageSource] = (), videos: Sequence[VideoSource] = ()) -> Conversation:
         """Turns about pictures and videos that stay; see `Conversation.ask`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,11 @@ def _decode(source: str | Path | bytes, config: ModelConfig, name: str) -> Clip:
             stream = container.streams.video[0]
             if stream.width * stream.height > MAX_PIXELS:
                 raise UserError(f"{name}: frames of more than {MAX_PIXELS:,} pixels; scale the video down first")
-            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None]
+            packets = [(p.pts, p.dts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None]
             if not packets:
                 raise UserError(f"{name}: a video without frames; fetch it again, or leave it out")
-            shown = sorted(pts for pts, _ in packets)
-            keys = sorted(pts for pts, key in packets if key)
+            shown = sorted(pts for pts, _, _ in packets)
+            keys = {pts: pts if dts is None else dts for pts, dts, key in packets if key}
             base = float(stream.time_base or 1)
             times_s = [(pts - shown[0]) * base for pts in shown]
             rate = float(stream.average_rate or 0) or (len(shown) - 1) / (times_s[-1] or 1.0) or 1.0
@@ -116,17 +116,20 @@ def _decode(source: str | Path | bytes, config: ModelConfig, name: str) -> Clip:
     return Clip(tuple(frames), tuple(times_s[i] for i in wanted), times_s[-1] + 1 / rate)
 
 
-def _frames(container: Any, stream: Any, wanted: list[int], keys: list[int]) -> list[Image.Image]:
+def _frames(container: Any, stream: Any, wanted: list[int], keys: dict[int, int]) -> list[Image.Image]:
     """The frames at these presentation times (ascending, in the stream's units), as RGB; fewer where it breaks off.
 
-    Goes back to a key frame where one lies between what was decoded last and what is wanted next.
+    Jumps to a key frame where one lies between what was decoded last and what is wanted next. `keys` has their decoding
+    times too: files are searched by these, and behind B-frames a key frame is decoded before its time.
     """
     stream.thread_type = "AUTO"
-    container.seek(wanted[0], stream=stream)
-    decoded, frames, at = container.decode(stream), [], None
+    decoded: Iterator[Any] = iter(())
+    frames: list[Image.Image] = []
+    at = min(wanted[0], *keys, 0) - 1
     for pts in wanted:
-        if at is not None and any(at < key <= pts for key in keys):
-            container.seek(pts, stream=stream)
+        key = max((key for key in keys if at < key <= pts), default=None)
+        if key is not None or not frames:
+            container.seek(min(keys.values(), default=0) if key is None else keys[key], stream=stream)
             decoded = container.decode(stream)
         for frame in decoded:
             if frame.pts is not None and frame.pts >= pts:

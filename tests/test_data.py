@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from minillava.chat import IGNORE, Message
-from minillava.config import ChatConfig, ImageConfig, ModelConfig, UserError, VisionConfig
+from minillava.config import ChatConfig, ImageConfig, LayoutConfig, ModelConfig, UserError, VisionConfig
 from minillava.data import Example, Sample, SampleError, encode_sample, pack, read_samples, scan
 from minillava.store import Folder, ImageRef, Pictures
 from minillava.tokenizer import load_tokenizer, train_small_tokenizer
@@ -316,3 +316,64 @@ def test_real_data_in_its_zip(name, turns_each, config, tokenizer):
         answers = [message.text for message in sample.messages if message.role == "assistant"]
         assert supervised_text(tokenizer, example) == "".join(f" {answer}</s>" for answer in answers)
         assert sample.images[0].open("x").size == (32, 32)
+
+
+# ---- tiles, several pictures, videos ----
+
+
+def tiled_config(config):
+    """The same model with tiles and a newline; clips have a marker of their own."""
+    layout = LayoutConfig(grids=((2, 1), (1, 2), (2, 2)), merge="unpad", several="pad", video_newline="frame")
+    chat = dataclasses.replace(config.chat, video_token="<video>", video_token_id=-201)
+    return dataclasses.replace(config, layout=layout, chat=chat)
+
+
+def test_samples_of_tiles_several_pictures_and_frames(tmp_path, config, tokenizer):
+    """One picture is tiled, two are padded, a folder of frames is a clip: spans, pixels and placeholders agree."""
+    for i in range(3):
+        (tmp_path / "clip").mkdir(exist_ok=True)
+        Image.new("RGB", (9, 8), (i * 80,) * 3).save(tmp_path / "clip" / f"{i}.png")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (16, 7)).save(tmp_path / name)
+    samples = [
+        {"id": 1, "image": "a.png", "conversations": turns("<image>\nWhat?", "red")},
+        {"id": 2, "image": ["a.png", "b.png"], "conversations": turns("<image> and <image>: same?", "no")},
+        {"id": 3, "video": "clip", "conversations": turns("<image>\nWhat moves?", "it")},  # as LLaVA-Video has it
+        {
+            "id": 4,
+            "video": "clip",
+            "image": "a.png",
+            "conversations": turns("<video>\nWhat?", "it", "<image>\nLike this?", "yes"),
+        },
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(samples))
+    read, report = scan(path, tmp_path)
+    assert (report.samples, report.images, report.videos, report.text_only) == (4, 4, 2, 0) and not report.problems
+    config = tiled_config(config)
+    views = [[3], [1, 1], [3], [3, 3]]
+    examples = [encode_sample(sample, config, tokenizer, 10_000) for sample in read]
+    for example, expected, sample in zip(examples, views, read):
+        assert [span.views for span in example.spans] == expected
+        assert example.pixels_NCHW.shape[0] == sum(expected)
+        for kind, marker in ((False, config.chat.image_token_id), (True, config.chat.video_token_id)):
+            assert example.ids.count(marker) == sum(s.tokens for s in example.spans if s.clip == kind), sample.id
+    assert examples[3].spans[0].clip and not examples[3].spans[1].clip  # in the order of their markers
+    batch = pack(examples)
+    assert [span.views for span in batch.spans] == [3, 1, 1, 3, 3, 3] and len(batch.pixels_NCHW) == 14
+    cut = encode_sample(read[3], config, tokenizer, examples[3].ids.index(config.chat.image_token_id) + 3)
+    assert len(cut.spans) == 1 and len(cut.pixels_NCHW) == 3 and cut.cut
+    told = dataclasses.replace(config, layout=dataclasses.replace(config.layout, time_instruction=True))
+    longer = encode_sample(read[2], told, tokenizer, 10_000)
+    text = tokenizer.decode([i for i in longer.ids if i >= 0])
+    assert "The video lasts for 3.00 seconds, and 3 frames" in text and "0.00s,1.00s,2.00s" in text
+
+
+def test_a_broken_video_costs_one_sample(tmp_path, config, tokenizer):
+    pytest.importorskip("av")
+    (tmp_path / "bad.mp4").write_bytes(b"no video" * 50)
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"id": "v", "video": "bad.mp4", "conversations": turns("<video>\nWhat?", "x")}]))
+    (sample,) = read_samples(path, tmp_path)
+    with pytest.raises(SampleError, match=r"sample 'v': bad.mp4: a video that cannot be decoded"):
+        encode_sample(sample, tiled_config(config), tokenizer, 1000)

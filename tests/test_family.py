@@ -5,19 +5,29 @@ are expanded here with the counts of its processors, and frames go through its i
 Letters: T tokens, N views, V vocabulary.
 """
 
+import functools
 import json
+import os
+import shutil
+import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from minillava import decoder
 from minillava.config import ModelConfig, UserError
 from minillava.engine import Engine, Request, user_message
+from minillava.layout import clip_span
 from minillava.tokenizer import load_tokenizer
 from minillava.weights import load_model, read_config, rename, save_model
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import generate
 
 transformers = pytest.importorskip("transformers")
 
@@ -410,3 +420,64 @@ def test_defaults_of_the_classes_are_transformers_own():
                 assert full[key] == value, (kind, key)
         assert full["text_config"]["model_type"] == known.text
     assert ModelConfig().layout.grids == ()
+
+
+# ---- the command line, and what the original code answered ----
+
+
+@pytest.fixture
+def real():
+    folder = Path(os.environ.get("MINILLAVA_REAL", Path(__file__).parents[2] / "shared" / "real"))
+    if not (folder / "llava" / "clip.mp4").is_file():
+        pytest.skip(f"{folder}/llava/clip.mp4 is not there")
+    return folder
+
+
+def run(capsys, *arguments):
+    status = generate.main([str(a) for a in (*arguments, "--json", "--max-new-tokens", 6)])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    answer = json.loads(out)
+    return answer["token_ids"], answer["image_tokens"]
+
+
+def test_real_pictures_and_clip_on_the_command_line(foreign, real, tmp_path, capsys):
+    """A picture, two, and a clip; the folder by another name answers the same."""
+    pytest.importorskip("av")
+    moved = tmp_path / "v1.6-34b-mistral-lora"  # the original would take this for another model
+    shutil.copytree(foreign.folder, moved)
+    first, second, clip = (real / "llava" / name for name in ("waterview.jpg", "dog.jpg", "clip.mp4"))
+    asked = [["--image", first], ["--image", first, "--image", second], ["--video", clip, "--frames", 3]]
+    for arguments in asked:
+        answers = [run(capsys, "--model", m, *arguments, "--prompt", "What is it?") for m in (foreign.folder, moved)]
+        assert answers[0] == answers[1]
+    span = clip_span(foreign.engine.config, 3)
+    assert answers[0][1] == span.tokens
+
+
+@pytest.mark.parametrize("name", ["next-original", "onevision-original"])
+def test_answers_of_the_original_code(name, real, monkeypatch):
+    """Length, first logits and 24 greedy tokens of LLaVA-NeXT's own code: a picture, two pictures, video.
+
+    The Qwen2 of its transformers 4.40 applied sliding_window = 4096 (that is, 4097 positions) on the eager path though
+    use_sliding_window is false; later versions do not. One prompt is longer than that, and is given the same window.
+    """
+    folder = real / "originals-golden" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    engine = Engine(load_model(folder, torch.float32), load_tokenizer(folder))
+    for case in json.loads((folder / "exam.json").read_text()):
+        pictures = [real / "llava" / image for image in case["images"]]
+        how = {"videos": [pictures]} if case["modality"] == "video" else {"images": pictures}
+        request = Request(raw=case["prompt"], max_new_tokens=24, **how)
+        row = engine.row(0, request, {})
+        ids = [id for at, id in enumerate(row.ids) if id != -200 or row.ids[at - 1] != -200 or at == 0]
+        expected = [id for at, id in enumerate(case["prompt_ids"]) if id != -200 or case["prompt_ids"][at - 1] != -200]
+        assert ids == expected or ids.count(-200) < case["prompt_ids"].count(-200)
+        assert len(row.ids) == case["prompt_tokens"]
+        with monkeypatch.context() as patch:
+            if len(row.ids) > 4097 and engine.config.decoder.model_type == "qwen2":
+                patch.setattr(decoder, "attention", functools.partial(decoder.attention, window=4097))
+            first_V = logits(engine, row)[-1]
+        torch.testing.assert_close(first_V, torch.tensor(case["first_logits"]), rtol=0, atol=1e-4)
+        assert engine.generate([request])[0].token_ids == case["greedy"]

@@ -1,11 +1,17 @@
 """The visual-token count, against the published counts (reference: one square view an image)."""
 
 import dataclasses
+import types
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from minillava.config import ImageConfig, ModelConfig, UserError, VisionConfig
-from minillava.layout import image_tokens
+from minillava.config import DecoderConfig, ImageConfig, LayoutConfig, ModelConfig, UserError, VisionConfig
+from minillava.image import prepare_views
+from minillava.layout import clip_span, frame_limit, image_tokens
+from minillava.projector import pack
 
 SIZES = [(336, 336), (1000, 500), (640, 480), (1, 9000)]
 
@@ -26,3 +32,115 @@ def test_what_cannot_be_counted_is_an_error():
         image_tokens(ModelConfig(), 0, 5)
     with pytest.raises(UserError, match=r"224 pixels a side but the vision tower sees 336"):
         image_tokens(ModelConfig(image=ImageConfig(size=224)), 10, 10)
+
+
+# ---- AnyRes ----
+
+NEXT = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))  # pinpoints of LLaVA-NeXT as transformers reads them: (columns, rows)
+SIX = tuple((i, j) for i in range(1, 7) for j in range(1, 7))
+SIGLIP = VisionConfig(1152, 4304, 26, 16, 384, 14, "gelu_tanh", 1e-6, False, False, True, (-1,))
+
+
+def tiled(side, grids, rounds, **more):
+    vision = SIGLIP if side == 384 else VisionConfig(image_size=side)
+    layout = LayoutConfig(grids=grids, merge="unpad", round_unpad=rounds, **more)
+    return ModelConfig(vision=vision, image=ImageConfig(size=side, fit="squash"), layout=layout)
+
+
+HF_NEXT, NEXT_ORIGINAL = tiled(336, NEXT, True), tiled(336, tuple(grid[::-1] for grid in NEXT), False)
+HF_OV, OV_ORIGINAL = (tiled(384, SIX, rounds, max_tiles=9, several="pad", video_pool="bilinear",
+                            video_newline="one_token") for rounds in (True, False))  # fmt: skip
+HD = tiled(224, tuple(grid for grid in SIX if grid[0] * grid[1] <= 6), False)
+
+# Width, height, tokens in transformers, tokens in the original code: facts sheet, tables C1 and C2.
+C1 = """100 100 1176 1176; 336 300 1224 1126; 336 336 1176 1176; 300 200 1464 976; 384 384 2928 2928; 640 480
+2340 2340; 480 640 2352 2352; 1000 500 1752 1752; 500 1000 1776 1776; 672 672 2928 2928; 1008 336 2328
+2328; 336 1008 2376 2376; 1024 899 2634 2634; 1500 1500 2928 2928; 1920 1080 1948 1948; 1080 1920 1968
+1968; 2000 300 1306 1306; 300 2000 1368 1368; 3000 2000 2144 2144"""
+C2 = """100 100 1485 1485; 336 300 1429 1429; 336 336 1485 1485; 300 200 1261 1261; 384 384 1485 1485; 640 480
+2929 2929; 480 640 2943 2943; 1000 500 4009 4009; 500 1000 4050 4050; 672 672 3699 3699; 1008 336 2943
+2943; 336 1008 2997 2997; 1024 899 6551 6551; 1500 1500 7371 7371; 1920 1080 7269 7269; 1080 1920 7317
+7317; 2000 300 4804 4804; 300 2000 4941 4941; 3000 2000 7329 7329; 4000 100 1544 1544; 2214 820 7246
+7209; 952 1160 8765 8765"""
+
+
+@pytest.mark.parametrize("table,theirs,original", [(C1, HF_NEXT, NEXT_ORIGINAL), (C2, HF_OV, OV_ORIGINAL)])
+def test_published_counts_of_tiled_pictures(table, theirs, original):
+    for row in table.split(";"):
+        width, height, *expected = map(int, row.split())
+        assert [image_tokens(config, width, height) for config in (theirs, original)] == expected, row
+
+
+def test_counts_of_15_hd():
+    sizes = [(224, 224), (336, 336), (448, 448), (1000, 500), (640, 480), (480, 640), (1920, 1080)]
+    assert [image_tokens(HD, *size) for size in sizes] == [528, 1312, 1312, 1432, 1632, 1642, 1628]
+
+
+def test_several_pictures_and_clips():
+    assert image_tokens(HF_OV, 1920, 1080, several=True) == 730
+    assert image_tokens(HF_NEXT, 1920, 1080, several=True) == 1948
+    assert [clip_span(HF_OV, frames).tokens for frames in (1, 8, 16, 32)] == [197, 1569, 3137, 6273]
+    for newline, tokens in {"no_token": 4608, "frame": 4640, "grid": 4992, "one_token": 4609}.items():
+        config = dataclasses.replace(NEXT_ORIGINAL, layout=LayoutConfig(merge="unpad", video_newline=newline))
+        assert clip_span(config, 32).tokens == tokens
+    average = dataclasses.replace(OV_ORIGINAL, layout=LayoutConfig(merge="unpad", video_pool="average"))
+    assert clip_span(average, 1).tokens == 13 * 13  # of 27; bilinear gives 14
+    with pytest.raises(UserError, match="without frames"):
+        clip_span(HF_OV, 0)
+
+
+def test_frames_are_bounded_by_the_context():
+    assert frame_limit(ModelConfig()) == (4096 - 1024) // 144
+    long = dataclasses.replace(ModelConfig(), decoder=DecoderConfig(max_positions=32768))
+    assert frame_limit(long) == 32
+
+
+@pytest.mark.parametrize("merge,tokens", [("flat", 5 * 576), ("spatial", 5 * 576), ("unpad", 2340)])
+def test_how_tiles_are_merged(merge, tokens):
+    config = dataclasses.replace(NEXT_ORIGINAL, layout=LayoutConfig(grids=NEXT, merge=merge))
+    assert image_tokens(config, 640, 480) == tokens
+
+
+def test_layouts_that_make_no_sense_are_refused():
+    for values, message in (
+        ({"merge": "best"}, "merge is 'best'; use one of flat, spatial, unpad"),
+        ({"video_newline": "grid"}, "video_newline is 'grid'; use one of no_token where merge is not 'unpad'"),
+        ({"max_tiles": 9}, "max_tiles goes with merge 'unpad'"),
+        ({"grids": ((0, 1),)}, "must be 1 or more"),
+        ({"max_frames": 0}, "must be 1 or more"),
+    ):
+        with pytest.raises(UserError, match=message):
+            LayoutConfig(**values)
+
+
+@pytest.mark.parametrize("config,name", [(HF_NEXT, "LlavaNext"), (HF_OV, "LlavaOnevision")])
+def test_counts_equal_transformers_own(config, name):
+    """50,000 random sizes each, from slivers to 8,000 pixels: the counts of its processors."""
+    transformers = pytest.importorskip("transformers")
+    cls, side, P = getattr(transformers, f"{name}Processor"), config.image.size, config.vision.patches_per_side
+    pinpoints = [(rows * side, columns * side) for columns, rows in config.layout.grids]
+    processor = types.SimpleNamespace(
+        image_processor=types.SimpleNamespace(image_grid_pinpoints=pinpoints), num_image_tokens=P * P, patch_size=14,
+        vision_aspect_ratio="anyres_max_9", num_additional_image_tokens=0,
+    )  # fmt: skip
+    processor._get_unpadded_features = types.MethodType(cls._get_unpadded_features, processor)
+    sizes = np.exp(np.random.default_rng(0).uniform(0, np.log(8000), (50_000, 2))).astype(int)
+    wrong = [
+        (w, h)
+        for w, h in sizes.tolist()
+        if image_tokens(config, w, h) != cls._get_number_of_features(processor, h, w, side, side)
+    ]
+    assert not wrong, wrong[:5]
+
+
+@pytest.mark.parametrize("config", [HF_NEXT, HF_OV, HD])
+def test_pixels_and_counts_agree_for_every_shape(config):
+    """What `prepare_views` and `pack` make of a picture has the views and the tokens that the span says."""
+    layout, P = dataclasses.replace(config.layout, max_tiles=1 if config.layout.max_tiles else 0), 3
+    vision = VisionConfig(image_size=6, patch_size=2)
+    config = ModelConfig(vision=vision, image=ImageConfig(6, "squash"), layout=layout)
+    for width, height in [(1, 5000), (5000, 1), (1, 1), (7, 6), (50, 20), (20, 50), (64, 63), (300, 1)]:
+        pixels_NCHW, span = prepare_views(Image.new("RGB", (width, height)), config)
+        assert pixels_NCHW.shape == (span.views, 3, 6, 6)
+        x_NPD = torch.randn(span.views, P * P, 4)
+        assert pack(x_NPD, span, layout, torch.zeros(4)).shape == (span.tokens, 4), (width, height)
