@@ -73,7 +73,7 @@ def check(args: argparse.Namespace) -> None:
     for video in args.video:
         if not Path(video).exists():
             raise UserError(f"{video}: no such video file or folder of frames; check the path")
-    if (args.frames or 1) < 1 or (args.fps or 0) < 0:
+    if (args.frames is not None and args.frames < 1) or (args.fps or 0) < 0:
         raise UserError("--frames takes 1 or more, --fps 0 or more")
 
 
