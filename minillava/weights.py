@@ -126,6 +126,9 @@ def load_model(
     if late and sink is not None:
         raise UserError(f"{folder}: a delta or adapters; load it on one device and save the whole, then use that")
     head = plan.source.pop("decoder.head.weight", None) if config.decoder.tie_embeddings else None
+    if plan.layout.get("vision") == "tower" and not config.vision.class_token:
+        spare = f"vision.blocks.{config.vision.num_layers}."  # a stock SigLIP has a block more than the original keeps
+        plan.source = {name: stored for name, stored in plan.source.items() if not name.startswith(spare)}
     plan.check(str(folder), wanted)
     if dtype is None:
         dtype = next(read([plan.source["decoder.embed.weight"]])).dtype

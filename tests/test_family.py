@@ -356,6 +356,24 @@ def test_the_original_layout_loads_and_exports(stored, tmp_path):
             torch.testing.assert_close(logits(ours, row), theirs_TV, rtol=1e-4, atol=1e-4)
 
 
+def test_a_stock_siglip_beside_the_original_layout(stored, tmp_path):
+    """As for a model whose tower was frozen: its last block is left out, and the rest is the same model."""
+    if not stored.onevision:
+        pytest.skip("CLIP keeps its blocks")
+    folder = to_original(stored, tmp_path / "m")
+    mine, tower, prefix = {}, {}, "model.vision_tower.vision_tower."
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        (tower if name.startswith(prefix) else mine)[name.removeprefix(prefix)] = tensor
+    first = {name: tensor for name, tensor in tower.items() if "layers.0." in name}
+    assert first
+    tower |= {name.replace("layers.0.", "layers.3."): tensor + 1 for name, tensor in first.items()}
+    save_file(mine, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tower, folder / "tower" / "model.safetensors", metadata={"format": "pt"})
+    loaded = load_model(folder, torch.float32).state_dict()
+    for name, tensor in stored.engine.model.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
 def test_the_original_reads_its_fields(stored, tmp_path):
     """Which way a tie goes, where the newline and the pooling are, what the frames are: all from config.json."""
     folder = to_original(
