@@ -125,7 +125,7 @@ def _rows(label, B, T, H, G, K, causal, direction, device, dtype, compiled) -> C
     peers["eager"] = lambda q, k, v: _sdpa(q, k, v, causal)
     if device == "cuda":
         peers |= {f"SDPA {name}": _with_backend(backend, causal) for name, backend in BACKENDS.items()}
-        if compiled and (T == 4096 or B == 16):
+        if compiled and direction == FORWARD and (T == 4096 or B == 16):  # each is a minute of compiling
             peers["FlexAttention"] = _flex(T, causal, device)
     else:
         peers["transformers"] = _transformers(causal, H // G)
