@@ -12,8 +12,9 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from minillava.chat import IGNORE, TEMPLATES, Message, encode, encode_raw, image_first, segments
+from minillava.chat import IGNORE, TEMPLATES, Message, encode, encode_raw, image_first, segments, stop_ids
 from minillava.config import ChatConfig, UserError
+from minillava.hf_config import _template
 from minillava.tokenizer import load_tokenizer, train_small_tokenizer
 
 REAL = Path(os.environ.get("MINILLAVA_REAL", Path(__file__).parents[2] / "shared" / "real")) / "llava"
@@ -536,3 +537,32 @@ def test_unknown_template_and_missing_tokens(tmp_path):
         encode(ChatConfig(template="llava_v0", image_start_end=True), tokenizer, turns("<image>"), [1], True)
     with pytest.raises(UserError, match="the tokenizer has no token '<image>'; set split_at_image"):
         encode(ChatConfig(template="llava_v0", split_at_image=False), tokenizer, turns("<image>"), [1], True)
+
+
+# ---- where an answer stops, and the template where the files bring none
+
+
+def test_the_stop_of_a_template_ends_answers_whatever_the_files_say(tokenizer):
+    """LLaMA-3's config.json names 128001, and its turns end with another token."""
+    end, turn = tokenizer.token_id("<|im_end|>"), tokenizer.token_id("<|eot_id|>")
+    assert stop_ids(ChatConfig(template="llama_3", eos_ids=(7,)), tokenizer) == {7, turn}
+    assert stop_ids(ChatConfig(template="qwen_1_5", eos_ids=(7, end)), tokenizer) == {7, end}
+    assert stop_ids(ChatConfig(template="llava_v0", eos_ids=(7,)), tokenizer) == {7}
+    assert stop_ids(ChatConfig(template="jinja", jinja=CHATML, eos_ids=(7,)), tokenizer) == {7}
+
+
+@pytest.mark.parametrize(
+    "tokens, decoder, layers, expected",
+    [
+        (["<|start_header_id|>", "<|eot_id|>"], "llama", 2, "llama_3"),
+        (["<|im_start|>", "<|im_end|>"], "qwen2", 2, "qwen_1_5"),
+        (["<|im_start|>", "<|im_end|>"], "llama", 2, "chatml_direct"),
+        ([], "mistral", 2, "mistral_instruct"),
+        ([], "llama", 2, "vicuna_v1"),
+        ([], "llama", 1, "llava_v1"),
+    ],
+)
+def test_the_family_is_told_by_the_tokens_that_mark_its_turns(tmp_path, tokens, decoder, layers, expected):
+    added = {str(i): {"content": token} for i, token in enumerate(tokens)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    assert _template(tmp_path, decoder, layers) == expected
