@@ -10,8 +10,9 @@ from PIL import Image
 
 from minillava.config import DecoderConfig, ImageConfig, LayoutConfig, ModelConfig, UserError, VisionConfig
 from minillava.image import prepare_views
-from minillava.layout import clip_span, frame_limit, image_tokens
-from minillava.projector import pack
+from minillava.layout import clip_span, frame_limit, image_span, image_tokens
+from minillava.llava import LLaVA
+from minillava.projector import pack, pool
 
 SIZES = [(336, 336), (1000, 500), (640, 480), (1, 9000)]
 
@@ -144,3 +145,52 @@ def test_pixels_and_counts_agree_for_every_shape(config):
         assert pixels_NCHW.shape == (span.views, 3, 6, 6)
         x_NPD = torch.randn(span.views, P * P, 4)
         assert pack(x_NPD, span, layout, torch.zeros(4)).shape == (span.tokens, 4), (width, height)
+
+
+@pytest.mark.parametrize("newline", ["no_token", "one_token", "frame", "grid"])
+def test_where_the_newlines_of_a_clip_go(newline):
+    """Against the places written out: two frames of four patches, each a row of its own number, newline is -1."""
+    layout = LayoutConfig(merge="unpad", video_newline=newline)
+    config = dataclasses.replace(ModelConfig(), vision=VisionConfig(image_size=56), layout=layout)
+    span = clip_span(config, 2)
+    x_NPD = torch.arange(8.0).view(2, 4, 1)
+    expected = {
+        "no_token": [0, 1, 2, 3, 4, 5, 6, 7],
+        "one_token": [0, 1, 2, 3, 4, 5, 6, 7, -1],
+        "frame": [0, 1, 2, 3, -1, 4, 5, 6, 7, -1],
+        "grid": [0, 1, -1, 2, 3, -1, 4, 5, -1, 6, 7, -1],
+    }[newline]
+    assert pack(x_NPD, span, layout, torch.tensor([-1.0])).squeeze(1).tolist() == expected
+    assert span.tokens == len(expected)
+
+
+def test_how_frames_are_pooled():
+    """Against loops: averages and maxima of 2 x 2 patches, what is left over at the edge dropped; bilinear keeps it."""
+    x_NPC = torch.randn(2, 25, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    map_NHWC = x_NPC.view(2, 5, 5, 3)
+    for kind, reduce in (("average", torch.mean), ("max", torch.amax)):
+        found = pool(x_NPC, LayoutConfig(video_pool=kind))
+        expected = [reduce(map_NHWC[:, r : r + 2, c : c + 2], (1, 2)) for r in (0, 2) for c in (0, 2)]
+        torch.testing.assert_close(found, torch.stack(expected, 1))
+    found = pool(x_NPC, LayoutConfig(video_pool="bilinear"))  # 3 of 5: centres at 1/3, 2 and 11/3
+    row = torch.tensor([[2 / 3, 1 / 3, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1 / 3, 2 / 3]], dtype=torch.float64)
+    torch.testing.assert_close(found, torch.einsum("ah,bw,nhwc->nabc", row, row, map_NHWC).flatten(1, 2))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_whether_clips_are_pooled_before_the_projector(first):
+    """The two do not commute; pictures of the same pass are pooled neither way."""
+    layout = LayoutConfig(pool_first=first)
+    decoder = DecoderConfig(50, 16, 16, 1, 2, 2, 8)
+    config = ModelConfig(VisionConfig(16, 16, 2, 2, 8, 2), decoder=decoder, image=ImageConfig(8), layout=layout)
+    model = LLaVA(config)
+    model.init_weights(0)
+    pixels_NCHW = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        clip_TD, picture_TD = model.see(pixels_NCHW, [clip_span(config, 2), image_span(config, 9, 9)])
+        features_NPC = model.vision(pixels_NCHW)
+        before_NPD = model.projector(pool(features_NPC[:2], layout))
+        behind_NPD = pool(model.projector(features_NPC[:2]), layout)
+        torch.testing.assert_close(clip_TD, (before_NPD if first else behind_NPD).flatten(0, 1))
+        torch.testing.assert_close(picture_TD, model.projector(features_NPC[2]))
+    assert (before_NPD - behind_NPD).abs().max() > 1e-6 and len(clip_TD) == 8 and len(picture_TD) == 16
