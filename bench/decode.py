@@ -114,16 +114,17 @@ def theirs(folder: Path, device: str, kind: str) -> Callable[..., ROUND]:
     """transformers: "" as it comes, "nf4" with bitsandbytes, "static" with a compiled static cache."""
     import transformers as hf
 
-    quantization = {}
+    quantization: dict[str, Any] = {}
     if kind == "nf4":
         skipped = ["vision_tower", "multi_modal_projector", "lm_head"]
         quantization["quantization_config"] = hf.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=skipped,
         )  # fmt: skip
-    model = hf.LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map=device, **quantization
-    )
+    if kind == "nf4":
+        quantization["device_map"] = device
+    model = hf.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, **quantization)
+    model = model if kind == "nf4" else model.to(device)
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
     seen: list[float] = []
     see = model.model.get_image_features
@@ -182,7 +183,7 @@ def measure(
         for kind, how in kinds.items():
             engines[kind], peers[kind] = ours(folder, device, *how)
         peers["transformers bf16"] = theirs(folder, device, "")
-        if find_spec("bitsandbytes"):
+        if find_spec("bitsandbytes") and find_spec("accelerate"):
             peers["transformers NF4 (bitsandbytes)"] = theirs(folder, device, "nf4")
         if device == "cuda":
             peers["transformers bf16, static, compiled"] = theirs(folder, device, "static")
