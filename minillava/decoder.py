@@ -91,7 +91,7 @@ def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
     return torch.addcmul(x_THK * cos_T1K, x_THK.roll(x_THK.shape[-1] // 2, -1), sin_T1K)
 
 
-FEW = 16  # rows up to which a CPU reads bf16 weights fastest as weight @ x^T (bench/LOG.md)
+FEW = 64  # rows up to which a CPU reads bf16 weights fastest as weight @ x^T (bench/LOG.md)
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
