@@ -172,6 +172,41 @@ def test_what_does_not_fit_is_refused_by_name():
             Linear4bit.from_stored(weight, companions)
 
 
+@pytest.mark.parametrize("double", (False, True))
+def test_few_rows_on_a_cpu_take_bitsandbytes_kernel(bnb, double):
+    """Its order of codes, equal to its own packing; the same error as plain PyTorch; everything else still reads the
+    format's order."""
+    import copy
+
+    from minillava import quantize as module
+
+    if module.cpu_kernel() is None:
+        pytest.skip("this CPU has no AVX512-BF16, which bitsandbytes' kernel needs")
+    torch.manual_seed(2)
+    weight = torch.randn(96, 256).bfloat16()
+    layer = Linear4bit.from_weight(weight, torch.randn(96).bfloat16(), Scheme(double=double))
+    before, stored = layer.dequantize(torch.float64), {k: v.clone() for k, v in layer.stored().items()}
+    for rows in (1, 7):
+        x = torch.randn(rows, 256).bfloat16()
+        exact = x.double() @ before.T + layer.bias.double()
+        with torch.no_grad():
+            y = layer(x)
+        assert layer._cpu_scales is not None, "the kernel was used"
+        plain = torch.nn.functional.linear(x, before.bfloat16(), layer.bias)
+        error, allowed = (((t.double() - exact).norm() / exact.norm()).item() for t in (y, plain))
+        assert error <= 2 * allowed
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
+    theirs, _ = bnb.functional._convert_weight_packed_for_cpu(packed, copy.deepcopy(state))
+    assert torch.equal(layer.weight, theirs.flatten())
+    many = torch.randn(40, 256).bfloat16()
+    with torch.no_grad():
+        again = layer(many)
+    assert layer._cpu_scales is not None and torch.equal(again, Linear4bit.from_stored(stored[""], {
+        k: v for k, v in stored.items() if k}, layer.bias)(many))  # fmt: skip
+    assert torch.equal(layer.state_dict()["weight"], stored[""].flatten()) and layer._cpu_scales is None
+    assert torch.equal(layer.dequantize(torch.float64), before)
+
+
 def test_schemes():
     assert Scheme.parse("nf4") == Scheme()
     assert Scheme.parse("fp4-double-128:vision,head") == Scheme("fp4", True, 128, ("vision", "head"))
@@ -416,7 +451,7 @@ def test_seven_billion_weights_load_in_less_than_six_gigabytes(tmp_path):
     try:
         total = random_checkpoint(folder, layers)
         command = [sys.executable, "generate.py", "--model", folder, "--quantize", "nf4", "--dtype", "bfloat16"]
-        command += ["--prompt", "what is it?", "--max-new-tokens", "3", "--json"]
+        command += ["--prompt", "what is it?", "--max-new-tokens", "1", "--json"]
         done = subprocess.run(command, cwd=NANO.parents[1], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         fields = json.loads(done.stdout)
