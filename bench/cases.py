@@ -46,8 +46,8 @@ class Case:
 
 
 def cases(device: str, dtype: torch.dtype, tiny: bool, compiled: bool = True):
-    """Build the cases one after another, so that only one holds memory; the last are those of bench/attention.py."""
-    from bench import attention
+    """Build the cases one after another, of which one holds memory; the last are those of attention.py and nf4.py."""
+    from bench import attention, nf4
 
     for label, K, H, O, rows in TINY_PROJECTORS if tiny else PROJECTORS:
         for direction in ("forward", "forward+backward"):
@@ -58,6 +58,7 @@ def cases(device: str, dtype: torch.dtype, tiny: bool, compiled: bool = True):
         for direction in ("forward", "forward+backward"):
             yield _elementwise(kernel, label, rows, width, direction, device, dtype, compiled)
     yield from attention.cases(device, dtype, compiled)
+    yield from nf4.cases(device, dtype, tiny)
 
 
 def _random(shapes, device: str, dtype: torch.dtype, grad: bool) -> list[torch.Tensor]:

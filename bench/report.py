@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench import attention, machine
+from bench import attention, machine, nf4
 from bench.cases import HAS_LIGER, Case, cases
 
 # The goals for an H200: (kernel, direction, peer) -> least ratio of the peer's time to ours.
@@ -50,6 +50,8 @@ def missed(row: dict[str, Any]) -> list[str]:
     if row["kernel"] == "rms_norm":
         short = row["share_of_roofline"] < NORM_SHARE_OF_COPY
         return [f"{row['share_of_roofline']:.2f} of copy bandwidth, {NORM_SHARE_OF_COPY} wanted"] if short else []
+    if row["kernel"] == "nf4_matmul":
+        return nf4.missed(row)
     if row["kernel"].endswith("attention"):
         return attention.missed(row)
     few = int(row["shape"].split()[0]) < 4608

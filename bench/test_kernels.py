@@ -7,17 +7,19 @@ import itertools
 import pytest
 import torch
 
-from bench import attention
+from bench import attention, nf4
 from bench.cases import ELEMENTWISE, HEADS, PROJECTORS, TINY_ELEMENTWISE, TINY_HEADS, TINY_PROJECTORS, cases
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-REAL = 2 * len(PROJECTORS) + len(HEADS) + 2 * len(ELEMENTWISE) + attention.count("cuda")
+REAL = 2 * len(PROJECTORS) + len(HEADS) + 2 * len(ELEMENTWISE) + attention.count("cuda") + nf4.count("cuda")
 SKIPPED = f"{REAL} real shapes need a GPU; this is a CPU, so only tiny ones run"
-TINY = 2 * len(TINY_PROJECTORS) + len(TINY_HEADS) + 2 * len(TINY_ELEMENTWISE) + attention.count("cpu")
+TINY = (
+    2 * len(TINY_PROJECTORS) + len(TINY_HEADS) + 2 * len(TINY_ELEMENTWISE) + attention.count("cpu") + nf4.count("cpu")
+)
 COUNT = REAL if CUDA else TINY
 # The cases from here on have no products.
-PRODUCTS = COUNT - attention.count(DEVICE) - 2 * len(ELEMENTWISE if CUDA else TINY_ELEMENTWISE)
+PRODUCTS = COUNT - attention.count(DEVICE) - nf4.count(DEVICE) - 2 * len(ELEMENTWISE if CUDA else TINY_ELEMENTWISE)
 PAIRS = [(number, peer) for number in range(COUNT) for peer in ("ours", "eager", "products only")]
 
 

@@ -140,7 +140,7 @@ def _quantize_scales(values: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---- few rows on a CPU ----
 
-FEW = 32  # rows up to which bitsandbytes' CPU kernel beats dequantising and multiplying (bench/LOG.md)
+FEW = 128  # rows up to which bitsandbytes' CPU kernel beats dequantising and multiplying (bench/LOG.md)
 
 
 @functools.cache

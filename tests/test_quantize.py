@@ -18,6 +18,7 @@ from minillava.config import UserError
 from minillava.image import open_image, prepare
 from minillava.kernels.nf4_matmul import BLOCKSIZES, CODES
 from minillava.quantize import Linear4bit, Scheme, cat_rows, quant_state
+from minillava.tokenizer import load_tokenizer
 from minillava.weights import load_model, read_config, save_model
 
 REAL = Path(os.environ.get("MINILLAVA_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
@@ -198,7 +199,7 @@ def test_few_rows_on_a_cpu_take_bitsandbytes_kernel(bnb, double):
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
     theirs, _ = bnb.functional._convert_weight_packed_for_cpu(packed, copy.deepcopy(state))
     assert torch.equal(layer.weight, theirs.flatten())
-    many = torch.randn(40, 256).bfloat16()
+    many = torch.randn(130, 256).bfloat16()
     with torch.no_grad():
         again = layer(many)
     assert layer._cpu_scales is not None and torch.equal(again, Linear4bit.from_stored(stored[""], {
@@ -388,6 +389,20 @@ def test_golden_checkpoint_to_the_token(name):
 
 
 # ---- the model that ships ----
+
+
+def test_nano_in_four_bits_answers_as_well_as_in_sixteen():
+    """Exact answers about scenes that it never saw: within two points."""
+    from minillava import shapes_task
+
+    asked = shapes_task.ask("unseen", 60, seed=3)
+    shares = []
+    for scheme in (None, Scheme()):
+        model = LLaVA(load_model(NANO, torch.bfloat16, quantize=scheme), load_tokenizer(NANO))
+        with torch.inference_mode():
+            right = shapes_task.answered(model.model, model.model, model.tokenizer, asked)
+        shares.append(sum(right) / len(right))
+    assert shares[1] >= shares[0] - 0.02 and shares[0] > 0.85, shares
 
 
 def test_command_line(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,12 @@ def test_the_report_is_written(tmp_path, capsys):
         ("swiglu", "forward+backward"),
         ("attention", "forward"),
         ("decode_attention", "forward"),
+        ("nf4_matmul", "forward"),
     }
     for row in report["rows"]:
         more = {"products only"} if row["kernel"] in ("fused_mlp", "linear_cross_entropy") else set()
         more |= {"transformers"} if row["kernel"].endswith("attention") else set()
+        more |= {"bitsandbytes"} if row["kernel"] == "nf4_matmul" and find_spec("bitsandbytes") else set()
         assert {"ours", "eager"} | more == set(row["peers"]) and row["flop_per_s"] > 0
     assert report["facts"]["versions"]["torch"] and report["limits"]["copy_bytes_per_s"] > 0
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
