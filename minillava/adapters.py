@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minillava.config import UserError
-from minillava.hf_config import read_json
+from minillava.hf_parts import read_json
 from minillava.names import rename
 from minillava.tensor_files import Stored, inspect, read
 

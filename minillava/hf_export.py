@@ -13,8 +13,9 @@ from torch import Tensor
 
 from minillava.chat import TEMPLATES, around
 from minillava.config import ChatConfig, ModelConfig, UserError, nearest, to_dict
-from minillava.hf_config import ACTIVATIONS, ONEVISION_15, read_json
+from minillava.hf_config import ONEVISION_15
 from minillava.hf_layout import HF_CLASSES, WITH_VIDEO, hf_class
+from minillava.hf_parts import ACTIVATIONS, read_json
 from minillava.tokenizer import SPACE, Tokenizer, load_tokenizer
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from minillava.config import LayoutConfig, ModelConfig, UserError, from_dict
 
 if TYPE_CHECKING:
-    from minillava.hf_config import _Fields
+    from minillava.hf_parts import Fields
 
 MOST_TILES = 144  # of one picture; the largest grid of a released model has 36
 
@@ -99,7 +99,7 @@ def read_grids(value: Any, side: int, where: str, width_first: bool) -> tuple[tu
     return tuple(grids)
 
 
-def hf_layout(kind: str, f: _Fields, side: int) -> LayoutConfig:
+def hf_layout(kind: str, f: Fields, side: int) -> LayoutConfig:
     """The layout of one of transformers' classes; `f` has its config.json over the defaults of the class."""
     layout = dict(HF_CLASSES[kind].layout)
     if kind != "llava":
@@ -133,7 +133,7 @@ def hf_class(config: ModelConfig) -> str:
     return "minillava"
 
 
-def original_layout(f: _Fields, side: int, own: str) -> tuple[LayoutConfig, str]:
+def original_layout(f: Fields, side: int, own: str) -> tuple[LayoutConfig, str]:
     """The layout of an original config.json, and the fit of its pictures; `own` is that of the tower's image processor.
 
     mm_patch_merge_type "flat" leaves out every newline, those of clips included.

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minillava.config import UserError
-from minillava.hf_config import read_json
+from minillava.hf_parts import read_json
 from minillava.names import rename
 from minillava.parallel import fill, whole
 from minillava.recipe import LoRAConfig

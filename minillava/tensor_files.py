@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minillava.config import UserError
-from minillava.hf_config import read_json
+from minillava.hf_parts import read_json
 
 CHUNK = 32 << 20  # bytes read between reopenings of a file: what is mapped counts as memory in use
 SHARD = 5 << 30  # bytes a file that we write, as the hub does

@@ -23,8 +23,9 @@ from torch import Tensor
 from minillava.adapters import Adapters, read_adapters
 from minillava.config import ModelConfig, UserError
 from minillava.decoder import Fused, Unallocated
-from minillava.hf_config import is_original, model_config, read_json, tower_folder
+from minillava.hf_config import is_original, model_config, tower_folder
 from minillava.hf_export import add_image_token, jinja_of, to_hf, write_tokenizer_json
+from minillava.hf_parts import read_json
 from minillava.llava import LLaVA
 from minillava.names import EXPERT, OPTIONAL, Plan, rename, to_files, unstack
 from minillava.quantize import Linear4bit, Scheme, quantization_config

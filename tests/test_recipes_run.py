@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from minillava.decoder import Decoder
-from minillava.hf_config import read_decoder, read_vision
+from minillava.hf_parts import read_decoder, read_vision
 from minillava.names import rename
 from minillava.pipeline import run_recipe
 from minillava.progress import read_log

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from minillava.chat import TEMPLATES, Message, encode, segments
 from minillava.config import ChatConfig, UserError
-from minillava.hf_config import read_decoder, read_vision
 from minillava.hf_export import jinja_of
+from minillava.hf_parts import read_decoder, read_vision
+from minillava.inspection import describe
 from minillava.names import LAYOUTS, rename
 from minillava.tensor_files import inspect_folder
 from minillava.tokenizer import load_tokenizer, train_small_tokenizer
@@ -942,9 +943,7 @@ def test_loading_peaks_at_about_one_copy(checkpoint, tmp_path, kind, dtype):
 
 
 def _inspected(folder) -> dict[str, str]:
-    command = [sys.executable, "-m", "minillava.weights", "inspect", str(folder)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {line[:10].strip(): line[11:] for line in out.splitlines()}
+    return {line[:10].strip(): line[11:] for line in describe(folder)}
 
 
 def test_inspect_says_what_a_folder_is(checkpoint, tmp_path):
@@ -974,3 +973,5 @@ def test_inspect_says_what_a_folder_is(checkpoint, tmp_path):
     command = [sys.executable, "-m", "minillava.weights", "inspect", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path}: no weights here")
+    done = subprocess.run([*command[:-1], str(checkpoint)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("is         a LLaVA in Hugging Face's layout")
