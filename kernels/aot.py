@@ -48,6 +48,7 @@ MARKERS = {
     "mfma": "v_mfma",
 }
 MOST_PER_WEIGHT = 4.6  # bitsandbytes takes 8.7
+PIPELINED = 0.6  # what loads through shared memory may cost more; none is shipped untimed
 
 
 @dataclass
@@ -70,8 +71,9 @@ class Compiled:
         wrong = [f"spills {self.spill_bytes} bytes"] if self.spill_bytes else []
         if self.shared_bytes > self.shared_limit:
             wrong.append(f"takes {self.shared_bytes} bytes of shared memory of {self.shared_limit}")
-        if self.kernel == "_gemv" and self.per_weight > MOST_PER_WEIGHT:
-            wrong.append(f"takes {self.per_weight:.2f} instructions a weight, {MOST_PER_WEIGHT} wanted")
+        most = MOST_PER_WEIGHT + (PIPELINED if self.settings.get("STAGES", 1) > 1 else 0)
+        if self.kernel == "_gemv" and self.per_weight > most:
+            wrong.append(f"takes {self.per_weight:.2f} instructions a weight, {most} wanted")
         return wrong + [f"has no {name}" for name in self._wanted() if name not in self.instructions]
 
     def _wanted(self) -> list[str]:

@@ -24,6 +24,7 @@ from minillava.kernels import (
     flash_backward,
     fused_mlp,
     linear_cross_entropy,
+    nf4_matmul,
     rms_norm,
     swiglu,
 )
@@ -204,12 +205,55 @@ def tune_flash(card: Card, part: str, bucket: dict[str, Any], rounds: int) -> di
     return {**bucket, "config": best}
 
 
+def nf4_candidates(rows: int) -> Iterator[dict[str, Any]]:
+    """For one row the shuffle kernel (tiles of 4 blocks divide nearly every width, of 8 fewer), for more the tensor
+    cores, and from 16 rows on the library, so that what is measured decides where it takes over."""
+    if rows <= 4:
+        for (n, blocks, warps), stages in itertools.product(
+            ((16, 4, 2), (32, 4, 4), (64, 4, 8), (16, 8, 4)), (1, 3, 4)
+        ):
+            yield {"variant": "gemv", "block_n": n, "blocks": blocks, "warps": warps, "stages": stages}
+    m = min(max(16, 1 << (rows - 1).bit_length()), 256)
+    for block_m, n, warps, stages in itertools.product({m, max(16, m // 2)}, (64, 128), (4, 8), (3, 4)):
+        if n // warps < 16:
+            continue  # loads are not asynchronous then
+        sizes = {"block_m": block_m, "block_n": n, "warps": warps, "stages": stages}
+        for split in (1, 2, 4, 8) if rows <= 64 else (1,):
+            yield {"variant": "product", **sizes, "split_k": split, "late": rows <= 64}
+    if rows >= 16:
+        yield {"variant": "library"}
+
+
+def tune_nf4(card: Card, part: str, bucket: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """The bucket with the best configuration for it, on layers of a 7B decoder; rotated, as the cache is cold."""
+    rows, N = min(bucket.get("rows", 4096), 4096), 4096 if "width" in bucket else 22016
+    K = 11008 if N == 4096 else 4096
+    x = torch.randn(rows, K, device="cuda").bfloat16()
+    packed = torch.randint(0, 256, (N * K // 2,), dtype=torch.uint8, device="cuda")
+    weight = packed, torch.rand(N * K // 64, device="cuda"), None, None
+    if part == "dequantize":
+        candidates = [{"words": words, "warps": warps} for words in (128, 256, 512, 1024) for warps in (2, 4, 8)]
+
+        def run(config: dict) -> Any:
+            return nf4_matmul.triton_dequantize(*weight, N, K, "nf4", 64, torch.bfloat16, config)
+    else:
+        candidates = list(nf4_candidates(rows)) if "rows" in bucket else [{"variant": "library"}]
+
+        def run(config: dict) -> Any:
+            return nf4_matmul.triton_forward(x, *weight, None, N, "nf4", 64, config)
+
+    best, ranked = fastest(run, candidates, rounds)
+    print(f"nf4_matmul {part} {rows} x {N}-{K}: {ranked[0][0] * 1e6:.1f} us {best}")
+    return {**bucket, "config": best}
+
+
 TUNERS: dict[str, Callable[[Card, str, dict[str, Any], int], dict[str, Any]]] = {
     "fused_mlp": tune_mlp,
     "linear_cross_entropy": tune_loss,
     "rms_norm": tune_norm,
     "swiglu": tune_swiglu,
     "flash": tune_flash,
+    "nf4_matmul": tune_nf4,
 }
 
 
