@@ -232,7 +232,9 @@ def tune_nf4(card: Card, part: str, bucket: dict[str, Any], rounds: int) -> dict
     packed = torch.randint(0, 256, (N * K // 2,), dtype=torch.uint8, device="cuda")
     weight = packed, torch.rand(N * K // 64, device="cuda"), None, None
     if part == "dequantize":
-        candidates = [{"words": words, "warps": warps} for words in (128, 256, 512, 1024) for warps in (2, 4, 8)]
+        candidates: list[dict[str, Any]] = [
+            {"words": words, "warps": warps} for words in (128, 256, 512, 1024) for warps in (2, 4, 8)
+        ]
 
         def run(config: dict) -> Any:
             return nf4_matmul.triton_dequantize(*weight, N, K, "nf4", 64, torch.bfloat16, config)
