@@ -52,7 +52,10 @@ class Saver:
         stager = _dcp().staging.BlockingAsyncStager()
         tensors = {TRAINED: {name: t.detach() for name, t in trained.items()}, OPTIMIZER: optimizer}
         staged = {part: stager.stage(dict(values)) for part, values in tensors.items()}
-        self.pending = self.pool.submit(self._write, temporary, target, staged, state)
+        if self.group is None and parallel.world() > 1:
+            self._write(temporary, target, staged, state)
+        else:
+            self.pending = self.pool.submit(self._write, temporary, target, staged, state)
 
     def wait(self) -> None:
         """Until the last one is on the disk. Raises what went wrong with it."""
@@ -64,7 +67,7 @@ class Saver:
         dcp = _dcp()
         for part, tensors in staged.items():  # returns on the first rank when all ranks have written
             writer = dcp.HuggingFaceStorageWriter(str(temporary / part), save_distributed=True)
-            dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+            dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=parallel.world() == 1)
         if parallel.is_main():
             write_json(temporary / STATE, state)
             if target.exists():  # only where a run was resumed from an older one by hand

@@ -115,8 +115,11 @@ _groups: list[Any] = []
 
 
 def host_group() -> Any:
-    """A group for what background threads exchange, so that it never mixes with the steps' collectives; None alone."""
-    if world() > 1 and not _groups:
+    """A group for what background threads exchange, so that it never mixes with the steps' collectives.
+
+    None alone, and where torchrun has started the ranks again: gloo then finds the dead ones' addresses for it.
+    """
+    if world() > 1 and not _groups and not restarted():
         _groups.append(dist.new_group(backend="gloo"))
     return _groups[0] if _groups else None
 

@@ -13,8 +13,12 @@ from PIL import Image, ImageDraw
 
 from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from minillava.llava import LLaVA
-from minillava.progress import read_log
+from minillava.pipeline import make_run
+from minillava.progress import Log, read_log
+from minillava.recipe import read_recipe
+from minillava.tasks import LLaVATask
 from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+from minillava.trainer import Trainer
 from minillava.weights import load_model, save_model
 
 ROOT = Path(__file__).parents[1]
@@ -144,3 +148,32 @@ def test_exports_of_all_ranks_are_one_model(world, losses):
         assert changed == parts.get(mode, {"projector", "decoder"}), mode
         for name in one:
             assert (one[name] - four[name]).abs().max() < 2e-4, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_save_before_the_first_step_loads_strictly(world, tmp_path, mode):
+    recipe = read_recipe(world / "recipe.toml", MODES[mode], str(tmp_path))
+    stage = recipe.stage[0]
+
+    def trainer(resume):
+        run = make_run(recipe, tmp_path, torch.device("cpu"))
+        return Trainer(LLaVATask(run, stage), stage, run.device, tmp_path / "a", Log(tmp_path / "l"), resume, recipe)
+
+    first = trainer(False)
+    first.save()
+    first.saver.wait()
+    rates = {group["part"]: group["lr"] for group in first.optimizer.param_groups}
+    assert rates == dict(stage.lr)
+    kinds = {(name.split(".")[0], "lora_" in name) for name in first.trained}
+    assert kinds == {(part, part in stage.lora) for part in stage.lr}
+    assert {id(p) for p in first.task.model.parameters() if p.requires_grad} == {id(p) for p in first.trained.values()}
+    again = trainer(True)
+    assert again.step == 0 and again.trained.keys() == first.trained.keys()
+    assert all(torch.equal(again.trained[name], p) for name, p in first.trained.items())
+
+
+def test_a_killed_rank_is_restarted_and_nothing_changes(world, losses):
+    """SIGKILL of one of two ranks in the middle; torchrun starts both again, which go on at the last checkpoint."""
+    jobs = [{"sets": [*MODES["lora"], "stage.a.save_every=4"], "out": f"{world}/killed", "kill_at": 11}]
+    torchrun(world, 2, jobs, "--max-restarts=1")
+    assert curve(world / "killed") == losses[2, "lora"]
