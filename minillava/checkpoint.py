@@ -52,10 +52,7 @@ class Saver:
         stager = _dcp().staging.BlockingAsyncStager()
         tensors = {TRAINED: {name: t.detach() for name, t in trained.items()}, OPTIMIZER: optimizer}
         staged = {part: stager.stage(dict(values)) for part, values in tensors.items()}
-        if self.group is None and parallel.world() > 1:
-            self._write(temporary, target, staged, state)
-        else:
-            self.pending = self.pool.submit(self._write, temporary, target, staged, state)
+        self.pending = self.pool.submit(self._write, temporary, target, staged, state)
 
     def wait(self) -> None:
         """Until the last one is on the disk. Raises what went wrong with it."""

@@ -60,7 +60,11 @@ def start(device: torch.device, timeout_minutes: float) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+    # Ranks that torchrun has started again find the dead ones' addresses in the store, unless they look elsewhere.
+    store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     atexit.register(stop)
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -115,11 +119,8 @@ _groups: list[Any] = []
 
 
 def host_group() -> Any:
-    """A group for what background threads exchange, so that it never mixes with the steps' collectives.
-
-    None alone, and where torchrun has started the ranks again: gloo then finds the dead ones' addresses for it.
-    """
-    if world() > 1 and not _groups and not restarted():
+    """A group for what background threads exchange, so that it never mixes with the steps' collectives; None alone."""
+    if world() > 1 and not _groups:
         _groups.append(dist.new_group(backend="gloo"))
     return _groups[0] if _groups else None
 
