@@ -355,7 +355,9 @@ def new_model(
         with torch.device("meta"):
             model = LLaVA(config)
         # PyTorch's own start, which the papers' learning rates of stage 1 are for.
-        model.projector = Projector(config.projector, config.vision.feature_size, config.decoder.hidden_size)
+        newline = config.layout.merge == "unpad"
+        sizes = config.vision.feature_size, config.decoder.hidden_size
+        model.projector = Projector(config.projector, *sizes, newline)
     else:
         model = LLaVA(config)
         model.init_weights(seed)
