@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minillava.llava import LLaVA
 
@@ -81,7 +81,6 @@ class Work:
     def __init__(self, model: LLaVA):
         config = model.config
         vision, projector, decoder = model.vision, model.projector, model.decoder
-        self.patch_area = 3 * config.vision.patch_size**2
         seen = any(p.requires_grad for p in vision.parameters())
         self.patch = _products(vision.blocks[: config.vision.layers_run], seen) + _products(projector, seen)
         last: Any = decoder.blocks[-1]  # behind its attention it works on supervised positions alone
@@ -93,9 +92,8 @@ class Work:
         width = config.decoder.num_heads * config.decoder.head_dim
         self.pair = 2 * width * config.decoder.num_layers * 3  # of queries and keys, half of which are hidden
 
-    def flops(self, cu_seqlens: Sequence[int], supervised: int, pixels: Sequence[Tensor]) -> float:
-        """Of one forward and backward pass over packed rows and the pictures in them."""
-        patches = [part.numel() // self.patch_area for part in pixels]
+    def flops(self, cu_seqlens: Sequence[int], supervised: int, patches: Sequence[int]) -> float:
+        """Of one forward and backward pass over packed rows and views (or native frames) of so many patches each."""
         pairs = sum((end - start) ** 2 for start, end in pairwise(cu_seqlens))
         total = self.token * cu_seqlens[-1] + self.pair * pairs + self.answer * supervised
         return total + self.patch * sum(patches) + self.view * sum(n * n for n in patches)

@@ -243,8 +243,12 @@ class LLaVATask(Task):
         return len(micro.ids_T)
 
     def flops(self, micro: Batch) -> float:
-        pixels = [] if micro.pixels_NCHW is None else list(micro.pixels_NCHW)
-        return self.work.flops(micro.cu_seqlens, micro.supervised, pixels)
+        patches = [
+            span.height * span.width for span in micro.spans for _ in range(span.frames[0] if span.native else 0)
+        ]
+        if not patches and micro.pixels_NCHW is not None:
+            patches = [self.config.vision.num_patches] * len(micro.pixels_NCHW)
+        return self.work.flops(micro.cu_seqlens, micro.supervised, patches)
 
     @cached_property
     def work(self) -> Work:

@@ -251,7 +251,7 @@ class Trainer:
         rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
         tokens, flops = sum(map(self.task.tokens, micros)), sum(map(self.task.flops, micros))
         if flops:
-            finite["mfu"] = round(flops / step_s / matmul_peak(self.device, self.dtype), 4)
+            finite["mfu"] = float(f"{flops / step_s / matmul_peak(self.device, self.dtype):.4g}")
         self.log.write(
             stage=self.stage.name, step=self.step, **finite, lr=rates, tokens=tokens, **self.task.counts(micros),
             tok_per_s=round(tokens / step_s, 1), supervised_per_s=round(values["supervised"] / step_s, 1),

@@ -89,10 +89,10 @@ def run(*words):
 
 
 def test_inspect_from_the_command_line(recipe, tmp_path):
-    done = run(recipe, "--inspect", 2, "--out", tmp_path / "run")
+    done = run(recipe, "--inspect", 3, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "6 of them are taken (random:50%)" in done.stdout and "3 of them are taken (first:3)" in done.stdout
-    assert done.stdout.count("[picture: 4 tokens]") == 1 and "picture.json: 6 tried" in done.stdout
+    assert done.stdout.count("[picture: 4 tokens]") == 2 and "picture.json: 6 tried" in done.stdout
     assert not (tmp_path / "run").exists()  # nothing is trained, nothing is left
     rows = json.loads((tmp_path / "text.json").read_text())
     rows[0]["conversations"][0]["value"] = "Why? " * 4000
@@ -170,7 +170,7 @@ def test_wandb_is_told_what_the_log_is_told(tmp_path, monkeypatch):
     )
     started: list = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **k: started.append(k) or fake))
-    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: name == "wandb")
+    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: True if name == "wandb" else None)
     for _ in range(2):
         log = progress.Log(tmp_path / "run" / "log.jsonl", ["wandb"])
         log.write(stage="a", step=3, loss=0.5, lr={"decoder": 1e-4})
