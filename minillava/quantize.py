@@ -110,7 +110,7 @@ def quantize(
         return packed, absmax, None, None
     offset = absmax.mean()
     bytes_, largest = _quantize_scales(absmax - offset)
-    return packed, bytes_, torch.stack((largest, offset.expand_as(largest))), dynamic_map().to(absmax.device)
+    return packed, bytes_, torch.stack((largest, offset.expand_as(largest))), dynamic_map().to(absmax.device, copy=True)
 
 
 @functools.cache
