@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from minillava.chat import Message
 from minillava.config import UserError
 from minillava.data import MARKER, Batch, Example, Sample, pack
 from minillava.image import prepare
+from minillava.loader import background_thread
 from minillava.recipe import Recipe, StageConfig
 from minillava.tasks import Run, Task, exact, read_data, rounded_up, split_data
 from minillava.tokenizer import train_small_tokenizer
@@ -78,7 +78,7 @@ class Stream(Task):
         return [self.make(rng, size) for size in sizes + [rest] * bool(rest)]
 
     def batches(self, start: int, stop: int) -> Iterator[list[Any]]:
-        with ThreadPoolExecutor(1) as pool:
+        with background_thread() as pool:
             pending = [pool.submit(self.step, number) for number in range(start, min(start + 2, stop))]
             for number in range(start, stop):
                 if number + 2 < stop:
