@@ -226,7 +226,9 @@ class Loader:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self._from_processes() if self.workers else self._from_thread()
+        batches = (
+            self._from_processes() if self.workers else self._from_thread() if self.ahead else self._between_steps()
+        )
         with contextlib.closing(batches):
             while True:
                 began_s = time.perf_counter()
@@ -248,6 +250,10 @@ class Loader:
             return error
         batch.rows = len(rows)
         return batch
+
+    def _between_steps(self) -> Generator[Batch | UserError, None, None]:
+        for step in range(self.start, self.stop):
+            yield self[step]
 
     def _from_thread(self) -> Generator[Batch | UserError, None, None]:
         pool = background_thread()

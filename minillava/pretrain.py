@@ -25,7 +25,6 @@ from minillava.chat import Message
 from minillava.config import UserError
 from minillava.data import MARKER, Batch, Example, Sample, pack
 from minillava.image import prepare
-from minillava.loader import background_thread
 from minillava.recipe import Recipe, StageConfig
 from minillava.tasks import Run, Task, exact, read_data, rounded_up, split_data
 from minillava.tokenizer import train_small_tokenizer
@@ -62,7 +61,7 @@ def write_data_tokenizer(folder: Path, recipe: Recipe) -> None:
 
 
 class Stream(Task):
-    """A task whose micro-batches are made from the number of the step alone, two ahead of their use in a thread."""
+    """A task whose micro-batches are made from the number of the step alone."""
 
     def __init__(self, run: Run, stage: StageConfig):
         self.run, self.stage = run, stage
@@ -78,12 +77,7 @@ class Stream(Task):
         return [self.make(rng, size) for size in sizes + [rest] * bool(rest)]
 
     def batches(self, start: int, stop: int) -> Iterator[list[Any]]:
-        with background_thread() as pool:
-            pending = [pool.submit(self.step, number) for number in range(start, min(start + 2, stop))]
-            for number in range(start, stop):
-                if number + 2 < stop:
-                    pending.append(pool.submit(self.step, number + 2))
-                yield pending.pop(0).result()
+        return map(self.step, range(start, stop))
 
 
 # ------------------------------------------------------------------------------------------------- pictures, phrases

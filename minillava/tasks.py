@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import itertools
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -200,9 +201,11 @@ class LLaVATask(Task):
 
     def batches(self, start: int, stop: int) -> Iterator[list[Batch]]:
         parts, on_gpu = self.order.parts, self.run.device.type == "cuda"
+        # Where the model has every core, a thread that makes data holds all others up at the end of each operation.
+        spare = self.run.device.type != "cpu" or torch.get_num_threads() < (os.cpu_count() or 1) or self.stage.workers
         loader = Loader(
             self.dataset, self.order, start * parts, stop * parts, self.stage.workers,
-            ahead=max(2, min(parts, 8)), pin=on_gpu, tally=self.tally,
+            ahead=max(2, min(parts, 8)) if spare else 0, pin=on_gpu, tally=self.tally,
         )  # fmt: skip
         micros = iter(loader)
         for _ in range(start, stop):
