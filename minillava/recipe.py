@@ -110,7 +110,7 @@ class StageConfig:
     save_every: int = 500  # steps between checkpoints; 0: only at the end
     keep: int = 2  # checkpoints kept
     log_every: int = 1  # steps between lines of log.jsonl
-    workers: int = 0  # processes that prepare data; 0: a thread
+    workers: int = 0  # processes that prepare data; 0: a thread, or nobody else where the model has all cores
     seed: int = -1  # of the order of the data; -1: the recipe's
 
     @property
