@@ -62,9 +62,9 @@ class LLaVA(nn.Module):
 
         if labels is not None:
             next_T = next_labels(labels.flatten(), cu_seqlens)
-            where_S = (next_T != IGNORE).nonzero().squeeze(1)
+            where_S, next_S = supervised(next_T)
             x_SD = self.decoder(x_TD, cu_seqlens, cache, where_S)
-            return linear_cross_entropy(x_SD, self.decoder.head_weight, next_T[where_S])
+            return linear_cross_entropy(x_SD, self.decoder.head_weight, next_S)
         ends_B = torch.tensor(cu_seqlens[1:], device=x_TD.device) - 1 if last_only else None
         return self.decoder.logits(self.decoder(x_TD, cu_seqlens, cache, ends_B))
 
@@ -146,3 +146,13 @@ def next_labels(labels_T: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
     next_T = torch.cat([labels_T[1:], labels_T.new_full((1,), IGNORE)])
     next_T[torch.tensor(cu_seqlens[1:], device=labels_T.device) - 1] = IGNORE
     return next_T
+
+
+def supervised(next_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions that have a label, and the labels. Their number is rounded up to a multiple of 64 by repeating the
+    last one without its label: a new number in every step would make oneDNN compile all of the last block's products.
+    """
+    where_S = (next_T != IGNORE).nonzero().squeeze(1)
+    more = -len(where_S) % 64
+    labels_S = torch.cat([next_T[where_S], next_T.new_full((more,), IGNORE)])
+    return torch.cat([where_S, where_S[-1:].expand(more)]), labels_S
