@@ -34,7 +34,19 @@ from minillava.weights import load_model, save_model
 
 TINYLLAMA = DecoderConfig(32000, 2048, 5632, 22, 32, 4, 64, max_positions=2048)
 QWEN2 = DecoderConfig(
-    151936, 896, 4864, 24, 14, 2, 64, 1e6, 1e-6, 32768, qkv_bias=True, tie_embeddings=True, model_type="qwen2"
+    151936,
+    896,
+    4864,
+    24,
+    14,
+    2,
+    64,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    max_positions=32768,
+    qkv_bias=True,
+    tie_embeddings=True,
+    model_type="qwen2",
 )
 CLIP_L, CLIP_TINY = VisionConfig(), VisionConfig(64, 128, 3, 2, 56, 14)
 # name: decoder, vision tower, words beside the picture, batch sizes
