@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,12 +18,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minillava.adapters import PREFIX, read_adapters
 from minillava.config import UserError
-from minillava.hf_parts import read_json
 from minillava.names import rename
 from minillava.parallel import fill, whole
 from minillava.recipe import LoRAConfig
-from minillava.tensor_files import inspect, read
+from minillava.tensor_files import read
 
 
 class _Adapt:
@@ -136,9 +135,6 @@ def detach(model: nn.Module) -> dict[str, Tensor]:
 
 # ---- PEFT's files ----
 
-PREFIX = "base_model.model."  # PEFT's wrappers in front of every name
-ADAPTER = re.compile(r"(.+)\.(lora_[AB])(?:\.default)?\.weight")
-
 
 def save_peft(
     folder: Path, trained: dict[str, Tensor], configs: dict[str, LoRAConfig], base: str, layout: str = "hf_new"
@@ -186,57 +182,14 @@ def save_peft(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_peft(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Adapters and whole weights by our names, and each adapted layer's scale, from PEFT's files in any known layout.
-
-    Raises UserError for what is not plain LoRA and for tensors that no layout knows.
-    """
-    config = read_json(folder / "adapter_config.json")
-    odd = [key for key in ("use_dora", "modules_to_save_bias") if config.get(key)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
-        raise UserError(f"{folder}: is {config.get('peft_type')} {' '.join(odd)}, not plain LoRA; merge it with PEFT")
-    files = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
-    stored = {name: s for file in files if (folder / file).is_file() for name, s in inspect(folder / file).items()}
-    tensors: dict[str, Tensor] = {}
-    scales: dict[str, float] = {}
-    unknown = []
-    for name, tensor in zip(stored, read(stored.values())):
-        plain = name.removeprefix(PREFIX).removeprefix(PREFIX).replace(".modules_to_save.default", "")
-        adapter = ADAPTER.fullmatch(plain)
-        plain = f"{adapter[1]}.weight" if adapter else plain
-        found = (rename(plain, layout, to_ours=True) for layout in ("hf_new", "hf", "original", "onevision_1_5_tree"))
-        ours = next((n for n in found if n), None)
-        if ours is None:
-            unknown.append(name)
-        elif adapter is None:
-            tensors[ours] = tensor.clone()
-        else:
-            layer = ours.removesuffix(".weight")
-            tensors[f"{layer}.{adapter[2]}"] = tensor.clone()
-            rank = tensor.shape[adapter[2] == "lora_B"]
-            alpha = _pattern(config.get("alpha_pattern"), adapter[1], config["lora_alpha"])
-            scales[layer] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    lone = [n for n in tensors if n.endswith(".lora_A") and n[:-1] + "B" not in tensors]
-    if unknown or lone or not tensors:
-        raise UserError(
-            f"{folder}: the tensors are no adapter of a LLaVA: {', '.join([*unknown, *lone][:3]) or 'none'}"
-        )
-    return tensors, scales
-
-
-def _pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
-    """PEFT's rule: a pattern is the end of a module's path."""
-    return next((v for key, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", module)), default)
-
-
 def merge_peft(model: nn.Module, folder: Path) -> None:
-    """Put what PEFT's files hold into a model that has neither adapters nor 4-bit weights there."""
-    tensors, scales = load_peft(folder)
-    named = dict(model.named_parameters())
-    wrong = [n for n in tensors if n.rsplit(".lora_", 1)[0] + ".weight" * ("lora_" in n) not in named]
-    if wrong:
+    """Put what PEFT's files hold into a model that has neither adapters nor 4-bit weights there. Raises UserError."""
+    found, named = read_adapters(folder), dict(model.named_parameters())
+    ours = {name: rename(name, found.layout, to_ours=True) or name for name in found.whole}
+    shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+    if wrong := [name for name, stored in found.whole.items() if shapes.get(ours[name]) != stored.shape]:
         raise UserError(f"{folder}: does not fit this model: {', '.join(sorted(wrong)[:3])} ({len(wrong)} in all)")
-    add(named, tensors, scales)
-    for name, tensor in tensors.items():
-        if "lora_" not in name:
-            fill(named[name], tensor)
+    for name, change in found.changes(named):
+        fill(named[name], whole(named[name].detach()).float() + change)
+    for name, tensor in zip(ours.values(), read(found.whole.values())):
+        fill(named[name], tensor)

@@ -56,7 +56,7 @@ def _plan(folder: Path, raw: dict[str, Any], base: Path | None, adapters: Adapte
             raise UserError(f"{folder}: is complete in itself; a base is for deltas and projectors of original LLaVA")
         return plan, None
     if adapters is not None:
-        plan.add(adapters.whole, "original", override=True)
+        plan.add(adapters.whole, adapters.layout, override=True)
         base = None
     elif not plan.has("projector.") and projector.is_file():  # beside a full model lies the one of stage 1: superseded
         if not plan.has("decoder."):
@@ -141,7 +141,8 @@ def load_model(
     if delta is not None:
         _add_base(state, delta, wanted, str(base))
     if adapters is not None:
-        adapters.merge(state)
+        for name, change in adapters.changes(state):
+            state[name] = (state[name].float() + change).to(state[name].dtype)
     if late:
         for name in list(state):
             if quantize and name in small:
