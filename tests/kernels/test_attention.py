@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 from itertools import accumulate
 
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import assert_no_worse, error, needs_compiler, needs_gpu, needs_triton, one_rank
 from torch.utils.checkpoint import checkpoint
 
 from minillava.kernels import attention as module
 from minillava.kernels import flash, flash_backward
 from minillava.kernels.attention import SHORT, attention, attention_with_lse
-from minillava.kernels.frame import HAS_TRITON
 
-CUDA = torch.cuda.is_available()
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
-    reason="torch.compile needs a C++ compiler on a CPU, and there is none",
-)
-needs_gpu = pytest.mark.skipif(not CUDA, reason="no GPU here; bf16 and long rows of the Triton kernels wait for one")
 MIXED = (1, 2, 577, 63, 64, 65, 729)
 NAMES = ("out", "dq", "dk", "dv")
 # K, H, G, causal: every head size, and many, grouped and single key/value heads
@@ -84,20 +76,10 @@ def gradients(function, q, k, v, dy):
     return [out.detach(), *torch.autograd.grad(out, leaves, dy.to(out.dtype))]
 
 
-def error(got, exact):
-    return ((got.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
-
-
-def assert_no_worse(ours, peer, exact):
-    for name, a, b, c in zip(NAMES, ours, peer, exact):
-        assert a.shape == c.shape and a.dtype == b.dtype, name
-        assert error(a, c) <= 2 * error(b, c), f"{name}: {error(a, c):.2e} against {error(b, c):.2e}"
-
-
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize(("K", "H", "G", "causal"), SHAPES)
 def test_error(K, H, G, causal, dtype):
-    check_error((*MIXED, 2049) if H > 2 and K == 64 else MIXED, K, H, G, causal, dtype, "cpu")
+    assert_error_is_small((*MIXED, 2049) if H > 2 and K == 64 else MIXED, K, H, G, causal, dtype, "cpu")
 
 
 @needs_gpu
@@ -105,17 +87,17 @@ def test_error(K, H, G, causal, dtype):
 @pytest.mark.parametrize("K", (16, 64, 72, 80, 96, 128, 160, 256))
 def test_error_on_gpu(K, dtype):
     for G, causal in itertools.product((4, 2, 1), (True, False)):
-        check_error((*MIXED, 2049), K, 4, G, causal, dtype, "cuda")
+        assert_error_is_small((*MIXED, 2049), K, 4, G, causal, dtype, "cuda")
 
 
-def check_error(lengths, K, H, G, causal, dtype, device):
+def assert_error_is_small(lengths, K, H, G, causal, dtype, device):
     *tensors, dy = inputs(lengths, K, H, G, dtype, device=device)
     exact = gradients(lambda *t: one_by_one(formula, *t, lengths, causal), *(x.double() for x in (*tensors, dy)))
     peer = gradients(lambda *t: one_by_one(sdpa, *t, lengths, causal), *tensors, dy)
     ours = gradients(lambda *t: attention(*t, boundaries(lengths), causal), *tensors, dy)
-    assert_no_worse(ours, peer, exact)
+    assert_no_worse(NAMES, ours, peer, exact)
     with torch.no_grad():
-        assert_no_worse([attention(*tensors, boundaries(lengths), causal)], peer[:1], exact[:1])
+        assert_no_worse(NAMES[:1], [attention(*tensors, boundaries(lengths), causal)], peer[:1], exact[:1])
 
 
 # lengths of queries and keys, and what else is asked for
@@ -143,7 +125,7 @@ INTERPRETED = [
 ]
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
+@needs_triton
 @pytest.mark.parametrize(("lengths", "keys", "K", "H", "G", "dtype", "variant", "options"), INTERPRETED)
 def test_triton_kernels_in_the_interpreter(lengths, keys, K, H, G, dtype, variant, options):
     """Several tiles of queries and keys, partial ones, heads of one and two parts; both backwards."""
@@ -157,7 +139,7 @@ def test_triton_kernels_in_the_interpreter(lengths, keys, K, H, G, dtype, varian
     exact = gradients(lambda *t: one_by_one(formula, *t, lengths, **options), *(x.double() for x in (*tensors, dy)))
     peer = gradients(lambda *t: one_by_one(sdpa, *t, lengths, **options), *tensors, dy)
     peer = [x.nan_to_num() for x in peer]  # SDPA's way with a query that has no key
-    assert_no_worse((o, *two), peer, exact)
+    assert_no_worse(NAMES, (o, *two), peer, exact)
     _, expected = attention_with_lse(
         *(x.double() for x in tensors),
         cu[0],
@@ -168,11 +150,11 @@ def test_triton_kernels_in_the_interpreter(lengths, keys, K, H, G, dtype, varian
     torch.testing.assert_close(lse.double(), expected, rtol=1e-3, atol=1e-3)
     if variant == "pointer":  # the interpreter knows no reduction through a descriptor
         one = flash_backward.backward(dy, *tensors, o, lse, *rest, {"backward": config})
-        assert_no_worse((o, *one), peer, exact)
+        assert_no_worse(NAMES, (o, *one), peer, exact)
         assert all(torch.equal(a, b) for a, b in zip(one[1:], two[1:]))
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
+@needs_triton
 def test_triton_kernels_read_nothing_outside_a_sequence():
     """Neighbours of NaN; the sequence is shorter than a tile, and its head than a power of two."""
     config = {"variant": "pointer", "block_m": 32, "block_n": 32, "specialize": False, "warps": 4, "stages": 1}
@@ -228,7 +210,7 @@ def test_variants_on_gpu(lengths, keys, options, K):
         return gradients(lambda *t: attention(*t, **cu, **options), *tensors, dy)
 
     before = ours(tensors)
-    assert_no_worse(before, [x.nan_to_num() for x in peer], exact)
+    assert_no_worse(NAMES, before, [x.nan_to_num() for x in peer], exact)
     tensors = [x.clone() for x in tensors]
     for x, n in zip(tensors, (lengths[0], keys[0], keys[0])):
         x[n:] = float("nan")
@@ -438,14 +420,11 @@ def test_under_fsdp2(tmp_path):
     layer(x_TD).square().sum().backward()
     expected = [p.grad.clone() for p in layer.parameters()]
     layer.zero_grad()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    with one_rank(tmp_path) as mesh:
+        fully_shard(layer, mesh=mesh)
         layer(x_TD).square().sum().backward()
         for p, b in zip(layer.parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad.full_tensor(), b)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("cu_seqlens", ((), (0,), (0, 9), (1, 10), (0, 4, 11), (0, 6, 4, 10)))

@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import error, needs_gpu, needs_triton
 
 from minillava.kernels import decode_attention as module
 from minillava.kernels.attention import attention
 from minillava.kernels.decode_attention import decode_attention, plain, reference, shares, triton_decode
-from minillava.kernels.frame import HAS_TRITON
-
-CUDA = torch.cuda.is_available()
-needs_gpu = pytest.mark.skipif(not CUDA, reason="no GPU here; bf16 and long caches of the Triton kernels wait for one")
 
 
 def inputs(lengths, H=4, G=2, K=16, room=0, dtype=torch.float64, device="cpu"):
@@ -31,10 +28,6 @@ def last_rows(q, k, v, lengths, **options):
         for b, n in enumerate(lengths.tolist())
     ]
     return torch.stack(out)
-
-
-def error(got, exact):
-    return ((got.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("window", (None, 3))
@@ -64,10 +57,10 @@ def test_mass_is_the_mean_over_heads():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize(("B", "longest"), ((1, 1), (1, 32768), (64, 300), (3, 2049)))
 def test_error(B, longest, dtype):
-    check_error(B, longest, 8, 2, 64, dtype, "cpu")
+    assert_error_is_small(B, longest, 8, 2, 64, dtype, "cpu")
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
+@needs_triton
 @pytest.mark.parametrize("window", (0, 20))
 @pytest.mark.parametrize(
     ("lengths", "H", "G", "K", "room", "splits", "dtype"),
@@ -110,10 +103,10 @@ def test_shares_follow_the_work():
 @pytest.mark.parametrize(("H", "G", "K"), ((32, 32, 128), (14, 2, 64), (28, 4, 128), (8, 1, 80)))
 def test_error_on_gpu(H, G, K, dtype):
     for B, longest in ((1, 1), (1, 4096), (1, 32768), (8, 4096), (64, 700), (64, 4096)):
-        check_error(B, longest, H, G, K, dtype, "cuda")
+        assert_error_is_small(B, longest, H, G, K, dtype, "cuda")
 
 
-def check_error(B, longest, H, G, K, dtype, device):
+def assert_error_is_small(B, longest, H, G, K, dtype, device):
     lengths = torch.linspace(1, longest, B).int().tolist() if B > 1 else [longest]
     q, k, v, lengths_B = inputs(lengths, H, G, K, 7, dtype, device)
     exact, mass = reference(q.double(), k.double(), v.double(), lengths_B, K**-0.5, 0)

@@ -6,22 +6,20 @@ import os
 
 import pytest
 import torch
+from checks import CUDA, assert_no_worse, error, needs_triton, one_rank
 from torch import nn
 
 from minillava.kernels import fused_mlp as module
-from minillava.kernels.frame import HAS_TRITON
 from minillava.kernels.fused_mlp import fused_mlp, plain_backward, plain_forward, reference
 
 ROWS = (1, 7, 576, 577, 729, 4608)
 # K, H, O of LLaVA-1.5 7B and 13B, OneVision 0.5B and 7B (SigLIP)
 REAL_WIDTHS = ((1024, 4096, 4096), (1024, 5120, 5120), (1152, 896, 896), (1152, 3584, 3584))
-CUDA = torch.cuda.is_available()
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
-needs_gpu = pytest.mark.skipif(not CUDA, reason="no GPU here; bf16 and real widths of the Triton kernels wait for one")
 FULL = bool(os.environ.get("MINILLAVA_FULL"))
 takes_minutes = pytest.mark.skipif(
     not CUDA and not FULL, reason="takes minutes without a GPU; MINILLAVA_FULL=1 runs it"
 )
+NAMES = ("y", "dx", "dw1", "db1", "dw2", "db2")
 
 
 def inputs(N, K, H, O, dtype, device="cpu", seed=0):
@@ -37,33 +35,23 @@ def run(function, tensors, activation, dy):
     return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
 
-def error(got, exact):
-    return ((got.double() - exact).norm() / exact.norm()).item()
-
-
-def assert_no_worse(ours, plain, exact):
-    for name, a, b, c in zip(("y", "dx", "dw1", "db1", "dw2", "db2"), ours, plain, exact):
-        assert a.shape == c.shape and a.dtype == b.dtype, name
-        assert error(a, c) <= 2 * error(b, c), f"{name}: {error(a, c):.2e} against {error(b, c):.2e}"
-
-
-def compare(N, K, H, O, dtype, activation, device="cpu"):
+def assert_error_is_small(N, K, H, O, dtype, activation, device="cpu"):
     tensors = inputs(N, K, H, O, dtype, device)
     dy = torch.randn(N, O, device=device).to(dtype)
     exact = run(reference, [t.double() for t in tensors], activation, dy)
-    assert_no_worse(run(fused_mlp, tensors, activation, dy), run(reference, tensors, activation, dy), exact)
+    assert_no_worse(NAMES, run(fused_mlp, tensors, activation, dy), run(reference, tensors, activation, dy), exact)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("activation", ("gelu", "gelu_tanh"))
 @pytest.mark.parametrize("rows", ROWS)
 def test_error_at_every_row_count(rows, activation, dtype):
-    compare(rows, 32, 64, 48, dtype, activation)
+    assert_error_is_small(rows, 32, 64, 48, dtype, activation)
 
 
 @pytest.mark.parametrize("widths", REAL_WIDTHS)
 def test_error_at_real_widths(widths):
-    compare(7, *widths, torch.bfloat16, "gelu")
+    assert_error_is_small(7, *widths, torch.bfloat16, "gelu")
 
 
 @takes_minutes
@@ -74,7 +62,7 @@ def test_error_at_real_widths(widths):
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("widths", REAL_WIDTHS)
 def test_error_at_every_real_size(widths, rows, activation, dtype):
-    compare(rows, *widths, dtype, activation, "cuda" if CUDA else "cpu")
+    assert_error_is_small(rows, *widths, dtype, activation, "cuda" if CUDA else "cpu")
 
 
 SMALL = {"block_m": 16, "block_n": 32, "block_k": 16, "group": 2, "warps": 4, "stages": 2}
@@ -110,7 +98,7 @@ def test_triton_kernels_in_the_interpreter(rows, variant, activation, dtype):
     ours = module.triton_backward(dy, x, w1, w2, pre, activation, [True] * 5, config)
     plain = plain_backward(dy, x, w1, w2, pre, activation, [True] * 5)
     exact = plain_backward(dy.double(), x64, w164, w264, pre.double(), activation, [True] * 5)
-    assert_no_worse((ours_y, *ours), (plain_y, *plain), (exact_y, *exact))
+    assert_no_worse(NAMES, (ours_y, *ours), (plain_y, *plain), (exact_y, *exact))
 
 
 @needs_triton
@@ -217,14 +205,10 @@ def test_under_fsdp2(tmp_path):
     model, x = Projector(), torch.randn(5, 8)
     expected = gradients(model, model(x).square().sum())
     model.zero_grad()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    with one_rank(tmp_path) as mesh:
         fully_shard(model, mesh=mesh)
         for a, b in zip(gradients(model, model(x).square().sum()), expected):
             torch.testing.assert_close(a, b)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def strided(t):

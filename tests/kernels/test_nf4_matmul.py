@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import error, needs_compiler, needs_gpu, needs_triton
 
 from minillava.kernels import nf4_matmul as module
-from minillava.kernels.frame import HAS_TRITON
 from minillava.kernels.nf4_matmul import nf4_matmul, plain_dequantize, triton_dequantize, triton_forward
 from minillava.quantize import quantize
 
-CUDA = torch.cuda.is_available()
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
-    reason="torch.compile needs a C++ compiler on a CPU, and there is none",
-)
-needs_gpu = pytest.mark.skipif(not CUDA, reason="no GPU here; bf16 and real widths of the Triton kernels wait for one")
 GEMV = {"variant": "gemv", "block_n": 16, "blocks": 4, "warps": 2, "stages": 1}
 PRODUCTS = [
     {"variant": "product", "block_m": 16, "block_n": 32, "split_k": split, "late": late, "warps": 4, "stages": 3}
@@ -37,10 +27,6 @@ def inputs(M, N, K, dtype, quant_type="nf4", blocksize=64, double=False, device=
     parts = quantize(w, quant_type, blocksize, double)
     exact = plain_dequantize(*parts, N, K, quant_type, blocksize, torch.float64)
     return x.to(dtype), parts, torch.randn(N, device=device).to(dtype), exact
-
-
-def error(got, exact):
-    return ((got.double() - exact).norm() / exact.norm()).item()
 
 
 def assert_no_worse(got, x, bias, exact):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import pytest
 import torch
+from checks import assert_no_worse, needs_compiler, needs_gpu, needs_triton
 
 from minillava.kernels import rms_norm as module
-from minillava.kernels.frame import HAS_TRITON
 from minillava.kernels.rms_norm import (
     plain_backward,
     plain_forward,
@@ -20,15 +17,9 @@ from minillava.kernels.rms_norm import (
 )
 
 EPS = 1e-5
-CUDA = torch.cuda.is_available()
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
-    reason="torch.compile needs a C++ compiler on a CPU, and there is none",
-)
-needs_gpu = pytest.mark.skipif(not CUDA, reason="no GPU here; bf16 and real widths of the Triton kernels wait for one")
 FORWARD = {"numbers": 256, "warps": 4, "stages": 1}
 BACKWARD = {**FORWARD, "programs": 1}
+NAMES = ("y", "dx", "dweight")
 
 
 @pytest.fixture(autouse=True)
@@ -51,22 +42,12 @@ def run(function, x, weight, dy):
     return y.detach(), *torch.autograd.grad(y, (x, weight), dy)
 
 
-def error(got, exact):
-    return ((got.double() - exact).norm() / exact.norm()).item()
-
-
-def assert_no_worse(ours, plain, exact):
-    for name, a, b, c in zip(("y", "dx", "dweight"), ours, plain, exact, strict=True):
-        assert a.shape == c.shape and a.dtype == b.dtype, name
-        assert error(a, c) <= 2 * error(b, c), f"{name}: {error(a, c):.2e} against {error(b, c):.2e}"
-
-
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize(("rows", "width"), ((1, 4096), (7, 5120), (577, 896), (729, 128)))
 def test_error(rows, width, dtype):
     tensors = inputs(rows, width, dtype)
     exact = run(reference, *(t.double() for t in tensors))
-    assert_no_worse(run(rms_norm, *tensors), run(reference, *tensors), exact)
+    assert_no_worse(NAMES, run(rms_norm, *tensors), run(reference, *tensors), exact)
 
 
 @needs_gpu
@@ -75,7 +56,7 @@ def test_error(rows, width, dtype):
 def test_error_on_gpu(rows, width, dtype):
     tensors = inputs(rows, width, dtype, "cuda")
     exact = run(reference, *(t.double() for t in tensors))
-    assert_no_worse(run(rms_norm, *tensors), run(reference, *tensors), exact)
+    assert_no_worse(NAMES, run(rms_norm, *tensors), run(reference, *tensors), exact)
 
 
 @needs_triton
@@ -87,7 +68,7 @@ def test_triton_kernels_in_the_interpreter(rows, width, dtype):
     exact = run(reference, x.double(), weight.double(), dy.double())
     y, rstd = triton_forward(x, weight, EPS, FORWARD)
     ours = y, *triton_backward(dy, x, weight, rstd, BACKWARD)
-    assert_no_worse(ours, run(reference, x, weight, dy), exact)
+    assert_no_worse(NAMES, ours, run(reference, x, weight, dy), exact)
     assert rstd.shape == (rows, 1) and rstd.dtype == torch.float32
     strided = [torch.stack((t, t), -1)[..., 0] for t in (x, dy)]
     assert torch.equal(triton_forward(strided[0], weight, EPS, FORWARD)[0], y)

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import numpy as np
 import pytest
 import torch
+from checks import assert_no_worse, needs_compiler, needs_gpu, needs_triton
 
 from minillava.kernels import swiglu as module
-from minillava.kernels.frame import HAS_TRITON
 from minillava.kernels.swiglu import plain_backward, plain_forward, reference, swiglu, triton_backward, triton_forward
 
-CUDA = torch.cuda.is_available()
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
-    reason="torch.compile needs a C++ compiler on a CPU, and there is none",
-)
-needs_gpu = pytest.mark.skipif(not CUDA, reason="no GPU here; bf16 and real widths of the Triton kernels wait for one")
 CONFIG = {"block": 256, "warps": 4, "stages": 1}
+NAMES = ("y", "dgate", "dup")
 
 
 def inputs(rows, width, dtype, device="cpu"):
@@ -36,16 +27,6 @@ def run(function, gate, up, dy):
     return y.detach(), *torch.autograd.grad(y, (gate, up), dy)
 
 
-def error(got, exact):
-    return ((got.double() - exact).norm() / exact.norm()).item()
-
-
-def assert_no_worse(ours, plain, exact):
-    for name, a, b, c in zip(("y", "dgate", "dup"), ours, plain, exact, strict=True):
-        assert a.shape == c.shape and a.dtype == b.dtype, name
-        assert error(a, c) <= 2 * error(b, c), f"{name}: {error(a, c):.2e} against {error(b, c):.2e}"
-
-
 def registered(gate, up):
     """The operation itself: `swiglu` prefers the plain code on a CPU."""
     return torch.ops.minillava.swiglu(gate, up)
@@ -57,7 +38,7 @@ def registered(gate, up):
 def test_error(rows, width, function, dtype):
     tensors = inputs(rows, width, dtype)
     exact = run(reference, *(t.double() for t in tensors))
-    assert_no_worse(run(function, *tensors), run(reference, *tensors), exact)
+    assert_no_worse(NAMES, run(function, *tensors), run(reference, *tensors), exact)
 
 
 @needs_gpu
@@ -66,7 +47,7 @@ def test_error(rows, width, function, dtype):
 def test_error_on_gpu(rows, width, dtype):
     tensors = inputs(rows, width, dtype, "cuda")
     exact = run(reference, *(t.double() for t in tensors))
-    assert_no_worse(run(swiglu, *tensors), run(reference, *tensors), exact)
+    assert_no_worse(NAMES, run(swiglu, *tensors), run(reference, *tensors), exact)
 
 
 @needs_triton
@@ -76,7 +57,7 @@ def test_triton_kernels_in_the_interpreter(rows, dtype):
     gate, up, dy = inputs(rows, 104, dtype)
     exact = run(reference, gate.double(), up.double(), dy.double())
     ours = triton_forward(gate, up, CONFIG), *triton_backward(dy, gate, up, CONFIG)
-    assert_no_worse(ours, run(reference, gate, up, dy), exact)
+    assert_no_worse(NAMES, ours, run(reference, gate, up, dy), exact)
     strided = [torch.stack((t, t), -1)[..., 0] for t in (gate, up, dy)]
     assert torch.equal(triton_forward(*strided[:2], CONFIG), ours[0])
     assert torch.equal(triton_backward(strided[2], *strided[:2], CONFIG)[0], ours[1])
