@@ -15,7 +15,7 @@ from minillava.chat import TEMPLATES, around
 from minillava.config import ChatConfig, ModelConfig, UserError, nearest, to_dict
 from minillava.hf_config import ONEVISION_15
 from minillava.hf_layout import HF_CLASSES, WITH_VIDEO, hf_class
-from minillava.hf_parts import ACTIVATIONS, read_json
+from minillava.hf_parts import ACTIVATIONS, optional_json
 from minillava.tokenizer import SPACE, Tokenizer, load_tokenizer
 
 
@@ -231,7 +231,7 @@ def add_image_token(config: ModelConfig, state: dict[str, Tensor], tokenizer: To
     chat = dataclasses.replace(chat, **ids)
     if added:
         path = folder / "tokenizer_config.json"
-        values = read_json(path) if path.is_file() else {}
+        values = optional_json(path)
         added = (values.get("added_tokens_decoder") or {}) | added
         path.write_text(json.dumps(values | {"added_tokens_decoder": added}, indent=2, ensure_ascii=False) + "\n")
     most = max(chat.markers.values())
@@ -290,5 +290,5 @@ def write_tokenizer_json(folder: Path) -> None:
     backend.save(str(folder / "tokenizer.json"))
     config = folder / "tokenizer_config.json"
     said = {**tokenizer.special_tokens, "add_bos_token": tokenizer.adds_bos}
-    values = said | (read_json(config) if config.is_file() else {}) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    values = said | optional_json(config) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 from minillava.adapters import read_adapters
 from minillava.config import ModelConfig, UserError
 from minillava.hf_config import ONEVISION_15, is_original
-from minillava.hf_parts import TEXT_DEFAULTS, read_json
+from minillava.hf_parts import TEXT_DEFAULTS, optional_json
 from minillava.names import EXTRAS, LAYOUTS, TOWER_EXTRAS, collapse, rename
 from minillava.tensor_files import Stored, inspect, inspect_folder
 from minillava.weights import check_folder, read_config, resolve
@@ -21,7 +21,7 @@ PARTS = ("vision", "projector", "decoder")
 
 def describe(folder: Path) -> Iterator[str]:
     """Lines of text about a folder, '<what>  <finding>'. Raises UserError if it holds nothing that is known here."""
-    raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    raw = optional_json(folder / "config.json")
     tensors, projector = inspect_folder(folder), folder / "mm_projector.bin"
     adapters = read_adapters(folder) if (folder / "adapter_config.json").is_file() else None
     if not (tensors or projector.is_file() or adapters):

@@ -32,7 +32,10 @@ from minillava.trainer import Trainer, compute_dtype
 
 ANSWERS = 8  # to held-out samples, written at a stage's end
 # Tokenizers that are made, not read: name in a recipe -> module and function(folder, recipe) that writes the files.
-TOKENIZERS = {"shapes": "minillava.pretrain:write_tokenizer", "data": "minillava.pretrain:write_data_tokenizer"}
+TOKENIZERS = {
+    "shapes": "minillava.train_tokenizer:of_shapes",
+    "data": "minillava.train_tokenizer:of_data",
+}
 
 
 def run_recipe(recipe: Recipe, resume: bool = False, only: str | None = None) -> dict[str, dict[str, float]]:

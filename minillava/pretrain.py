@@ -12,7 +12,6 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,39 +24,10 @@ from minillava.chat import Message
 from minillava.config import UserError
 from minillava.data import MARKER, Batch, Example, Sample, pack
 from minillava.image import prepare
-from minillava.recipe import Recipe, StageConfig
-from minillava.tasks import Run, Task, exact, read_data, rounded_up, split_data
-from minillava.tokenizer import train_small_tokenizer
+from minillava.recipe import StageConfig
+from minillava.samples import split_data
+from minillava.tasks import Run, Task, exact, rounded_up
 from minillava.vit import VisionTower
-
-
-def write_tokenizer(folder: Path, recipe: Recipe | None = None) -> None:
-    """The tokenizer of the built-in world: every word of it is one token, other text falls back to bytes."""
-    rng = random.Random(0)
-    texts = []
-    for scene in itertools.islice(shapes.scenes(0, "train"), 2000):
-        words = shapes.caption(scene, rng)
-        texts.append(f"<image>{words}\n")
-        for opening in (words, "<image>"):
-            for message in shapes.conversation(scene, rng, 12, opening):
-                texts.append(f"USER: {message.text} ASSISTANT:" if message.role == "user" else f" {message.text}</s>")
-    train_small_tokenizer(texts, folder, vocab_size=512)
-
-
-def write_data_tokenizer(folder: Path, recipe: Recipe) -> None:
-    """A tokenizer trained on the words of all data of a recipe."""
-    files = {(file.path, file.images): file for stage in recipe.stage for file in stage.data}
-    if not files:
-        raise UserError('model: tokenizer = "data" needs a stage with data')
-    texts = []
-    for file in files.values():
-        for sample in read_data([file]):
-            texts += [
-                f"USER: {message.text} ASSISTANT:" if message.role == "user" else f" {message.text}</s>"
-                for message in sample.messages
-            ]
-            texts.append(f"{MARKER}{sample.messages[-1].text}\n")
-    train_small_tokenizer(texts, folder)
 
 
 class Stream(Task):

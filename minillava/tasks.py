@@ -7,12 +7,9 @@ any, parts of its own, such as CLIP's text tower) and turns batches into losses.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import itertools
-import math
 import os
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,15 +22,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minillava import lora, parallel
-from minillava.chat import Message
 from minillava.config import ModelConfig, UserError, from_dict, nearest, to_dict
-from minillava.data import IGNORE, MARKER, Batch, Example, Sample, pack, scan
+from minillava.data import IGNORE, MARKER, Batch, Example, Sample, pack
 from minillava.image import prepare_views
 from minillava.llava import LLaVA, next_labels
-from minillava.loader import Dataset, Loader, Tally, check_supervision, spread
+from minillava.loader import Dataset, Loader, Tally, check_supervision
 from minillava.metrics import Work
 from minillava.packing import Order
-from minillava.recipe import DataConfig, Recipe, StageConfig
+from minillava.recipe import Recipe, StageConfig
+from minillava.samples import split_data, turns_of
 from minillava.tokenizer import Tokenizer
 from minillava.weights import save_model
 
@@ -316,45 +313,6 @@ class LLaVATask(Task):
         return str(self.tally)
 
 
-def split_data(stage: StageConfig, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Samples to train on and samples to evaluate on. Raises UserError if any of them cannot be used.
-
-    What `eval_samples` holds out is chosen by the names of a sample's pictures, so that all stages over the same
-    pictures hold out the same ones.
-    """
-    samples, held_out = read_data(stage.data, seed), read_data(stage.eval_data, seed)
-    if stage.eval_samples and not held_out:
-        if stage.eval_samples >= len(samples):
-            raise UserError(f"stage '{stage.name}': eval_samples leaves nothing of {len(samples)} samples to train on")
-
-        def lot(sample: Sample) -> bytes:
-            names = " ".join(ref.name for ref in sample.images) or sample.id
-            return hashlib.sha256(f"{seed} {names}".encode()).digest()
-
-        samples.sort(key=lot)
-        samples, held_out = samples[stage.eval_samples :], samples[: stage.eval_samples]
-    if stage.split_turns:
-        samples = [turn for sample in samples for turn in turns_of(sample)]
-    if stage.eval_samples:
-        held_out = [held_out[i] for i in spread(len(held_out), stage.eval_samples)]  # of every file
-    return samples, held_out
-
-
-def turns_of(sample: Sample) -> list[Sample]:
-    """Each turn of a conversation whose pictures stand in its first question as a sample of its own."""
-    system = [m for m in sample.messages if m.role == "system"]
-    turns = sample.messages[len(system) :]
-    first = turns[0].text
-    if sum(m.text.count(MARKER) for m in turns[1:]) or not sample.images:
-        return [sample]
-    head = "\n".join([MARKER] * first.count(MARKER))
-    split = []
-    for at in range(0, len(turns), 2):
-        asked = turns[at] if at == 0 else Message("user", f"{head}\n{turns[at].text}")
-        split.append(dataclasses.replace(sample, messages=(*system, asked, turns[at + 1])))
-    return split
-
-
 def exact(call: Callable[..., Any], batch: Batch) -> list[bool]:
     """For each row whether greedy decoding would give its supervised tokens, stop token included.
 
@@ -372,34 +330,6 @@ def blank_example(config: ModelConfig) -> Example:
     views_NCHW, span = prepare_views(image, config, True, "blank")
     ids = [config.chat.image_token_id] * span.tokens
     return Example(ids, [IGNORE] * span.tokens, views_NCHW, spans=(span,))
-
-
-def read_data(files: Sequence[DataConfig], seed: int = 0) -> list[Sample]:
-    """The samples of several files, with a line for each file. Raises UserError if one cannot be used."""
-    samples: list[Sample] = []
-    for file in files:
-        found, report = scan(Path(file.path), Path(file.images) if file.images else None)
-        print(f"  {report}")
-        if report.problems:
-            more = f" ({len(report.problems) - 1:,} more samples are unusable)" if len(report.problems) > 1 else ""
-            raise UserError(report.problems[0] + more)
-        taken = take(found, file.take, f"{seed} {file.path} {file.take}")
-        if len(taken) < len(found):
-            print(f"    {len(taken):,} of them are taken ({file.take})")
-        samples += taken
-    return samples
-
-
-def take(samples: list[Sample], which: str, seed: str) -> list[Sample]:
-    """all, first:N, end:N or random:N of the samples, N a number or a percentage (rounded up); in their order."""
-    kind, _, amount = which.partition(":")
-    if kind == "all":
-        return samples
-    share = round(len(samples) * float(amount[:-1]) / 100, 6) if amount.endswith("%") else float(amount)
-    number = min(math.ceil(share), len(samples))
-    if kind == "random":
-        return [samples[i] for i in sorted(random.Random(seed).sample(range(len(samples)), number))]
-    return samples[:number] if kind == "first" else samples[len(samples) - number :]
 
 
 def rounded_up(batch: Batch, image_token_id: int) -> Batch:

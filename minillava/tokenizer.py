@@ -12,21 +12,17 @@ import json
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from minillava.config import UserError
+from minillava.hf_parts import optional_json
 
 FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
 )
 # The order in which transformers appends the special tokens that a vocabulary lacks.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -40,6 +36,8 @@ class Tokenizer(ABC):
     prefix_after_special: bool  # a text behind a special token gets the space prefix too ("legacy" in transformers)
     adds_bos: bool  # whether a prompt opens with BOS
     vocab_size: int  # rows that the embedding needs: the largest id + 1
+    added_ids: frozenset[int]  # of the tokens that are cut out of the text before the vocabulary is asked
+    special_ids: frozenset[int]  # those of `added_ids` that decoding leaves out
     _strip_first_space: bool  # decoding drops the prefix space
 
     def __init__(self, files: TokenizerFiles):
@@ -61,16 +59,6 @@ class Tokenizer(ABC):
     @abstractmethod
     def token_bytes(self, id: int) -> bytes:
         """What an id contributes to the text; nothing for ids behind the vocabulary (padding rows of the head)."""
-
-    @property
-    @abstractmethod
-    def added_ids(self) -> frozenset[int]:
-        """Ids of the tokens that are cut out of the text before the vocabulary is asked."""
-
-    @property
-    @abstractmethod
-    def special_ids(self) -> frozenset[int]:
-        """Those of `added_ids` that decoding leaves out."""
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
@@ -162,8 +150,8 @@ class TokenizerFiles:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.config = read_json(folder / "tokenizer_config.json")
-        special = {**read_json(folder / "special_tokens_map.json"), **self.config}
+        self.config = optional_json(folder / "tokenizer_config.json")
+        special = {**optional_json(folder / "special_tokens_map.json"), **self.config}
         self.named: dict[str, str] = {}  # bos_token -> <s>
         for name in [*SPECIAL_NAMES, *(key for key in special if key.endswith("_token"))]:
             if (token := _content(special.get(name))) is not None:
@@ -179,7 +167,7 @@ class TokenizerFiles:
         self.special = list(dict.fromkeys([*self.named.values(), *extra]))
         self.ids: dict[str, int] = {}  # ids that the files fix
         self.flags: dict[str, dict[str, bool]] = {}  # special, lstrip, rstrip, normalized, single_word
-        for token, id in read_json(folder / "added_tokens.json").items():
+        for token, id in optional_json(folder / "added_tokens.json").items():
             self.ids[token] = int(id)
         for id, entry in (self.config.get("added_tokens_decoder") or {}).items():
             token = _content(entry)
@@ -237,6 +225,8 @@ class SentencePieceTokenizer(Tokenizer):
                     known = max([base - 1, *self._added.values()]) + 1
                 self._added[token] = known
         self._contents = {id: token for token, id in self._added.items()}
+        self.added_ids = frozenset(self._contents)
+        self.special_ids = frozenset(id for id, token in self._contents.items() if files.is_special(token))
         self.vocab_size = max([base - 1, *self._contents]) + 1
         longest = sorted(self._added, key=len, reverse=True)
         self._cut = re.compile("|".join(_pattern(token, files.flags.get(token, {})) for token in longest))
@@ -269,14 +259,6 @@ class SentencePieceTokenizer(Tokenizer):
         piece = self._sp.id_to_piece(id)
         return bytes([int(piece[3:5], 16)]) if self._sp.is_byte(id) else piece.replace(SPACE, " ").encode()
 
-    @cached_property
-    def added_ids(self) -> frozenset[int]:
-        return frozenset(self._contents)
-
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        return frozenset(id for id, token in self._contents.items() if self.files.is_special(token))
-
 
 class JsonTokenizer(Tokenizer):
     """`tokenizer.json`: LLaMA-like (Prepend or Metaspace) and byte-level BPE (Qwen2, Llama 3, our own small one)."""
@@ -305,14 +287,16 @@ class JsonTokenizer(Tokenizer):
             if token in files.ids and full.token_to_id(token) != files.ids[token]:
                 found = full.token_to_id(token)
                 raise UserError(f"{path}: '{token}' is id {found}, but {files.ids[token]} in the files beside it")
-        self._specials = frozenset(id for id, token in full.get_added_tokens_decoder().items() if token.special)
+        added = full.get_added_tokens_decoder()
+        self.added_ids = frozenset(added)
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.vocab_size = max(full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         # Its post-processor alone decides on BOS: transformers 5 ignores add_bos_token beside a tokenizer.json.
         opened, bare = full.encode("a").ids, full.encode("a", add_special_tokens=False).ids
         self.adds_bos = opened[:1] != bare[:1]
         if self.adds_bos:
             files.named["bos_token"] = str(full.id_to_token(opened[0]))
-        special = next((full.id_to_token(id) for id in sorted(self._specials)), None)
+        special = next((full.id_to_token(id) for id in sorted(self.special_ids)), None)
         behind = [] if special is None else full.encode(special + "a", add_special_tokens=False).ids[1:]
         self.prefix_after_special = behind != self._continuing.encode("a", add_special_tokens=False).ids
 
@@ -337,11 +321,7 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         spec = json.loads(self._full.to_str())
-        bare = {
-            **spec,
-            "normalizer": _unprefixed(spec["normalizer"]),
-            "pre_tokenizer": _unprefixed(spec["pre_tokenizer"]),
-        }
+        bare = spec | {part: _unprefixed(spec[part]) for part in ("normalizer", "pre_tokenizer")}
         return self._full if bare == spec else tokenizers.Tokenizer.from_str(json.dumps(bare))
 
     def encode(self, text: str, first: bool) -> list[int]:
@@ -368,14 +348,6 @@ class JsonTokenizer(Tokenizer):
             return bytes([int(token[3:5], 16)])
         return token.replace(SPACE, " ").encode()
 
-    @cached_property
-    def added_ids(self) -> frozenset[int]:
-        return frozenset(self._full.get_added_tokens_decoder())
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        return self._specials
-
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder. Raises UserError where there is none or it cannot be read.
@@ -391,63 +363,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.model").is_file():
         return SentencePieceTokenizer(files)
     raise UserError(f"{folder}: neither tokenizer.json nor tokenizer.model is there; copy one from the base model")
-
-
-def train_small_tokenizer(
-    texts: Iterable[str],
-    folder: Path,
-    special_tokens: Sequence[str] = ("<s>", "</s>", "<pad>", "<image>"),
-    vocab_size: int = 4096,
-) -> None:
-    """Train a byte-level BPE until every word that occurs twice is one token (its blank included), and write it.
-
-    `texts` should look like what the model will read: "What" behind a newline and " What" are two tokens, and each
-    has to occur. Special tokens in them only part the text. Writes tokenizer.json and tokenizer_config.json, which
-    transformers' AutoTokenizer loads too. Ids of `special_tokens` come first; <s>, </s> and <pad> among them become
-    BOS (put in front of a prompt), EOS and padding.
-    """
-    from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend(models.BPE())
-    # Units that BPE cannot cross: a word with its blank (and its hyphens, and its colon: "USER:"), a digit, a
-    # punctuation mark, blanks.
-    words = pre_tokenizers.Split(Regex(r" ?\p{L}[\p{L}-]*:?| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=list(special_tokens),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    specials = re.compile("|".join(map(re.escape, special_tokens)) or "(?!)")
-    backend.train_from_iterator((piece for text in texts for piece in specials.split(text)), trainer)
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    config |= {name: token for name, token in roles.items() if token in special_tokens}
-    if "<image>" in special_tokens:
-        config["extra_special_tokens"] = {"image_token": "<image>"}
-    if "bos_token" in config:
-        bos_id = backend.token_to_id("<s>")
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos_id)])
-    folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where the file is missing; UserError where it is broken."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error}); fetch the file again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object was expected, not {type(value).__name__}")
-    return value
 
 
 def _content(value: Any) -> str | None:

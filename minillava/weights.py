@@ -25,7 +25,7 @@ from minillava.config import ModelConfig, UserError
 from minillava.decoder import Fused, Unallocated
 from minillava.hf_config import is_original, model_config, tower_folder
 from minillava.hf_export import add_image_token, jinja_of, to_hf, write_tokenizer_json
-from minillava.hf_parts import read_json
+from minillava.hf_parts import optional_json, read_json
 from minillava.llava import LLaVA
 from minillava.names import EXPERT, OPTIONAL, Plan, rename, to_files, unstack
 from minillava.quantize import Linear4bit, Scheme, quantization_config
@@ -270,7 +270,7 @@ def save_model(model: LLaVA, folder: Path | str, tokenizer: Tokenizer | None = N
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose a folder to save to")
-    if folder.is_dir() and any(folder.iterdir()) and "minillava" not in _config_if_any(folder):
+    if folder.is_dir() and any(folder.iterdir()) and "minillava" not in optional_json(folder / "config.json"):
         raise UserError(f"{folder}: holds something else than an earlier save; choose another folder")
     layers = dict(_quantized_layers(model))
     hidden = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
@@ -324,10 +324,6 @@ def _skipped(model: LLaVA) -> list[str]:
     parts |= {"language_model": model.decoder.blocks, "lm_head": getattr(model.decoder, "head", model.decoder.norm)}
     plain = [name for name, part in parts.items() if not any(isinstance(m, Linear4bit) for m in part.modules())]
     return plain + [f"model.{name}" for name in plain]  # the module tree before and after transformers 4.52
-
-
-def _config_if_any(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
 # ---- folders and hub ids ----

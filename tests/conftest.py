@@ -5,7 +5,8 @@ import torch
 
 from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from minillava.llava import LLaVA
-from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+from minillava.tokenizer import load_tokenizer
+from minillava.train_tokenizer import train_small_tokenizer
 
 TEXTS = [
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "

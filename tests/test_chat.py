@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from minillava.chat import IGNORE, TEMPLATES, Message, encode, encode_raw, image_first, segments, stop_ids
 from minillava.config import ChatConfig, UserError
 from minillava.hf_config import _template
-from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+from minillava.tokenizer import load_tokenizer
+from minillava.train_tokenizer import train_small_tokenizer
 
 REAL = Path(os.environ.get("MINILLAVA_REAL", Path(__file__).parents[2] / "shared" / "real")) / "llava"
 needs_real = pytest.mark.skipif(

@@ -16,7 +16,8 @@ from minillava.chat import IGNORE, Message
 from minillava.config import ChatConfig, ImageConfig, LayoutConfig, ModelConfig, UserError, VisionConfig
 from minillava.data import Example, Sample, SampleError, encode_sample, pack, read_samples, scan
 from minillava.store import Folder, ImageRef, Pictures
-from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+from minillava.tokenizer import load_tokenizer
+from minillava.train_tokenizer import train_small_tokenizer
 
 REAL = Path(os.environ.get("MINILLAVA_REAL", Path(__file__).parents[2] / "shared" / "real")) / "cifar10"
 SPAN = 4  # visual tokens of an image below

@@ -15,7 +15,8 @@ from minillava.data import Sample
 from minillava.loader import Dataset, Loader, Tally, check_supervision
 from minillava.packing import Order
 from minillava.store import ImageRef, Pictures
-from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+from minillava.tokenizer import load_tokenizer
+from minillava.train_tokenizer import train_small_tokenizer
 
 
 def png(number):

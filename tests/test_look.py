@@ -126,7 +126,7 @@ def test_losses_by_source_and_answers_of_the_exported_model(recipe, tmp_path):
 
 
 def test_a_mixture_takes_what_it_says(tmp_path):
-    from minillava.tasks import take
+    from minillava.samples import take
 
     samples = [Sample(str(i), (), (), "x") for i in range(70)]
     assert take(samples, "all", "") == samples

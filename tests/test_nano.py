@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillava import pretrain, shapes, shapes_task
+from minillava import pretrain, shapes, shapes_task, train_tokenizer
 from minillava.chat import IGNORE, Message
 from minillava.data import Example
 from minillava.engine import Engine, Request
@@ -47,7 +47,7 @@ def test_exact_agrees_with_greedy_decoding(tiny_model, tiny_tokenizer):
 
 
 def test_every_word_of_the_world_is_one_token(tmp_path):
-    pretrain.write_tokenizer(tmp_path)
+    train_tokenizer.of_shapes(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     words = [*shapes.COLORS, *shapes.SHAPES, *shapes.SIZES, *shapes.PLACES, *map(shapes.plural, shapes.SHAPES)]
     assert {word: len(tokenizer.encode(f" {word}", first=False)) for word in words} == dict.fromkeys(words, 1)

@@ -30,7 +30,8 @@ from minillava.engine import Request, user_message
 from minillava.image import prepare_clip, prepare_views
 from minillava.layout import image_span
 from minillava.llava import LLaVA as Network
-from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+from minillava.tokenizer import load_tokenizer
+from minillava.train_tokenizer import train_small_tokenizer
 from minillava.vit import VisionTower, patch_positions
 
 RICE = VisionConfig(

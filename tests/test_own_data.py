@@ -11,7 +11,7 @@ from PIL import Image
 from minillava.config import UserError
 from minillava.pipeline import run_recipe
 from minillava.recipe import read_recipe
-from minillava.tasks import split_data, turns_of
+from minillava.samples import split_data, turns_of
 from minillava.tokenizer import load_tokenizer
 
 NANO = Path(__file__).parents[1] / "recipes/nano.toml"

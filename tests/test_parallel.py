@@ -17,7 +17,8 @@ from minillava.pipeline import make_run
 from minillava.progress import Log, read_log
 from minillava.recipe import read_recipe
 from minillava.tasks import LLaVATask
-from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+from minillava.tokenizer import load_tokenizer
+from minillava.train_tokenizer import train_small_tokenizer
 from minillava.trainer import Trainer
 from minillava.weights import load_model, save_model
 

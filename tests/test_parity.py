@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from minillava.chat import Message
 from minillava.engine import Engine, Request, user_message
-from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+from minillava.tokenizer import load_tokenizer
+from minillava.train_tokenizer import train_small_tokenizer
 from minillava.weights import load_model, save_model
 
 transformers = pytest.importorskip("transformers")

@@ -17,7 +17,8 @@ from minillava.pipeline import run_recipe
 from minillava.progress import read_log
 from minillava.recipe import read_recipe
 from minillava.shapes_mixed import write
-from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+from minillava.tokenizer import load_tokenizer
+from minillava.train_tokenizer import train_small_tokenizer
 from minillava.vit import VisionTower
 from minillava.weights import load_model, save_model
 

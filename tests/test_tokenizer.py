@@ -21,8 +21,8 @@ from minillava.tokenizer import (
     SentencePieceTokenizer,
     StreamDecoder,
     load_tokenizer,
-    train_small_tokenizer,
 )
+from minillava.train_tokenizer import train_small_tokenizer
 
 REAL = Path(os.environ.get("MINILLAVA_REAL", Path(__file__).parents[2] / "shared" / "real")) / "llava"
 SPECIALS = ["<s>", "</s>", "<pad>", "<image>"]
@@ -316,8 +316,8 @@ def test_small_tokenizer_gives_one_token_a_word(tmp_path):
         ("tokenizer.json", b'{"version": "1.0", "model"', "not a tokenizer.json"),
         ("tokenizer.json", b'{"version": "1.0"}', "not a tokenizer.json"),
         ("tokenizer.json", b"\xff\xfe", "not a tokenizer.json"),
-        ("tokenizer_config.json", b"{", "not JSON"),
-        ("tokenizer_config.json", b"[]", "a JSON object was expected, not list"),
+        ("tokenizer_config.json", b"{", "cannot be read as JSON"),
+        ("tokenizer_config.json", b"[]", "holds list, expected an object"),
         (
             "tokenizer_config.json",
             b'{"added_tokens_decoder": {"7": {}}}',

@@ -25,7 +25,8 @@ from minillava.pipeline import make_run, run_recipe
 from minillava.progress import Log, read_log
 from minillava.recipe import ModelRecipe, StageConfig, read_recipe
 from minillava.tasks import LLaVATask, Task, rounded_up
-from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+from minillava.tokenizer import load_tokenizer
+from minillava.train_tokenizer import train_small_tokenizer
 from minillava.trainer import MAX_NON_FINITE, Trainer, compute_dtype, schedule
 from minillava.weights import load_model
 

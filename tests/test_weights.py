@@ -20,7 +20,8 @@ from minillava.hf_parts import read_decoder, read_vision
 from minillava.inspection import describe
 from minillava.names import LAYOUTS, rename
 from minillava.tensor_files import inspect_folder
-from minillava.tokenizer import load_tokenizer, train_small_tokenizer
+from minillava.tokenizer import load_tokenizer
+from minillava.train_tokenizer import train_small_tokenizer
 from minillava.weights import load_model, read_config, resolve, save_model
 
 transformers = pytest.importorskip("transformers")
