@@ -106,7 +106,7 @@ def _typed(values: Any, defaults: dict[str, dict[str, Any]], default_type: str, 
     return model_type, Fields(defaults[model_type] | values, where)
 
 
-def read_decoder(values: dict[str, Any], where: str, default_type: str = "llama", tied: bool = False) -> DecoderConfig:
+def read_decoder(values: dict[str, Any], where: str, default_type: str = "llama") -> DecoderConfig:
     """A text_config (or the top level of an original config) -> DecoderConfig."""
     model_type, f = _typed(values, TEXT_DEFAULTS, default_type, where)
     f.one_of("hidden_act", "silu", ["silu"])
@@ -142,7 +142,7 @@ def read_decoder(values: dict[str, Any], where: str, default_type: str = "llama"
         qkv_bias=model_type == "qwen2",
         qk_norm=model_type.startswith("qwen3"),
         **(_read_experts(f, where) if model_type == "qwen3_moe" else {}),
-        tie_embeddings=f.one_of("tie_word_embeddings", tied, [False, True]),
+        tie_embeddings=f.one_of("tie_word_embeddings", False, [False, True]),
         model_type=model_type,
     )
 

@@ -136,27 +136,25 @@ def detach(model: nn.Module) -> dict[str, Tensor]:
 # ---- PEFT's files ----
 
 
-def save_peft(
-    folder: Path, trained: dict[str, Tensor], configs: dict[str, LoRAConfig], base: str, layout: str = "hf_new"
-) -> None:
+def save_peft(folder: Path, trained: dict[str, Tensor], configs: dict[str, LoRAConfig], base: str) -> None:
     """What was trained as PEFT reads it over the exported transformers model: adapters, and whole parts beside them as
-    modules_to_save. In layout "original" those are haotian-liu/LLaVA's non_lora_trainables.bin."""
+    modules_to_save."""
 
-    def foreign(name: str) -> str:
-        found = rename(name, layout, to_ours=False) or name
-        if layout == "hf_new":  # as modules are called; files still say vision_tower.vision_model
-            found = found.replace("vision_tower.vision_model.", "vision_tower.")
-        return found
+    def foreign(name: str) -> str:  # as modules are called; files still say vision_tower.vision_model
+        found = rename(name, "hf_new", to_ours=False) or name
+        return found.replace("vision_tower.vision_model.", "vision_tower.")
 
     layers = [name.removesuffix(".lora_A") for name in trained if name.endswith(".lora_A")]
     modules = {name: foreign(f"{name}.weight").removesuffix(".weight") for name in layers}
-    tensors, others = {}, {}
+    tensors = {}
+    wholes = set()
     for name, tensor in trained.items():
         layer, _, key = name.rpartition(".")
         if key.startswith("lora_"):
             tensors[f"{PREFIX}{modules[layer]}.{key}.weight"] = tensor.contiguous()
         else:
-            others[f"{PREFIX}{foreign(name)}"] = tensor.contiguous()
+            tensors[f"{PREFIX}{foreign(name)}"] = tensor.contiguous()
+            wholes.add(".".join(foreign(name).split(".")[:2]))
     first = next(iter(configs.values()))
     differing = {modules[name]: configs[name.split(".")[0]] for name in layers if configs[name.split(".")[0]] != first}
     config = {
@@ -170,14 +168,9 @@ def save_peft(
         "rank_pattern": {name: c.rank for name, c in differing.items()},
         "alpha_pattern": {name: c.alpha for name, c in differing.items()},
         "target_modules": sorted(modules.values()),
+        "modules_to_save": sorted(wholes) or None,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    if layout == "original":
-        torch.save(others, folder / "non_lora_trainables.bin")
-    else:
-        tensors |= others
-        wholes = {".".join(name.removeprefix(PREFIX).split(".")[:2]) for name in others}
-        config["modules_to_save"] = sorted(wholes) or None
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minillava import lora
 from minillava.config import UserError
@@ -151,14 +152,18 @@ def test_we_read_pefts(tiny_model, tiny_tokenizer, tmp_path, prompt):
 
 
 def test_the_original_repositorys_files(tiny_model, tmp_path, prompt):
+    """haotian-liu/LLaVA's names, with the projector in a file of its own."""
     model, trained = learned(tiny_model, "decoder")
-    lora.save_peft(tmp_path, trained, {"decoder": CONFIG}, "vicuna", layout="original")
-    others = torch.load(tmp_path / "non_lora_trainables.bin", weights_only=True)
-    assert "base_model.model.model.mm_projector.0.weight" in others and len(others) == 4
-    assert (
-        "model.layers.0.self_attn.q_proj"
-        in json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-    )
+    lora.save_peft(tmp_path, trained, {"decoder": CONFIG}, "vicuna")
+    adapters, others = {}, {}
+    for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
+        into = others if "projector" in name else adapters
+        name = name.replace("multi_modal_projector.linear_1", "mm_projector.0").replace("language_model.", "")
+        into[name.replace("multi_modal_projector.linear_2", "mm_projector.2")] = tensor
+    assert "base_model.model.model.mm_projector.2.weight" in others and len(others) == 4
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in adapters
+    save_file(adapters, tmp_path / "adapter_model.safetensors")
+    torch.save(others, tmp_path / "non_lora_trainables.bin")
     merged = copy.deepcopy(tiny_model)
     lora.merge_peft(merged, tmp_path)
     assert close(logits(merged, prompt), logits(model, prompt))
