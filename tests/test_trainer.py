@@ -431,16 +431,21 @@ def computed(out):
     return [{key: row[key] for key in measured if key in row} for row in read_log(out / "log.jsonl")]
 
 
+def wait_for_rows(process, log, count):
+    """Until stage 2 has written more than `count` rows."""
+    give_up_s = time.monotonic() + 300
+    while not (log.exists() and log.read_text().count('"finetune"') > count):
+        assert process.poll() is None and time.monotonic() < give_up_s, process.communicate()
+        time.sleep(0.005)
+
+
 def test_killed_and_resumed_equals_never_killed(world, tmp_path):
     """SIGKILL in the middle of stage 2, then --resume: the same losses at every step, the same weights, to the bit."""
     sets = ["--set", "stage.finetune.epochs=20"]
     whole = launch(world, tmp_path / "whole", *sets)
     killed = launch(world, tmp_path / "killed", *sets)
     log = tmp_path / "killed" / "log.jsonl"
-    give_up_s = time.monotonic() + 300
-    while not (log.exists() and log.read_text().count('"finetune"') > 25):
-        assert killed.poll() is None and time.monotonic() < give_up_s, killed.communicate()
-        time.sleep(0.005)
+    wait_for_rows(killed, log, 25)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not (tmp_path / "killed" / "finetune" / "done.json").exists()
@@ -461,10 +466,7 @@ def test_terminated_saves_and_resumes(world, tmp_path):
     sets = ["--set", "stage.*.save_every=0", "--set", "stage.finetune.epochs=20"]
     process = launch(world, tmp_path / "run", *sets)
     log = tmp_path / "run" / "log.jsonl"
-    give_up_s = time.monotonic() + 300
-    while not (log.exists() and log.read_text().count('"finetune"') > 10):
-        assert process.poll() is None and time.monotonic() < give_up_s, process.communicate()
-        time.sleep(0.005)
+    wait_for_rows(process, log, 10)
     process.terminate()
     error = process.communicate()[1]
     assert process.returncode == 130 and "--resume continues" in error and "Traceback" not in error
