@@ -138,39 +138,11 @@ def _descriptor(
             )
         else:
             left, right = acc.reshape(BLOCK_M, 2, SUB).permute(0, 2, 1).split()
-            _descriptor_epilogue(
-                left,
-                bias_ptr,
-                pre_desc,
-                act_desc,
-                dpre_desc,
-                sums_ptr,
-                tile_m,
-                row,
-                column,
-                N,
-                BACKWARD,
-                ERF,
-                SAVE,
-                SUB,
-            )
+            _descriptor_epilogue(left, bias_ptr, pre_desc, act_desc, dpre_desc, sums_ptr, tile_m, row, column, N,
+                                 BACKWARD, ERF, SAVE, SUB)  # fmt: skip
             column += SUB
-            _descriptor_epilogue(
-                right,
-                bias_ptr,
-                pre_desc,
-                act_desc,
-                dpre_desc,
-                sums_ptr,
-                tile_m,
-                row,
-                column,
-                N,
-                BACKWARD,
-                ERF,
-                SAVE,
-                SUB,
-            )
+            _descriptor_epilogue(right, bias_ptr, pre_desc, act_desc, dpre_desc, sums_ptr, tile_m, row, column, N,
+                                 BACKWARD, ERF, SAVE, SUB)  # fmt: skip
 
 
 @jit
@@ -393,24 +365,8 @@ def _product(a, b, bias, pre, act, dpre, sums, activation: str, backward: bool, 
         return
     shares = config["split_k"]
     partial = torch.empty(shares, M, N, dtype=torch.float32, device=a.device) if shares > 1 else None
-    launch(
-        _pointer,
-        (tiles, shares),
-        a,
-        b,
-        bias,
-        pre,
-        act,
-        dpre,
-        sums,
-        partial,
-        M,
-        N,
-        K,
-        SPLIT_K=shares,
-        **constants,
-        **options,
-    )
+    arguments = (a, b, bias, pre, act, dpre, sums, partial, M, N, K)
+    launch(_pointer, (tiles, shares), *arguments, SPLIT_K=shares, **constants, **options)
     if shares > 1:
         finish = {"ERF": activation == "gelu", "SAVE": save, "SPLIT_K": shares, "BLOCK": 1024}
         launch(_finish, (M, -(-N // 1024)), partial, bias, pre, act, M, N, **finish)
