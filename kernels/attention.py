@@ -56,7 +56,8 @@ def reference(
 ) -> Tensor:
     """softmax(q k^T * scale) v within each sequence in differentiable PyTorch: two batched products a block. While the
     scores stay in cache, its backward beats SDPA's on a CPU."""
-    blocks, token_P, slot_T = _layout(tuple(cu_q), tuple(cu_k), tuple(prefix), causal, window, q_THK.device)
+    at = tuple(cu_q), tuple(cu_k), tuple(prefix), causal, window, q_THK.device
+    blocks, token_P, slot_T = _layout(*at, coarse=q_THK.device.type == "cpu")
     if token_P is not None:
         q_THK, k_SGK, v_SGK = (_Pad.apply(x, token_P, slot_T) for x in (q_THK, k_SGK, v_SGK))
     out = []
@@ -75,11 +76,12 @@ def reference(
 
 @lru_cache(maxsize=16)  # all layers of a step ask for the same
 def _layout(
-    cu_q: tuple[int, ...], cu_k: tuple[int, ...], prefix: tuple[int, ...], causal: bool, window: int, device
+    cu_q: tuple[int, ...], cu_k: tuple[int, ...], prefix: tuple[int, ...], causal: bool, window: int, device, coarse=False
 ) -> tuple[list[Block], Tensor | None, Tensor | None]:
     """The blocks; the token in each of the P slots of all blocks, where a slot behind the end of its sequence repeats
     the last token; and the slot of each token. Both None where tokens lie as the blocks want them: sequences of equal
-    length in one block, or each in its own, as they are if queries and keys differ or not all of them are seen."""
+    length in one block, or each in its own, as they are if queries and keys differ or not all of them are seen.
+    With `coarse` the sizes of padded blocks are rounded up: oneDNN compiles a batched product for its very sizes."""
     spans = list(pairwise(cu_q))
     lengths = {end - start for start, end in spans}
     if cu_q != cu_k or window or prefix:
@@ -89,22 +91,35 @@ def _layout(
     if len(lengths) == 1:
         (length,) = lengths
         return [Block(len(spans), length, length, causal)], None, None
-    spans.sort(key=lambda span: span[0] - span[1])  # longest first
-    sizes: list[tuple[int, int]] = []
-    for start, end in spans:
-        if not sizes or end - start < (SIMILAR if causal else 1.0) * sizes[-1][1]:
-            sizes.append((0, end - start))
-        sizes[-1] = (sizes[-1][0] + 1, sizes[-1][1])
-    starts, ends = np.array([span for span in spans if span[0] < span[1]]).reshape(-1, 2).T
-    longest = np.repeat([length for _, length in sizes], [rows for rows, _ in sizes])[: len(starts)]
+    groups: list[list[tuple[int, int]]] = []
+    similar = SIMILAR if causal else 1.0
+    for start, end in sorted((span for span in spans if span[0] < span[1]), key=lambda span: span[0] - span[1]):
+        if not groups or end - start < similar * (groups[-1][0][1] - groups[-1][0][0]):
+            groups.append([])
+        groups[-1].append((start, end))
+    blocks, rows, real = [], [], []
+    for group in groups:  # longest first
+        length = group[0][1] - group[0][0]
+        length = _coarse(length) if coarse and causal else length
+        more = _coarse(len(group)) - len(group) if coarse else 0  # rows that nobody reads
+        blocks.append(Block(len(group) + more, length, length, causal))
+        rows += group + group[-1:] * more
+        real += [True] * len(group) + [False] * more
+    starts, ends = np.array(rows).reshape(-1, 2).T
+    longest = np.repeat([block.T for block in blocks], [block.rows for block in blocks])
     first_slots = np.cumsum(longest) - longest
     token_P = np.arange(longest.sum()) - np.repeat(first_slots - starts, longest)
     token_P = np.minimum(token_P, np.repeat(ends - 1, longest))
-    order = np.argsort(starts)
+    order = np.flatnonzero(real)
+    order = order[np.argsort(starts[order])]
     counts = (ends - starts)[order]
     slot_T = np.arange(counts.sum()) + np.repeat((first_slots - starts)[order], counts)
-    blocks = [Block(rows, length, length, causal) for rows, length in sizes if length]
     return blocks, torch.from_numpy(token_P).to(device), torch.from_numpy(slot_T).to(device)
+
+
+def _coarse(size: int) -> int:
+    """Up to the next number of four significant bits: at most an eighth more."""
+    return size + -size % (1 << max(0, size.bit_length() - 4))
 
 
 def _alone(T: int, S: int, prefix: int, causal: bool, window: int, device) -> Block:

@@ -266,7 +266,8 @@ def encode_sample(sample: Sample, config: ModelConfig, tokenizer: Tokenizer, max
     if labels.count(IGNORE) == len(labels):
         why = f"cut from {length} to {max_tokens} tokens it " if length > max_tokens else ""
         raise SampleError(f"{sample.name}: {why}has no token to learn; raise max_tokens or remove the sample")
-    pixels = torch.cat([views_NCHW for views_NCHW, _ in visuals]) if visuals else None
+    views = [views_NCHW for views_NCHW, _ in visuals]
+    pixels = torch.cat(views) if len(views) > 1 else views[0] if views else None
     return Example(ids, labels, pixels, length - len(ids), tuple(span for _, span in visuals))
 
 
