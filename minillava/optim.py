@@ -72,8 +72,44 @@ def make_optimizer(model: nn.Module, trained: dict[str, Tensor], stage: StageCon
         fused = next(iter(trained.values())).device.type in ("cpu", "cuda", "mps")
         optimizers.append(torch.optim.AdamW(listed(False), betas=stage.betas, eps=stage.eps, fused=fused))
     if listed(True):
-        optimizers.append(torch.optim.Muon(listed(True), adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(listed(True), adjust_lr_fn="match_rms_adamw"))
     return Together(*optimizers)
+
+
+class Muon(torch.optim.Muon):
+    """torch's, but on a CPU with the matrices of one shape orthogonalised in one batch: small ones cost calls."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if any(p.device.type != "cpu" or parallel.local(p) is not p for g in self.param_groups for p in g["params"]):
+            return super().step()
+        for group in self.param_groups:
+            alike: dict[tuple[int, int], list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault((min(p.shape), max(p.shape)), []).append(p)
+            for params in alike.values():
+                self._step_together(params, group)
+
+    def _step_together(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        wide = []
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(state["momentum_buffer"], group["momentum"])
+            wide.append(update if p.shape[0] <= p.shape[1] else update.T)
+        x_NAB = torch.stack(wide).bfloat16()
+        x_NAB /= x_NAB.flatten(1).norm(dim=1).clamp(min=group["eps"])[:, None, None]
+        a, b, c = group["ns_coefficients"]
+        for _ in range(group["ns_steps"]):
+            gram_NAA = x_NAB @ x_NAB.mT
+            x_NAB = torch.baddbmm(x_NAB, torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c), x_NAB, beta=a)
+        for p, x_AB in zip(params, x_NAB):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            size = 0.2 * max(p.shape) ** 0.5
+            p.add_(x_AB if p.shape[0] <= p.shape[1] else x_AB.T, alpha=-group["lr"] * size)
 
 
 # ---- 8 bits ----

@@ -20,7 +20,7 @@ from minillava import checkpoint
 from minillava.config import DecoderConfig, ModelConfig, UserError, VisionConfig
 from minillava.llava import LLaVA
 from minillava.names import rename
-from minillava.optim import make_optimizer
+from minillava.optim import Muon, make_optimizer
 from minillava.pipeline import make_run, run_recipe
 from minillava.progress import Log, read_log
 from minillava.recipe import ModelRecipe, StageConfig, read_recipe
@@ -546,6 +546,26 @@ def test_a_checkpoint_holds_all_of_the_optimizer(world, tmp_path, optimizer):
         assert trainer.train_step(batches[step]) == resumed.train_step(batches[step])
     for name, parameter in trainer.trained.items():
         assert torch.equal(parameter, resumed.trained[name]), name
+
+
+def test_muon_in_batches_gives_what_torchs_gives():
+    """Up to the rounding of bfloat16."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 8), (24, 8), (8, 24), (8, 8), (5, 7))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    options = {"lr": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    for _ in range(3):
+        before = [p.detach().clone() for p in theirs]
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for a, b, start in zip(ours, theirs, before):
+            assert (a - b).norm() < 0.02 * (b - start).norm()
+            assert torch.equal(optimizers[0].state[a]["momentum_buffer"], optimizers[1].state[b]["momentum_buffer"])
+            a.data.copy_(b.data)
 
 
 def test_eight_bit_moments_come_back_as_they_were():
