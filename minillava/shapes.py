@@ -107,15 +107,20 @@ class Question:
 
 
 def _background(rng: random.Random) -> np.ndarray:
-    """A dim slope of one tint with grain."""
-    base = np.array([rng.uniform(20, 105)] * 3) + np.array([rng.uniform(-14, 14) for _ in range(3)])
+    """A dim slope of one tint with grain, float32 [64, 64, 3]."""
+    grey = rng.uniform(20, 105)
+    tint = [grey + rng.uniform(-14, 14) for _ in range(3)]
     angle, strength = rng.uniform(0, 2 * pi), rng.uniform(0, 18)
-    side = np.linspace(-1, 1, SIDE, dtype=np.float32)
-    slope = (cos(angle) * side + sin(angle) * side[:, None]) * np.float32(strength)
     start = rng.randrange(_GRAIN_LENGTH - SIDE * SIDE)
-    return base.astype(np.float32) + (slope + _grain()[start : start + SIDE * SIDE].reshape(SIDE, SIDE))[..., None]
+    slope = _grain()[start : start + SIDE * SIDE].reshape(SIDE, SIDE) + np.float32(strength * cos(angle)) * _ACROSS
+    slope += np.float32(strength * sin(angle)) * _ACROSS[:, None]
+    canvas = np.empty((SIDE, SIDE, 3), np.float32)
+    for channel, level in enumerate(tint):
+        np.add(slope, np.float32(level), out=canvas[:, :, channel])
+    return canvas
 
 
+_ACROSS = np.linspace(-1, 1, SIDE, dtype=np.float32)
 _GRAIN_LENGTH = 1 << 16
 
 
@@ -130,7 +135,7 @@ _BOX = 28  # pixels a side of a sprite
 
 def _paint(canvas: np.ndarray, thing: Thing, rng: random.Random) -> None:
     mask = _sprite(thing.shape, thing.size, rng.randrange(_VARIANTS))
-    color = np.array([c + rng.uniform(-16, 16) for c in COLORS[thing.color]], np.float32)
+    color = [level + rng.uniform(-16, 16) for level in COLORS[thing.color]]
     reach = CELL / 2 - SIZES[thing.size][1] + 0.5
     row, column = divmod(thing.cell, 3)
     left = round((column + 0.5) * CELL + rng.uniform(-reach, reach) - _BOX / 2)
@@ -138,7 +143,7 @@ def _paint(canvas: np.ndarray, thing: Thing, rng: random.Random) -> None:
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + _BOX, SIDE), min(top + _BOX, SIDE)
     alpha = mask[y0 - top : y1 - top, x0 - left : x1 - left, None]
     view = canvas[y0:y1, x0:x1]
-    view += alpha * (color - view)
+    view += alpha * (np.array(color, np.float32) - view)
 
 
 @cache
