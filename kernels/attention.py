@@ -76,7 +76,13 @@ def reference(
 
 @lru_cache(maxsize=16)  # all layers of a step ask for the same
 def _layout(
-    cu_q: tuple[int, ...], cu_k: tuple[int, ...], prefix: tuple[int, ...], causal: bool, window: int, device, coarse=False
+    cu_q: tuple[int, ...],
+    cu_k: tuple[int, ...],
+    prefix: tuple[int, ...],
+    causal: bool,
+    window: int,
+    device,
+    coarse=False,
 ) -> tuple[list[Block], Tensor | None, Tensor | None]:
     """The blocks; the token in each of the P slots of all blocks, where a slot behind the end of its sequence repeats
     the last token; and the slot of each token. Both None where tokens lie as the blocks want them: sequences of equal

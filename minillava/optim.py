@@ -97,6 +97,7 @@ class Muon(torch.optim.Muon):
             state = self.state[p]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
+            assert p.grad is not None
             state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
             update = p.grad.lerp(state["momentum_buffer"], group["momentum"])
             wide.append(update if p.shape[0] <= p.shape[1] else update.T)
