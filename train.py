@@ -30,6 +30,10 @@ def main() -> int:
     parser.add_argument(
         "--inspect", type=int, metavar="N", help="show N samples of each stage as they would be trained"
     )
+    parser.add_argument(
+        "--export", action="store_true",
+        help="write the model of the newest checkpoint of the run in --out (or of --stage), also while it goes on",
+    )  # fmt: skip
     args = parser.parse_args()
 
     from minillava.recipe import read_recipe
@@ -37,9 +41,11 @@ def main() -> int:
     try:
         recipe = read_recipe(args.recipe, args.set, args.out)
         # torch and all: seconds, so not before the recipe is known to be good
-        from minillava.pipeline import inspect_recipe, run_recipe
+        from minillava.pipeline import export_newest, inspect_recipe, run_recipe
 
-        if args.inspect is not None:
+        if args.export:
+            print(export_newest(recipe.folder, args.stage))
+        elif args.inspect is not None:
             inspect_recipe(recipe, args.inspect, args.stage)
         else:
             run_recipe(recipe, args.resume, args.stage)

@@ -97,8 +97,8 @@ FEW = 64  # rows up to which a CPU reads bf16 weights fastest as weight @ x^T (b
 def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x weight^T + bias. For few bf16 rows on a CPU the weights are read once, by the product that reads them fastest:
     torch.mv for one row, weight @ x^T for several (27 and 29 GB/s where F.linear reaches 22 on two cores)."""
-    few = x_TD.is_cpu and x_TD.ndim == 2 and 0 < len(x_TD) <= FEW and x_TD.dtype == weight_OD.dtype == torch.bfloat16
-    if not few or torch.is_grad_enabled():
+    bf16 = not torch.is_grad_enabled() and x_TD.is_cpu and x_TD.dtype == weight_OD.dtype == torch.bfloat16
+    if not (bf16 and x_TD.ndim == 2 and 0 < len(x_TD) <= FEW):
         return F.linear(x_TD, weight_OD, bias_O)
     y_TO = torch.mv(weight_OD, x_TD[0])[None] if len(x_TD) == 1 else torch.mm(weight_OD, x_TD.T).T
     return y_TO if bias_O is None else y_TO + bias_O
@@ -183,15 +183,19 @@ class Attention(nn.Module):
         layer: int,
     ) -> Tensor:
         """What each token saw, [T, H * K], before the output product."""
-        qkv = self.qkv(x_TD) if self.qkv else (self.q(x_TD), self.k(x_TD), self.v(x_TD))
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
-        q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+        q, k, v = self.before(x_TD, rotary)
         if cache is not None:
             o_THK = cache.attend(layer, q, k, v, cu_seqlens)
         else:
             assert cu_seqlens is not None
             o_THK = attention(q, k, v, cu_seqlens, causal=True)
         return o_THK.flatten(1)
+
+    def before(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, K], keys and values [T, G, K]."""
+        qkv = self.qkv(x_TD) if self.qkv else (self.q(x_TD), self.k(x_TD), self.v(x_TD))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
+        return rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary), v
 
 
 class MLP(nn.Module):
@@ -255,7 +259,10 @@ class Block(nn.Module):
         self.mlp = Experts(config) if config.num_experts else MLP(config)
 
     def forward(self, x_TD: Tensor, keep_S: Tensor | None, *context) -> Tensor:
-        seen_TD = self.attn(self.attn_norm(x_TD), *context)
+        return self.after(x_TD, self.attn(self.attn_norm(x_TD), *context), keep_S)
+
+    def after(self, x_TD: Tensor, seen_TD: Tensor, keep_S: Tensor | None) -> Tensor:
+        """The block behind its attention, at positions `keep_S` or at all."""
         if keep_S is not None:
             x_TD, seen_TD = x_TD.index_select(0, keep_S), seen_TD.index_select(0, keep_S)
         x_TD = x_TD + self.attn.out(seen_TD)

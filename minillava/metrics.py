@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minillava.decoder import Experts
 from minillava.llava import LLaVA
 
 
@@ -108,6 +109,9 @@ def _products(module: nn.Module, input_gradient: bool) -> int:
             trained = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
             total += 2 * layer.in_features * layer.out_features * (1 + input_gradient + ("weight" in trained))
             total += sum(6 * p.numel() for name, p in trained.items() if name.startswith("lora_"))
+        elif isinstance(layer, Experts):  # a token takes a few of them
+            weights = layer.per_token * sum(w.numel() // len(w) for w in (layer.gate, layer.up, layer.down))
+            total += 2 * weights * (1 + input_gradient + layer.gate.requires_grad)
     return total
 
 

@@ -238,20 +238,26 @@ def wrap_blocks(model: nn.Module, checkpointing: str, compiled: bool) -> Callabl
 
     full: a block keeps only its input. selective: it also keeps attention and every product that is no wider than its
     input, so that what is computed again is the wide half of the MLP and all that is cheap.
+    Compiled is what is before and after attention: the boundaries of packed rows are new in every step, and code that
+    is compiled for some of them would be compiled again for others, until torch gave up.
     """
-    changed = []
-    for block in blocks_of(model) if compiled or checkpointing != "off" else ():
-        forward = torch.compile(block.forward) if compiled else block.forward
-        if checkpointing == "selective":
-            forward = partial(checkpoint, forward, use_reentrant=False, context_fn=_selective)
-        elif checkpointing == "full":
-            forward = partial(checkpoint, forward, use_reentrant=False)
-        block.forward = forward  # type: ignore[method-assign]
-        changed.append(block)
+    changed: list[tuple[Any, str]] = []
+
+    def put(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        setattr(module, name, function)
+        changed.append((module, name))
+
+    for block in blocks_of(model):
+        for module in block.modules() if compiled else ():
+            for name in {"before", "after"} & set(dir(module)):
+                put(module, name, torch.compile(getattr(module, name), dynamic=True))
+        if checkpointing != "off":
+            context = {"context_fn": _selective} if checkpointing == "selective" else {}
+            put(block, "forward", partial(checkpoint, block.forward, use_reentrant=False, **context))
 
     def undo() -> None:
-        for block in changed:
-            del block.forward
+        for module, name in changed:
+            delattr(module, name)
 
     return undo
 

@@ -11,6 +11,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from minillava.progress import Log, plot
 from minillava.projector import Projector
 from minillava.quantize import Scheme
 from minillava.recipe import ModelRecipe, Recipe, StageConfig, differences, read_recipe, stage_index, to_toml
-from minillava.tasks import LLaVATask, Run, make_task, merge_config, task_class
+from minillava.tasks import LLaVATask, Run, export, make_task, merge_config, task_class
 from minillava.tokenizer import Tokenizer, load_tokenizer
 from minillava.trainer import Trainer, compute_dtype
 
@@ -158,9 +159,43 @@ def load_stage(run: Run, model: LLaVA, stage: StageConfig) -> None:
         for name in ours:
             named[name].data = named[name].data.float()
     checkpoint.load(newest / checkpoint.TRAINED, {name: named[name] for name in ours}, strict=False)
-    if adapters:
-        values = checkpoint.read(newest / checkpoint.TRAINED, adapters)
+    values = checkpoint.read(newest / checkpoint.TRAINED, adapters) if adapters else {}
+    if adapters and run.recipe.model.quantize:  # 4-bit weights cannot take them in
+        for part, config in stage.lora.items():
+            for name, parameter in lora.attach(getattr(model, part), part, config).items():
+                parameter.data = values[name]
+    elif adapters:
         lora.add(named, values, lora.scales_of(adapters, stage.lora))
+
+
+def export_newest(folder: Path, only: str | None = None) -> Path:
+    """Write the model of a run's newest checkpoint (of stage `only`, or of the last stage that has one) in Hugging Face
+    layout, and adapters in PEFT's, beside the checkpoints. Returns where; the run may be going on.
+
+    Raises UserError where there is no run or no checkpoint.
+    """
+    saved = folder / "recipe.toml"
+    if not saved.is_file():
+        raise UserError(f"{folder}: holds no run; give the folder of one with --out")
+    recipe = read_recipe(saved, out=str(folder))
+    stages = recipe.stage if only is None else recipe.stage[: stage_index(recipe, only) + 1]
+    reached = [stage for stage in stages if checkpoint.latest(folder / stage.name / "checkpoints")]
+    if not reached or (only and reached[-1].name != only):
+        raise UserError(f"{folder}: stage {only or stages[0].name} has no checkpoint yet; wait for one (save_every)")
+    run = make_run(recipe, folder, torch.device("cpu"))
+    for stage in reached:
+        load_stage(run, run.model, stage)
+    newest = checkpoint.latest(folder / stage.name / "checkpoints")
+    assert newest is not None
+    target, partial = (folder / stage.name / f"{dot}model-{newest.name}" for dot in ("", "."))
+    for path in (target, partial):
+        shutil.rmtree(path, ignore_errors=True)
+    export(run, partial)
+    partial.rename(target)
+    if stage.lora:
+        trained = checkpoint.read(newest / checkpoint.TRAINED)
+        lora.save_peft(target.with_name(f"adapter-{newest.name}"), trained, stage.lora, recipe.model.base)
+    return target
 
 
 def on_meta(model: LLaVA) -> LLaVA:

@@ -101,7 +101,7 @@ class StageConfig:
     clip: float = 1.0  # norm that the whole gradient is clipped to; 0: never
     dtype: str = "auto"  # of the computation: auto (bfloat16 where the hardware multiplies it), float32 or bfloat16
     checkpointing: str = "off"  # activations computed again in the backward pass: off, selective or full
-    compile: bool = False  # torch.compile every block
+    compile: bool = False  # torch.compile every block, but for its attention
     max_tokens: int = 2048  # of a sample, visual tokens included; longer ones are cut and counted
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     eval_samples: int = 0  # samples in an evaluation; 0: none, or all of eval_data
@@ -239,6 +239,10 @@ def _check(recipe: Recipe, where: str) -> None:
         require(
             stage.checkpointing in CHECKPOINTING,
             f"{at}: checkpointing '{stage.checkpointing}'{nearest(stage.checkpointing, CHECKPOINTING)}",
+        )
+        require(
+            not (stage.compile and stage.checkpointing == "selective"),
+            f"{at}: compiled code does not show which products to keep; use checkpointing full or off with compile",
         )
         for part, lora in stage.lora.items():
             require(part in stage.lr, f"{at}: lora.{part} has no rate; give lr.{part}, or leave lora.{part} out")

@@ -103,13 +103,17 @@ class Task:
         """What a training step with it costs; 0 where nobody has counted."""
         return 0.0
 
-    def counts(self, micros: list[Any]) -> dict[str, float]:
-        """What else the log should have of a step's data."""
+    def counts(self, micros: list[Any]) -> dict[str, int]:
+        """What else the log should have of a step's data, in numbers that add up over ranks."""
         return {}
 
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
         """Measurements by name; nothing where there is nothing to evaluate. Runs under no_grad and model.eval()."""
         return {}
+
+    def probe(self, call: Callable[..., Any]) -> Tensor:
+        """Logits for an input that is always the same. Asked only where adapters are trained."""
+        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Export the result into a folder that does not exist yet; a task whose result is no checkpoint writes none."""
@@ -255,12 +259,11 @@ class LLaVATask(Task):
         """Asked for in a step, when it is settled what is trained."""
         return Work(self.run.model)
 
-    def counts(self, micros: list[Batch]) -> dict[str, float]:
-        """Samples of the step, and which share of its rows' budget they leave empty."""
-        counts: dict[str, float] = {"samples": sum(len(micro.cu_seqlens) - 1 for micro in micros)}
+    def counts(self, micros: list[Batch]) -> dict[str, int]:
+        """Samples of the step and, where they are packed, the tokens that its rows have room for."""
+        counts = {"samples": sum(len(micro.cu_seqlens) - 1 for micro in micros)}
         if self.stage.row_tokens:
-            budget = self.stage.row_tokens * sum(micro.rows for micro in micros)
-            counts["empty"] = round(1 - sum(map(self.tokens, micros)) / budget, 5)
+            counts["room"] = self.stage.row_tokens * sum(micro.rows for micro in micros)
         return counts
 
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
@@ -295,6 +298,10 @@ class LLaVATask(Task):
                 words = samples[row].messages[-2].text.replace(MARKER, "").split()
                 right.setdefault(" ".join(words[:2]), []).append(hit)
         return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
+
+    def probe(self, call: Callable[..., Any]) -> Tensor:
+        blank = self.filled_up(None, True).to(self.run.device)
+        return call(blank.ids_T, images=blank.pixels_NCHW, cu_seqlens=blank.cu_seqlens, spans=blank.spans)
 
     def save(self, folder: Path) -> None:
         """The checkpoint is the run's model: a stage's own chat and layout are how it was trained, no more."""

@@ -32,6 +32,7 @@ from minillava.optim import make_optimizer
 from minillava.progress import Bar, Log
 from minillava.recipe import Recipe, StageConfig
 from minillava.tasks import Task
+from minillava.weights import load_model
 
 MAX_NON_FINITE = 5  # steps in a row without a finite gradient before the run stops
 
@@ -247,14 +248,22 @@ class Trainer:
         return measured
 
     def _log_step(self, values: dict[str, Any], micros: list[Any], data_s: float, step_s: float) -> None:
+        """A line of the log: times are the first rank's, all else is of all ranks together."""
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
-        tokens, flops = sum(map(self.task.tokens, micros)), sum(map(self.task.flops, micros))
-        if flops:
-            finite["mfu"] = float(f"{flops / step_s / matmul_peak(self.device, self.dtype):.4g}")
+        counts = {"tokens": sum(map(self.task.tokens, micros)), "flops": sum(map(self.task.flops, micros))}
+        counts |= self.task.counts(micros)
+        if self.shared:
+            together = parallel.summed(torch.tensor(list(counts.values()), dtype=torch.float64))
+            counts = {key: int(value) for key, value in zip(counts, together.tolist())}
+        if counts["flops"]:
+            peak = matmul_peak(self.device, self.dtype) * (parallel.world() if self.shared else 1)
+            finite["mfu"] = float(f"{counts['flops'] / step_s / peak:.4g}")
+        if room := counts.pop("room", 0):
+            counts["empty"] = round(1 - counts["tokens"] / room, 5)
         self.log.write(
-            stage=self.stage.name, step=self.step, **finite, lr=rates, tokens=tokens, **self.task.counts(micros),
-            tok_per_s=round(tokens / step_s, 1), supervised_per_s=round(values["supervised"] / step_s, 1),
+            stage=self.stage.name, step=self.step, **finite, lr=rates, **counts,
+            tok_per_s=round(counts["tokens"] / step_s, 1), supervised_per_s=round(values["supervised"] / step_s, 1),
             data_s=round(data_s, 5), **self.clock.read(), step_s=round(step_s, 5),
             peak_bytes=peak_bytes(self.device), skipped=self.skipped,
         )  # fmt: skip
@@ -310,7 +319,27 @@ class Trainer:
             trained = {n: t.cpu() for n, t in ((n, parallel.whole(p.detach())) for n, p in self.trained.items())}
             if parallel.is_main():
                 lora.save_peft(self.folder / "adapter", trained, self.stage.lora, self.recipe.model.base)
+            self._compare(export)
         parallel.barrier()
+
+    def _compare(self, export: Path) -> None:
+        """Say how far the merged model's logits are from the adapters': about what its dtype rounds off."""
+        self.task.model.eval()
+        with torch.no_grad(), self.weights() as call:
+            adapted = self.task.probe(call)
+        if parallel.is_main():
+            try:
+                merged = load_model(export)
+                coarse = max(torch.finfo(dtype).eps for dtype in (self.dtype, merged.decoder.embed.weight.dtype))
+                merged.to(self.device, self.dtype).eval()
+                merged.config = self.task.model.config
+                with torch.no_grad():
+                    apart = (self.task.probe(merged) - adapted).abs().max().item() / adapted.abs().max().item()
+            except torch.OutOfMemoryError:
+                print("  the merged model was not compared: it does not fit beside the training")
+                return
+            doubt = "" if apart <= coarse**0.5 else "; THAT IS MUCH: use adapter/ over the base, and report this"
+            print(f"  the merged model's logits are within {apart:.1e} of the adapters' (of their largest){doubt}")
 
     def finish(self, measured: dict[str, float]) -> None:
         """Export the result, mark the stage as finished, and drop what only a continuation would need."""

@@ -83,7 +83,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_NTD: Tensor, segments: Segments | None = None) -> Tensor:
-        x_NTD = x_NTD + self.attn(self.norm1(x_NTD), segments)
+        return self.after(x_NTD, self.attn(self.norm1(x_NTD), segments))
+
+    def after(self, x_NTD: Tensor, seen_NTD: Tensor) -> Tensor:
+        """The block behind its attention."""
+        x_NTD = x_NTD + seen_NTD
         return x_NTD + self.mlp(self.norm2(x_NTD))
 
 

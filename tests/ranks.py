@@ -1,14 +1,19 @@
 """What tests/test_parallel.py has torchrun start: several training runs, one after the other, in the same processes.
 
-Takes a JSON file with a list of jobs: recipe, sets, out, resume, and stop_at: after so many steps the last rank sends
-itself SIGTERM, on which all shall save and stop; kill_at: so in its first life, SIGKILL.
+Takes a JSON file with a list of jobs: recipe, sets, out, resume, and what happens in the step of that number:
+stop_at: the last rank sends itself SIGTERM, on which all shall save and stop; kill_at: the last rank gets SIGKILL, in
+its first life; hang_at: the last rank stands still. With `record`, record.pt in `out` holds, for each step, which ranks
+drew pictures and the gradients that the optimizer was given.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+
+import torch
 
 from minillava import parallel
 from minillava.pipeline import run_recipe
@@ -16,19 +21,49 @@ from minillava.recipe import read_recipe
 from minillava.trainer import Trainer
 
 train_step = Trainer.train_step
+compile_ = torch.compile
+torch.compile = lambda function, **options: compile_(function, backend="aot_eager", **options)  # seconds, not minutes
+
+
+def stand_still():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while True:
+        time.sleep(1)
+
 
 for job in json.loads(Path(sys.argv[1]).read_text()):
+    rows = []
 
-    def stopping(self, micros, job=job):
-        if self.step + 1 == job.get("stop_at") and parallel.rank() == parallel.world() - 1:
+    def step_of(self, micros, job=job, rows=rows):
+        number, last = self.step + 1, parallel.rank() == parallel.world() - 1
+        if number == job.get("stop_at") and last:
             os.kill(os.getpid(), signal.SIGTERM)
-        if self.step + 1 == job.get("kill_at") and parallel.rank() and not parallel.restarted():
+        if number == job.get("kill_at") and last and not parallel.restarted():
             os.kill(os.getpid(), signal.SIGKILL)
-        return train_step(self, micros)
+        if number == job.get("hang_at") and last:
+            stand_still()
+        if "record" in job:
+            drew, step = parallel.gathered(any(map(self.task.has_pictures, micros))), self.optimizer.step
 
-    Trainer.train_step = stopping
+            def recorded():
+                named = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
+                rows.append((drew, {name: parallel.whole(grad).clone() for name, grad in named.items()}))
+                step()
+
+            self.optimizer.step = recorded
+        values = train_step(self, micros)
+        if "record" in job:
+            self.optimizer.step = step
+        return values
+
+    Trainer.train_step = step_of
     try:
         run_recipe(read_recipe(Path(job["recipe"]), job["sets"], job["out"]), job.get("resume", False))
     except KeyboardInterrupt:
         assert job.get("stop_at")
+    if rows and parallel.is_main():
+        torch.save(rows, Path(job["out"]) / "record.pt")
+    if (job["sets"] or [""])[-1] == "stage.a.compile=true":  # few graphs serve all lengths: none was given up
+        counters = torch._dynamo.utils.counters
+        assert 4 <= counters["stats"]["unique_graphs"] <= 12 and not counters["unimplemented"], counters
     parallel.barrier()

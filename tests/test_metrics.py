@@ -7,18 +7,26 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from minillava import lora
 from minillava.config import DecoderConfig, ImageConfig, ModelConfig, VisionConfig
 from minillava.llava import LLaVA
 from minillava.metrics import Clock, Work, matmul_peak, peak_bytes
+from minillava.recipe import LoRAConfig
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_flops_are_those_that_torch_counts(trained):
-    """All products in the blocks, to the last one; attention and projector, which torch cannot see into, by hand."""
-    vision, decoder = VisionConfig(16, 32, 3, 2, 16, 8), DecoderConfig(300, 32, 48, 3, 4, 2, 8)
+@pytest.mark.parametrize("kind", ["frozen", "trained", "adapters", "experts frozen", "experts trained"])
+def test_flops_are_those_that_torch_counts(kind):
+    """All products in the blocks, to the last one: none for the gradient of a frozen weight, none of an expert that a
+    token does not take. Attention and projector, which torch cannot see into, by hand."""
+    trained, experts = "trained" in kind, 6 * ("experts" in kind)
+    vision = VisionConfig(16, 32, 3, 2, 16, 8)
+    decoder = DecoderConfig(300, 32, 48, 3, 4, 2, 8, num_experts=experts, experts_per_token=2, expert_size=20)
     model = LLaVA(ModelConfig(vision=vision, decoder=decoder, image=ImageConfig(16))).requires_grad_(trained)
+    model.init_weights(0)
+    if kind == "adapters":
+        lora.initialise(lora.attach(model.decoder, "decoder", LoRAConfig(rank=4)), 0)
     work = Work(model)
 
     def products(call):

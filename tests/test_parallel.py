@@ -1,7 +1,9 @@
 """Several ranks under torchrun, on the CPU: one process's losses, whatever they draw and however they stop."""
 
+import dataclasses
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -10,10 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
-from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from minillava.config import (
+    ChatConfig,
+    DecoderConfig,
+    ImageConfig,
+    ModelConfig,
+    ProjectorConfig,
+    UserError,
+    VisionConfig,
+)
 from minillava.llava import LLaVA
-from minillava.pipeline import make_run
+from minillava.pipeline import export_newest, make_run, run_recipe
 from minillava.progress import Log, read_log
 from minillava.recipe import read_recipe
 from minillava.tasks import LLaVATask
@@ -47,6 +58,19 @@ MODES = {
     "qlora": ["stage.a.lr={projector = 1e-3, decoder = 1e-2}", LORA, "model.quantize=nf4"],
     "lora": ["stage.a.lr={projector = 1e-3, decoder = 1e-2}", LORA],
 }
+FULL = MODES["full"]
+MIXED = ["stage.a.batch_size=2", "stage.a.steps=8"]  # a sample a rank: one may have text while the other has a picture
+WAYS = {  # to train the whole model: on how many ranks, and what is set
+    "hsdp": ([4], [*FULL, "shard=2"]),  # two groups of two ranks, each with all of the model
+    "selective": ([2], [*FULL, "stage.a.checkpointing=selective"]),
+    "recomputed": ([2], [*FULL, "stage.a.checkpointing=full"]),
+    "compiled": ([2], [*FULL, "stage.a.compile=true"]),
+    "compiled-recomputed": ([2], [*FULL, "stage.a.checkpointing=full", "stage.a.compile=true"]),
+    "muon": ([1, 2], [*FULL, "stage.a.optimizer=muon"]),
+    "adamw8bit": ([1, 2], [*FULL, "stage.a.optimizer=adamw8bit", "model.base={root}/even"]),
+    "mixed": ([1, 2], [*FULL, *MIXED]),
+    "mixed-projector": ([1, 2], [*MODES["projector"], *MIXED]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,24 +103,25 @@ def world(tmp_path_factory):
             image_token_id=tokenizer.token_id("<image>"), bos_id=tokenizer.bos_id, eos_ids=(tokenizer.eos_id,)
         ),
     )
-    model = LLaVA(config)
-    model.init_weights(seed=0)
-    save_model(model, root / "base", tokenizer)
+    # Blocks of 256 numbers, which 8-bit moments are scaled by, end in the same places on one rank and on two.
+    even = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=384, tie_embeddings=True))
+    for name, sizes in {"base": config, "even": even}.items():
+        model = LLaVA(sizes)
+        model.init_weights(seed=0)
+        save_model(model, root / name, tokenizer)
     (root / "recipe.toml").write_text(RECIPE.format(root=root))
     return root
 
 
 def torchrun(world, ranks, jobs, *options):
-    """The jobs on so many ranks; returns the process."""
+    """The jobs on so many ranks; returns what came of it."""
     file = world / f"jobs-{ranks}-{len(list(world.glob('jobs-*')))}.json"
     file.write_text(json.dumps([{"recipe": str(world / "recipe.toml"), **job} for job in jobs]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [*command, str(ROOT / "tests" / "ranks.py"), str(file)], env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +130,20 @@ def losses(world):
     found = {}
     for ranks in (4, 2, 1):
         jobs = [{"sets": sets, "out": f"{world}/{mode}-{ranks}"} for mode, sets in MODES.items()]
-        if ranks == 4:
-            jobs += [{"sets": sets, "out": f"{world}/{mode}-stopped", "stop_at": STOP} for mode, sets in MODES.items()]
-        else:
-            for mode, sets in MODES.items():
+        for way, (on, sets) in WAYS.items():
+            sets = [line.replace("{root}", str(world)) for line in sets]
+            jobs += [{"sets": sets, "out": f"{world}/{way}-{ranks}", "record": True}] * (ranks in on)
+        for mode, sets in MODES.items():
+            if ranks == 4:
+                saves = [*sets, "stage.a.save_every=2"]
+                jobs.append({"sets": saves, "out": f"{world}/{mode}-stopped", "stop_at": STOP})
+            else:
                 shutil.copytree(world / f"{mode}-stopped", world / f"{mode}-resumed-{ranks}")
                 jobs.append({"sets": sets, "out": f"{world}/{mode}-resumed-{ranks}", "resume": True})
-        torchrun(world, ranks, jobs)
-        for mode in MODES:
-            found[ranks, mode] = curve(world / f"{mode}-{ranks}")
+        done = torchrun(world, ranks, jobs)
+        assert done.returncode == 0, done.stderr[-4000:]
+        for job in jobs:
+            found[ranks, Path(job["out"]).name.removesuffix(f"-{ranks}")] = curve(Path(job["out"]))
     return found
 
 
@@ -132,10 +162,11 @@ def test_the_losses_do_not_depend_on_the_ranks(losses, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_stopped_on_four_ranks_and_resumed_on_two_and_on_one(world, losses, mode):
     """SIGTERM reaches one rank: all save in the same step and stop; another number of them goes on."""
-    stopped = curve(world / f"{mode}-stopped")
-    assert stopped == losses[4, mode][:STOP]
+    assert losses[4, f"{mode}-stopped"] == losses[4, mode][:STOP]
+    kept = [path.name for path in sorted((world / f"{mode}-stopped" / "a" / "checkpoints").iterdir())]
+    assert kept == [f"step-{STOP - 1:08d}", f"step-{STOP:08d}"]  # of those of steps 2, 4, 6 and 7
     for ranks in (2, 1):
-        resumed = torch.tensor(curve(world / f"{mode}-resumed-{ranks}"), dtype=torch.float64)
+        resumed = torch.tensor(losses[ranks, f"{mode}-resumed"], dtype=torch.float64)
         assert len(resumed) == STEPS
         assert (resumed - torch.tensor(losses[1, mode], dtype=torch.float64)).abs().max() < 1e-5
 
@@ -151,30 +182,132 @@ def test_exports_of_all_ranks_are_one_model(world, losses):
             assert (one[name] - four[name]).abs().max() < 2e-4, name
 
 
+def trainer_of(world, out, sets, resume=False):
+    """A Trainer of the recipe's stage in this process."""
+    recipe = read_recipe(world / "recipe.toml", sets, str(out))
+    run, stage = make_run(recipe, out, torch.device("cpu")), recipe.stage[0]
+    return Trainer(LLaVATask(run, stage), stage, run.device, out / "a", Log(out / "log.jsonl"), resume, recipe)
+
+
+@pytest.mark.parametrize("base", ["base", "even"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_save_before_the_first_step_loads_strictly(world, tmp_path, mode):
-    recipe = read_recipe(world / "recipe.toml", MODES[mode], str(tmp_path))
-    stage = recipe.stage[0]
-
-    def trainer(resume):
-        run = make_run(recipe, tmp_path, torch.device("cpu"))
-        return Trainer(LLaVATask(run, stage), stage, run.device, tmp_path / "a", Log(tmp_path / "l"), resume, recipe)
-
-    first = trainer(False)
+def test_a_save_before_the_first_step_loads_strictly(world, tmp_path, capsys, mode, base):
+    """Checkpoint and export, with a head of its own and with a tied one: the same tensors, the same logits."""
+    sets = [*MODES[mode], f"model.base={world / base}"]
+    first = trainer_of(world, tmp_path, sets)
     first.save()
     first.saver.wait()
+    stage = first.stage
     rates = {group["part"]: group["lr"] for group in first.optimizer.param_groups}
     assert rates == dict(stage.lr)
     kinds = {(name.split(".")[0], "lora_" in name) for name in first.trained}
     assert kinds == {(part, part in stage.lora) for part in stage.lr}
     assert {id(p) for p in first.task.model.parameters() if p.requires_grad} == {id(p) for p in first.trained.values()}
-    again = trainer(True)
+    again = trainer_of(world, tmp_path, sets, resume=True)
     assert again.step == 0 and again.trained.keys() == first.trained.keys()
     assert all(torch.equal(again.trained[name], p) for name, p in first.trained.items())
+    again.export()
+    exported = load_model(tmp_path / "a" / "model")
+    assert exported.config.decoder.tie_embeddings == (base == "even")
+    with torch.no_grad():
+        wanted = first.task.probe(first.task.model)
+        assert (again.task.probe(exported) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert bool(stage.lora) == ("the merged model's logits are within" in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_newest_checkpoint_is_exported_at_any_time(world, losses, tmp_path, mode):
+    """Of a run that was stopped, what its trainer would export; of one that is over, what it left."""
+    out = tmp_path / "stopped"
+    shutil.copytree(world / f"{mode}-stopped", out)
+    trainer_of(world, out, MODES[mode], resume=True).export()
+    shutil.copytree(world / f"{mode}-1", tmp_path / "over")
+    for run, step in {out: STOP, tmp_path / "over": STEPS}.items():
+        command = [sys.executable, str(ROOT / "train.py"), "--out", str(run), "--export"]
+        if mode == "lora":
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            path = Path(done.stdout.strip())
+        else:
+            path = export_newest(run)
+        assert path == run / "a" / f"model-step-{step:08d}"
+        files = [(run / "a" / "model" / "model.safetensors", path / "model.safetensors")]
+        if mode in ("lora", "qlora"):
+            adapter = run / "a" / "adapter"
+            files += [
+                (folder / "adapter_model.safetensors" for folder in (adapter, Path(f"{adapter}-{path.name[6:]}")))
+            ]
+        for theirs, ours in files:
+            left, found = load_file(theirs), load_file(ours)
+            assert left.keys() == found.keys() and all(torch.equal(left[name], found[name]) for name in left)
+    recipe = read_recipe(world / "recipe.toml", MODES[mode], str(tmp_path / "over"))
+    assert run_recipe(recipe, resume=True) == {"a": {}}  # there is nothing left to do
+
+
+def test_an_export_needs_a_checkpoint(world, tmp_path):
+    with pytest.raises(UserError, match="holds no run; give the folder of one with --out"):
+        export_newest(tmp_path)
+    shutil.copy(world / "recipe.toml", tmp_path)
+    with pytest.raises(UserError, match="stage a has no checkpoint yet"):
+        export_newest(tmp_path)
+
+
+@pytest.mark.parametrize("way", ["muon", "adamw8bit"])
+def test_optimizers_do_the_same_on_every_number_of_ranks(losses, way):
+    one, two = (torch.tensor(losses[ranks, way], dtype=torch.float64) for ranks in (1, 2))
+    assert len(one) == STEPS and one[-1, 0] < one[0, 0] - 0.1 and losses[1, way] != losses[1, "full"]
+    # Muon multiplies in bfloat16, where the ranks' order of summation shows.
+    assert (two - one).abs().max() < (2e-3 if way == "muon" else 1e-5)
+
+
+def test_memory_and_time_are_saved_without_a_change(losses):
+    """Activations computed again are those that were forgotten; two copies of the model are one, and so is its code."""
+    assert losses[2, "selective"] == losses[2, "recomputed"] == losses[2, "full"]
+    full = torch.tensor(losses[1, "full"], dtype=torch.float64)
+    for way in ((4, "hsdp"), (2, "compiled"), (2, "compiled-recomputed")):
+        assert (torch.tensor(losses[way], dtype=torch.float64) - full).abs().max() < 1e-5, way
+
+
+@pytest.mark.parametrize("way", ["mixed", "mixed-projector"])
+def test_text_on_one_rank_and_a_picture_on_the_other(world, losses, way):
+    """No rank waits for another, whichever has the picture, and gradients are one process's."""
+    one, two = (torch.load(world / f"{way}-{ranks}" / "record.pt") for ranks in (1, 2))
+    drew = [tuple(seen) for seen, _ in two]
+    assert {(False, True), (True, False), (True, True)} <= set(drew) and len(drew) == len(one) == 8
+    for (_, alone), (_, shared), seen in zip(one, two, drew):
+        for grads in (alone, shared):
+            assert any(seen) == any(grad.any() for name, grad in grads.items() if "projector" in name)
+        for name, grad in shared.items():
+            assert (grad - alone.get(name, torch.zeros(()))).abs().max() <= 1e-6, name
+
+
+def test_the_log_counts_what_all_ranks_did(world, losses):
+    for mode in MODES:
+        logs = {ranks: read_log(world / f"{mode}-{ranks}" / "log.jsonl") for ranks in (1, 2, 4)}
+        for key in ("tokens", "samples", "supervised", "flops"):
+            assert len({tuple(row[key] for row in rows) for rows in logs.values()}) == 1, key
+        for ranks, rows in logs.items():
+            assert all(row["tok_per_s"] == pytest.approx(row["tokens"] / row["step_s"], rel=0.01) for row in rows)
+            peaks = [row["flops"] / (row["mfu"] * row["step_s"] * ranks) for row in rows]
+            assert peaks == pytest.approx([peaks[0]] * STEPS, rel=0.01)
 
 
 def test_a_killed_rank_is_restarted_and_nothing_changes(world, losses):
-    """SIGKILL of one of two ranks in the middle; torchrun starts both again, which go on at the last checkpoint."""
-    jobs = [{"sets": [*MODES["lora"], "stage.a.save_every=4"], "out": f"{world}/killed", "kill_at": 11}]
-    torchrun(world, 2, jobs, "--max-restarts=1")
+    """SIGKILL of one of two ranks in a random step; torchrun starts both again, which go on at the last checkpoint."""
+    jobs = [{"sets": [*MODES["lora"], "stage.a.save_every=4"], "out": f"{world}/killed"}]
+    jobs[0]["kill_at"] = random.randrange(2, STEPS + 1)
+    print(f"killed in step {jobs[0]['kill_at']}")
+    done = torchrun(world, 2, jobs, "--max-restarts=1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "SIGKILL" in done.stderr or "-9" in done.stderr
     assert curve(world / "killed") == losses[2, "lora"]
+
+
+def test_a_rank_that_stands_still_is_found(world):
+    """The others wait for `timeout`, and no longer; every rank has then written where it stood."""
+    jobs = [{"sets": [*MODES["projector"], "timeout=0.4"], "out": f"{world}/hanging", "hang_at": 3}]
+    done = torchrun(world, 2, jobs)
+    assert done.returncode != 0 and len(curve(world / "hanging")) == 2
+    first, last = ((world / "hanging" / "a" / f"stacks-{rank}.txt").read_text() for rank in (0, 1))
+    assert first.startswith("rank 0 of 2, stage a, step 3\n") and "in all_reduce" in first and "in train_step" in first
+    assert last.startswith("rank 1 of 2, stage a, step 3\n") and "in stand_still" in last
