@@ -18,7 +18,7 @@ demo: $(RUN_STAMP)
 
 # Two processes of one thread each are faster than one of two, and do not fight over the cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff format --check .

@@ -5,7 +5,7 @@ code, ours in its thread, theirs in a DataLoader's worker), train projector and 
 take turns, a few steps each, in one process. A step is from one optimizer step's end to the next one's, data included;
 the first of every turn is dropped. The peer is transformers' Trainer over LlavaForConditionalGeneration (SDPA, bf16 by
 autocast, AdamW), with rows padded to the longest. Ours is timed with AdamW too, and with the recipe's own optimizer.
-JSON goes to bench/results/<device>/train.json.
+What it finds goes to bench/results/<device>, as train.json and train.md.
 """
 
 from __future__ import annotations
@@ -137,6 +137,28 @@ def same_loss(task: ShapesTask, model: Any) -> float:
     return abs(total.item() / count - peer) / peer
 
 
+def table(result: dict[str, Any], names: list[str]) -> str:
+    """The result as Markdown."""
+    facts, limits = result["facts"], result["limits"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    lines = [
+        f"# A training step of recipe nano's last stage on {facts['device']}, {facts['threads']} threads",
+        "",
+        f"{versions}; commit {facts['commit']}; {result['dtype'].removeprefix('torch.')}; "
+        f"{result['batch_size']} samples a step; the two models' first losses are {result['loss_apart']:.1e} apart.",
+        f"Measured: copy {limits['copy_bytes_per_s'] / 1e12:.3f} TB/s, "
+        f"matmul {limits['matmul_flop_per_s'] / 1e12:.3f} TFLOP/s.",
+        "",
+        "| | ms a step (quartiles) | samples/s | of transformers' speed |",
+        "|---|---|---|---|",
+    ]
+    for name in names:
+        ms = [1e3 * result[name][key] for key in ("median_s", "low_s", "high_s")]
+        lines.append(f"| {name} | {ms[0]:.1f} ({ms[1]:.1f}-{ms[2]:.1f}) | {result[name]['samples_per_s']:.1f} "
+                     f"| {result[name]['times_transformers']:.2f} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
@@ -171,16 +193,15 @@ def main() -> int:
     for name, times in seconds.items():
         low, median, high = quantiles(times, n=4)
         result[name] = {"low_s": low, "median_s": median, "high_s": high, "samples_per_s": chosen.batch_size / median}
-    peer_s = result["transformers Trainer"]["median_s"]
     for name in turns:
-        result[name]["times_transformers"] = peer_s / result[name]["median_s"]
-        row, ms = result[name], [1e3 * result[name][key] for key in ("median_s", "low_s", "high_s")]
-        print(f"{name:30} {ms[0]:8.1f} ms a step ({ms[1]:.1f} to {ms[2]:.1f}), "
-              f"{row['samples_per_s']:7.1f} samples/s, {row['times_transformers']:.2f} x")  # fmt: skip
-    print(f"first losses are {apart:.1e} apart")
+        result[name]["times_transformers"] = result["transformers Trainer"]["median_s"] / result[name]["median_s"]
+    text = table(result, list(turns))
+    print(text, end="")
     out = chosen.out or machine.folder(device)
     out.mkdir(parents=True, exist_ok=True)
     (out / "train.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (out / "train.md").write_text(text, encoding="utf-8")
+    print(f"wrote {out}/train.json, train.md")
     return 0
 
 

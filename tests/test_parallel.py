@@ -34,6 +34,7 @@ from minillava.trainer import Trainer
 from minillava.weights import load_model, save_model
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker of pytest-xdist launches what all these tests look at
 STEPS = 20
 STOP = 7  # the step in which one rank of a stopped run is told to end
 RECIPE = """
