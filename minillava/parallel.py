@@ -182,7 +182,7 @@ def shard(model: nn.Module, dtype: torch.dtype, ranks: int, offload: bool, devic
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(device.type == "cuda") if offload else OffloadPolicy(),
     }
     for module in [*blocks_of(model), model]:
         fully_shard(module, **options)
