@@ -252,7 +252,7 @@ def wrap_blocks(model: nn.Module, checkpointing: str, compiled: bool) -> Callabl
             for name in {"before", "after"} & set(dir(module)):
                 put(module, name, torch.compile(getattr(module, name), dynamic=True))
         if checkpointing != "off":
-            context = {"context_fn": _selective} if checkpointing == "selective" else {}
+            context: dict[str, Any] = {"context_fn": _selective} if checkpointing == "selective" else {}
             put(block, "forward", partial(checkpoint, block.forward, use_reentrant=False, **context))
 
     def undo() -> None:

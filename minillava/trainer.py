@@ -324,7 +324,7 @@ class Trainer:
 
     def _compare(self, export: Path) -> None:
         """Say how far the merged model's logits are from the adapters': about what its dtype rounds off."""
-        self.task.model.eval()
+        model: Any = self.task.model.eval()
         with torch.no_grad(), self.weights() as call:
             adapted = self.task.probe(call)
         if parallel.is_main():
@@ -332,7 +332,7 @@ class Trainer:
                 merged = load_model(export)
                 coarse = max(torch.finfo(dtype).eps for dtype in (self.dtype, merged.decoder.embed.weight.dtype))
                 merged.to(self.device, self.dtype).eval()
-                merged.config = self.task.model.config
+                merged.config = model.config
                 with torch.no_grad():
                     apart = (self.task.probe(merged) - adapted).abs().max().item() / adapted.abs().max().item()
             except torch.OutOfMemoryError:
