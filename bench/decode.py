@@ -3,8 +3,9 @@
 A checkpoint of the shape is written once and every peer loads it. Each round asks every peer once, in turn, for the
 same prompt: time to the first token, of it the picture's, and the median time of a later token. Ours runs in bf16 and
 NF4, with --compiled also with the step under torch.compile; the peers are transformers in bf16, transformers with
-bitsandbytes NF4, and on a GPU transformers with its static cache under torch.compile. The copy bandwidth is measured
-first. JSON goes to bench/results/<device>/decode.json.
+bitsandbytes NF4, on a GPU transformers with its static cache under torch.compile, and on a CPU, for a LLaMA and one
+row, llama.cpp in bf16 and Q4_0, whose prompt is as long but has no picture. The copy bandwidth is measured first. JSON
+goes to bench/results/<device>/decode.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench import machine
+from bench import ggml, machine
 from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig, VisionConfig
 from minillava.engine import Engine, Request
 from minillava.layout import image_tokens
@@ -187,7 +188,8 @@ def measure(
     """Rows of one shape, one for each batch size."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name
-        save_model(build(name), folder)
+        built = build(name)
+        save_model(built, folder)
         engines, peers = {}, {}
         kinds = {"ours bf16": (None, False), "ours NF4": (Scheme(), False)}
         if compiled:
@@ -199,16 +201,27 @@ def measure(
             peers["transformers NF4 (bitsandbytes)"] = theirs(folder, device, "nf4")
         if device == "cuda":
             peers["transformers bf16, static, compiled"] = theirs(folder, device, "static")
-    ids, pixels = prompt(engines["ours bf16"].config, SHAPES[name][2])
+        ids, pixels = prompt(engines["ours bf16"].config, SHAPES[name][2])
+        reason = ggml.absent("gguf")
+        if device == "cpu" and built.config.decoder.model_type == "llama" and SHAPES[name][3][0] == 1:
+            if reason:
+                print(reason)
+            for kind in () if reason else ("BF16", "Q4_0"):
+                path = folder / f"{kind}.gguf"
+                ggml.write(built.decoder, path, kind)
+                peers[f"llama.cpp {kind}"] = ggml.Model(path, len(ids) + tokens).ask
+        del built
     rows = []
     for batch in SHAPES[name][3]:
         results: dict[str, list[ROUND]] = {peer: [] for peer in peers}
         for round in range(rounds + 1):  # the first warms up
             for peer, ask in peers.items():
+                if batch > 1 and peer.startswith("llama.cpp"):
+                    continue
                 result = ask(ids, pixels, batch, tokens)
                 if round:
                     results[peer].append({**result, "prefill_s": result["first_s"] - result["vision_s"]})
-        summary = {peer: _summary(found, len(ids), batch) for peer, found in results.items()}
+        summary = {peer: _summary(found, len(ids), batch) for peer, found in results.items() if found}
         for peer, engine in engines.items():
             rate = engine.step_bytes(batch * (len(ids) + tokens // 2)) / summary[peer]["token_s"]["median"]
             summary[peer]["share_of_copy_bandwidth"] = rate / limits["copy_bytes_per_s"]

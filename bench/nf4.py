@@ -1,22 +1,26 @@
 """What is measured of 4-bit weights: the layers of the 7B models at 1 to 4096 rows, beside peers.
 
-"eager" is the library's product with the same weights in 16 bits. bitsandbytes runs the very same bytes; torchao and
-gemlite (where installed) have formats of their own, affine ones with groups of 64. On a GPU every call is a replayed
-CUDA graph and the L2 cache is overwritten in between. `python -m bench.nf4` measures this machine's CPU at full size.
+"eager" is the library's product with the same weights in 16 bits; a CPU has "16 bits" too, the decoder's choice of
+product. bitsandbytes runs the very same bytes; torchao and gemlite (where installed) have formats of their own, affine
+ones with groups of 64, and so has llama.cpp, whose Q4_0 is a CPU's peer for one row. On a GPU every call is a replayed
+CUDA graph and the L2 cache is overwritten in between. `python -m bench.nf4` measures this machine's CPU at full size,
+`python -m bench.nf4 1 16` one and sixteen rows of it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from bench import machine
+from bench import ggml, machine
 from bench.cases import Case
+from minillava import decoder
 from minillava.quantize import Linear4bit, Scheme
 
 # label, N, K: q, k and v as one, output, gate and up as one, down; Vicuna-7B and Qwen2-7B
@@ -24,7 +28,7 @@ LAYERS = [("7B", 12288, 4096), ("7B", 4096, 4096), ("7B", 22016, 4096), ("7B", 4
 LAYERS += [("Qwen2-7B", 37888, 3584), ("Qwen2-7B", 3584, 18944)]
 GPU = [(*layer, rows) for layer in LAYERS for rows in (1, 4, 16)]
 GPU += [("7B", 11008, 4096, rows) for rows in (64, 512, 4096)]
-CPU = [("7B", 11008, 4096, rows) for rows in (1, 4, 16, 64, 512)] + [("7B", 4096, 11008, 1)]
+CPU = [("7B", N, K, rows) for N, K in ((11008, 4096), (4096, 11008)) for rows in (1, 4, 16, 64, 512)]
 TINY = [("0.5B", 896, 896, 1)]
 # Least ratio of a peer's time to ours on an H200, by rows
 GOALS = {1: {"bitsandbytes": 1.8}, 16: {"bitsandbytes": 1.3}, 512: {"eager": 0.9}, 4096: {"eager": 0.94}}
@@ -81,6 +85,14 @@ def _peers(weight: torch.Tensor, x: torch.Tensor, device: str) -> dict[str, Call
         theirs.load_state_dict({"weight": weight.cpu()})
         theirs = theirs.to(device).eval()
         found["bitsandbytes"] = lambda: theirs(x)
+    if device == "cpu":
+        found["16 bits"] = lambda: decoder.linear(x, weight)
+    if device == "cpu" and len(x) == 1 and not ggml.absent():
+        found["llama.cpp Q4_0"], theirs_1N = ggml.product(weight, x)
+        want_1N = F.linear(x, weight).float()
+        off = ((theirs_1N - want_1N).norm() / want_1N.norm()).item()
+        if off > 0.2:  # what is left of random weights in 16 even steps: 0.08
+            raise RuntimeError(f"llama.cpp's product is {off:.2f} off")
     if device == "cuda" and importlib.util.find_spec("torchao"):
         from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
@@ -124,14 +136,19 @@ def _without_launches(function: Callable, device: str) -> Callable:
     return graph.replay
 
 
-def main() -> int:
+def main(chosen: list[int]) -> int:
+    """Measure the cases of `chosen` numbers of rows, or all."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
     rows = []
+    if device == "cpu" and (reason := ggml.absent()):
+        print(reason)
     print(f"{'shape':>18} {'peer':>14} {'ms':>9} {'peer / ours':>12} {'Gweights/s':>11}")
-    for one in cases(device, dtype, tiny=False):
+    for label, N, K, batch in GPU if device == "cuda" else CPU:
+        if chosen and batch not in chosen:
+            continue
+        one = case(label, N, K, batch, device, dtype)
         timed = machine.interleaved(one.functions, device, 30 if device == "cuda" else 15)
         rows.append({"shape": one.shape, "peers": timed})
-        N, K = map(int, one.shape.split()[2].split("-"))
         for peer, t in timed.items():
             s, ours = t["median_s"], timed["ours"]["median_s"]
             print(f"{one.shape:>18} {peer:>14} {s * 1e3:9.3f} {s / ours:12.2f} {N * K / s / 1e9:11.2f}", flush=True)
@@ -142,4 +159,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main([int(rows) for rows in sys.argv[1:]]))

@@ -1,7 +1,8 @@
 """What every kernel file shares: registration with torch, Triton where it is installed, and one way to launch.
 
-An operation is registered once with a plain PyTorch implementation (CPU, Apple GPUs), a CUDA one (Triton and library
-products), a fake one (shapes only) and a backward formula; which runs is torch's dispatch by device. A launch follows
+An operation is registered once with a plain PyTorch implementation (Apple GPUs, and CPUs unless they have one of their
+own), a CUDA one (Triton and library products), a fake one (shapes only) and a backward formula; which runs is torch's
+dispatch by device. A launch follows
 its tensors too: on CUDA it runs, on the CPU it goes through Triton's interpreter (tests), on meta tensors it is only
 compiled, for the card that `minillava.kernels.aot` pretends is there. Whatever depends on Triton's version is in this
 file, in aot and in interpreter.
@@ -120,6 +121,7 @@ def register(
     schema: str,
     *,
     plain: Callable,
+    cpu: Callable | None = None,
     cuda: Callable,
     fake: Callable,
     backward: Callable | None = None,
@@ -132,8 +134,8 @@ def register(
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
-    for key in ("CPU", "MPS"):
-        LIBRARY.impl(name, plain, key)
+    LIBRARY.impl(name, cpu or plain, "CPU")
+    LIBRARY.impl(name, plain, "MPS")
     LIBRARY.impl(name, cuda if HAS_TRITON else plain, "CUDA")
     torch.library.register_fake(f"minillava::{name}", fake, lib=LIBRARY)
     if backward is not None:

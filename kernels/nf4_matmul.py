@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillava.kernels import configs
+from minillava.kernels import configs, nf4_cpu
 from minillava.kernels.frame import HAS_TRITON, card_of, jit, launch, register, shapes, tl
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -89,6 +89,20 @@ def plain_backward(dy_MN, packed, absmax, nested, dynamic, K: int, quant_type: s
     """dx = dy W."""
     N = dy_MN.shape[1]
     return dy_MN @ dequantize(packed, absmax, nested, dynamic, N, K, quant_type, blocksize, dy_MN.dtype)
+
+
+def cpu_forward(x_MK, packed, absmax, nested, dynamic, bias_N, N: int, quant_type: str, blocksize: int) -> Tensor:
+    if not nf4_cpu.takes(x_MK.dtype, packed, absmax, x_MK.shape[1]) or not len(x_MK):
+        return plain_forward(x_MK, packed, absmax, nested, dynamic, bias_N, N, quant_type, blocksize)
+    weight = packed, absmax, nested, dynamic, code(quant_type, packed.device), blocksize
+    return nf4_cpu.forward(x_MK, bias_N, N, *weight)
+
+
+def cpu_dequantize(packed, absmax, nested, dynamic, N: int, K: int, quant_type: str, blocksize: int, dtype) -> Tensor:
+    if not nf4_cpu.takes(dtype, packed, absmax, K):
+        return plain_dequantize(packed, absmax, nested, dynamic, N, K, quant_type, blocksize, dtype)
+    weight = packed, absmax, nested, dynamic, code(quant_type, packed.device), blocksize
+    return nf4_cpu.fill(torch.empty(N, K, dtype=dtype), 0, *weight)
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
@@ -316,7 +330,7 @@ def triton_dequantize(
         return plain_dequantize(packed, absmax, nested, dynamic, N, K, quant_type, blocksize, dtype)
     W = torch.empty(N, K, dtype=dtype, device=packed.device)
     parts, shuffle = _weight(packed, absmax, nested, dynamic, quant_type)
-    words, groups = N * K // 8, 0 if nested is None else nested.shape[1]
+    words, groups = N * K // 8, 0 if nested is None else nested.stride(0)
     config = config or configs.choose("nf4_matmul", "dequantize", card_of(packed), N, K)
     constants = {"SIZE": blocksize, "SHUFFLE": shuffle, "BLOCK": config["words"], "num_warps": config["warps"]}
     launch(_dequantize, (-(-words // config["words"]),), *parts, W, words, groups, **constants)
@@ -342,7 +356,7 @@ def triton_forward(
     x_MK = x_MK if x_MK.is_meta or x_MK.data_ptr() % 16 == 0 else x_MK.clone()
     parts, shuffle = _weight(packed, absmax, nested, dynamic, quant_type)
     y_MN = x_MK.new_empty(M, N)
-    blocks, groups = K // 64, 0 if nested is None else nested.shape[1]
+    blocks, groups = K // 64, 0 if nested is None else nested.stride(0)
     constants = {"SHARED": blocksize // 64, "SHUFFLE": shuffle, "BLOCK_N": config["block_n"]}
     constants["num_warps"] = config["warps"]
     if config["variant"] == "gemv":
@@ -389,6 +403,7 @@ WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested, Tensor? dynamic"
 dequantize = register(
     f"nf4_dequantize({WEIGHT}, int N, int K, str quant_type, int blocksize, ScalarType dtype) -> Tensor",
     plain=plain_dequantize,
+    cpu=cpu_dequantize,
     cuda=triton_dequantize,
     fake=lambda packed, absmax, nested, dynamic, N, K, quant_type, blocksize, dtype: packed.new_empty(
         N, K, dtype=dtype
@@ -403,6 +418,7 @@ _backward = register(
 _forward = register(
     f"nf4_matmul(Tensor x, {WEIGHT}, Tensor? bias, int N, str quant_type, int blocksize) -> Tensor",
     plain=plain_forward,
+    cpu=cpu_forward,
     cuda=triton_forward,
     fake=_fake,
     backward=_autograd,

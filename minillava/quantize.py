@@ -8,9 +8,7 @@ offset of their own, so that layers can be joined along their outputs as they ar
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
-import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,8 +59,9 @@ class Scheme:
         """The names of the linear layers of `model` that are to be quantised; UserError if a part has none."""
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         found: dict[str, set[str]] = {p: {n for n in linear if n.startswith(PARTS[p])} for p in self.parts}
-        if any(p.ndim == 3 and name.startswith(PARTS["decoder"]) for name, p in model.named_parameters()):
-            raise UserError("quantize: routed experts are not quantised yet; leave quantize out")
+        stacked = any(p.ndim == 3 and name.startswith(PARTS["decoder"]) for name, p in model.named_parameters())
+        if stacked and "decoder" in self.parts:
+            raise UserError("quantize: this decoder's routed experts share one tensor; leave 'decoder' out of it")
         for part in [p for p, names in found.items() if not names]:
             raise UserError(f"quantize: this model's {part} has no linear layer of its own; leave '{part}' out")
         return set().union(*found.values())
@@ -138,38 +137,6 @@ def _quantize_scales(values: Tensor) -> tuple[Tensor, Tensor]:
     return bytes_.flatten()[: len(values)], largest
 
 
-# ---- few rows on a CPU ----
-
-FEW = 128  # rows up to which bitsandbytes' CPU kernel beats dequantising and multiplying (bench/LOG.md)
-
-
-@functools.cache
-def cpu_kernel() -> Any:
-    """bitsandbytes' 4-bit product for CPUs with AVX512-BF16, or None where the package or the instructions are missing.
-    It takes bf16 and an order of codes of its own."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return None
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional download when imported
-    from bitsandbytes.functional import has_avx512bf16
-
-    return torch.ops.bitsandbytes.gemv_4bit.default if has_avx512bf16() else None
-
-
-def to_cpu_order(packed: Tensor, N: int) -> Tensor:
-    """Codes [N K / 2] in the order of that kernel: 32 rows at a time, input pairs outermost; N in whole 32s. A byte has
-    row r in its low nibble and row r + 16 in its high one."""
-    low, high = packed.view(N // 32, 2, 16, -1).unbind(1)
-    pair = torch.stack(((low >> 4) | (high & 0xF0), (low & 15) | (high << 4)), -1).view(torch.int16).squeeze(-1)
-    return pair.transpose(1, 2).contiguous().view(torch.uint8).flatten()
-
-
-def from_cpu_order(packed: Tensor, N: int) -> Tensor:
-    """The inverse of `to_cpu_order`."""
-    pair = packed.view(torch.int16).view(N // 32, -1, 16).transpose(1, 2).contiguous()
-    even, odd = pair.unsqueeze(-1).view(torch.uint8).unbind(-1)
-    return torch.stack(((even << 4) | (odd & 15), (even & 0xF0) | (odd >> 4)), 1).flatten()
-
-
 # ---- the layer ----
 
 
@@ -200,7 +167,6 @@ class Linear4bit(nn.Module):
         for name, tensor in zip(("weight", "absmax", "nested", "dynamic"), parts):
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._cpu_scales: Tensor | None = None  # bf16 [K / blocksize, N] while the codes are in `to_cpu_order`
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None, scheme: Scheme | None = None) -> Linear4bit:
@@ -223,7 +189,6 @@ class Linear4bit(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """What bitsandbytes writes, by companion's name; "" is the weight itself."""
-        self._restore()
         state: dict[str, Any] = {"quant_type": self.quant_type, "blocksize": self.blocksize}
         state |= {"dtype": str(self.dtype).removeprefix("torch."), "shape": [self.out_features, self.in_features]}
         tensors = {"": self.weight[:, None], "absmax": self.absmax, "quant_map": torch.tensor(CODES[self.quant_type])}
@@ -240,46 +205,16 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self._few(x):
-            code = kernel.code(self.quant_type, x.device)
-            shape = [self.out_features, self.in_features]
-            y = cpu_kernel()(x, self.weight, shape, self._cpu_scales, code, self.blocksize)
-            return y if bias is None else y.add_(bias)
-        weight = self.weight if self._cpu_scales is None else from_cpu_order(self.weight, self.out_features)
-        parts = weight, self.absmax, self.nested, self.dynamic
+        parts = self.weight, self.absmax, self.nested, self.dynamic
         return nf4_matmul(x, *parts, bias, self.out_features, self.quant_type, self.blocksize)
-
-    def _few(self, x: Tensor) -> bool:
-        """Whether bitsandbytes' CPU kernel takes this; the first time, the codes are put in its order, in place."""
-        rows = x.numel() // max(x.shape[-1], 1)
-        fits = self.out_features % 32 == 0 and self.in_features % max(self.blocksize, 64) == 0
-        fits &= x.is_cpu and x.dtype == torch.bfloat16 and 0 < rows <= FEW and x.shape[-1] == self.in_features
-        if not fits or torch.is_grad_enabled() or torch.compiler.is_compiling() or cpu_kernel() is None:
-            return False
-        if self._cpu_scales is None:
-            every = scales(self.absmax, self.nested, self.dynamic).view(self.out_features, -1)
-            self._cpu_scales = every.T.to(torch.bfloat16).contiguous()
-            self.weight = to_cpu_order(self.weight, self.out_features)
-        return True
-
-    def _restore(self) -> None:
-        """Put the codes back into the order of the format, for whatever reads them."""
-        if self._cpu_scales is not None:
-            self.weight, self._cpu_scales = from_cpu_order(self.weight, self.out_features), None
-
-    def _save_to_state_dict(self, *args, **more) -> None:
-        self._restore()
-        super()._save_to_state_dict(*args, **more)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [N, K] in `dtype` (None: the one that it was quantised from)."""
-        self._restore()
         parts, shape = (self.weight, self.absmax, self.nested, self.dynamic), (self.out_features, self.in_features)
         return kernel.dequantize(*parts, *shape, self.quant_type, self.blocksize, dtype or self.dtype)
 
     def rows(self, start: int, stop: int) -> Linear4bit:
         """The layer of outputs start to stop, which must begin with a block."""
-        self._restore()
         K, size = self.in_features, self.blocksize
         if start * K % (2 * size) or (stop < self.out_features and stop * K % (2 * size)):
             raise ValueError(f"rows {start} to {stop} of {K} inputs do not begin and end with blocks of {size}")
@@ -294,7 +229,6 @@ class Linear4bit(nn.Module):
         return Linear4bit(parts, (stop - start, K), self.quant_type, size, bias, self.dtype)
 
     def _apply(self, fn, recurse=True):
-        self._restore()
         kept = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -315,8 +249,6 @@ def cat_rows(layers: Sequence[Linear4bit]) -> Linear4bit:
     Nested scales stay nested where every layer but the last has a multiple of 256 blocks.
     """
     first = layers[0]
-    for layer in layers:
-        layer._restore()
     kinds = {(m.in_features, m.quant_type, m.blocksize, m.bias is None) for m in layers}
     if len(kinds) > 1 or any(m.out_features * m.in_features % (2 * m.blocksize) for m in layers[:-1]):
         raise ValueError(f"layers cannot be joined: {', '.join(m.extra_repr() for m in layers)}")

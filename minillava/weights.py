@@ -295,7 +295,9 @@ def save_model(model: LLaVA, folder: Path | str, tokenizer: Tokenizer | None = N
         for name, layer in layers.items():
             weight = rename(f"{name}.weight", layout, to_ours=False)
             if weight is None:
-                raise UserError(f"{folder}: {name} is in 4 bits, which this family's files have no place for")
+                raise UserError(
+                    f"{folder}: {name} is in 4 bits, but files have q, k and v as one; keep 'vision' in 16 bits"
+                )
             foreign |= {".".join(filter(None, (weight, part))): t for part, t in layer.stored().items()}
         write(foreign, temporary, shard_bytes)
         if folder.is_dir():

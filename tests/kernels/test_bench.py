@@ -34,7 +34,9 @@ def test_the_report_is_written(tmp_path, capsys):
     for row in report["rows"]:
         more = {"products only"} if row["kernel"] in ("fused_mlp", "linear_cross_entropy") else set()
         more |= {"transformers"} if row["kernel"].endswith("attention") else set()
-        more |= {"bitsandbytes"} if row["kernel"] == "nf4_matmul" and find_spec("bitsandbytes") else set()
+        if row["kernel"] == "nf4_matmul":
+            optional = {"bitsandbytes": "bitsandbytes", "llama.cpp Q4_0": "llama_cpp"}
+            more |= {"16 bits"} | {peer for peer, package in optional.items() if find_spec(package)}
         assert {"ours", "eager"} | more == set(row["peers"]) and row["flop_per_s"] > 0
     assert report["facts"]["versions"]["torch"] and report["limits"]["copy_bytes_per_s"] > 0
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 from checks import error, needs_compiler, needs_gpu, needs_triton
 
+from minillava.kernels import nf4_cpu
 from minillava.kernels import nf4_matmul as module
 from minillava.kernels.nf4_matmul import nf4_matmul, plain_dequantize, triton_dequantize, triton_forward
 from minillava.quantize import quantize
@@ -60,6 +63,53 @@ def test_error(M, N, K, quant_type, blocksize, double, dtype):
     assert torch.equal(dbias, dy.sum(0))
 
 
+@pytest.fixture(params=[*nf4_cpu.FLAGS])
+def c_code(request, monkeypatch):
+    """The C code for AVX-512 and for AVX2, whichever this CPU would choose."""
+    can = torch.backends.cpu.get_cpu_capability()
+    if can not in nf4_cpu.FLAGS or (can == "AVX2" and request.param == "AVX512"):
+        pytest.skip(f"this CPU can do {can} only")
+    if not shutil.which("gcc"):
+        pytest.skip("no gcc here to compile the C code with")
+    library = nf4_cpu.built_for(request.param)
+    assert library is not None
+    monkeypatch.setattr(nf4_cpu, "library", lambda: library)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "quant_type", "blocksize", "double"),
+    (
+        (1, 40, 4096, "nf4", 64, True),
+        (7, 301, 4320, "nf4", 64, False),  # a row ends in half a block; outputs that are no whole fours
+        (3, 67, 160, "fp4", 4096, False),
+        (2, 1030, 32, "fp4", 32, True),  # five groups of nested scales
+        (33, 1104, 4096, "nf4", 128, True),  # three blocks of AMX tiles, or several buffers of values
+        (70, 40, 96, "nf4", 64, False),
+    ),
+)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_c_code(c_code, monkeypatch, M, N, K, quant_type, blocksize, double, dtype):
+    """The same values to the bit, the product no further off than allowed, nothing left to the plain code."""
+    x, parts, bias, exact = inputs(M, N, K, dtype, quant_type, blocksize, double)
+    values = plain_dequantize(*parts, N, K, quant_type, blocksize, dtype)
+    monkeypatch.setattr(module, "plain_dequantize", None)
+    assert torch.equal(module.dequantize(*parts, N, K, quant_type, blocksize, dtype), values)
+    for b in (bias, None):
+        assert_no_worse(nf4_matmul(x, *parts, b, N, quant_type, blocksize), x, b, exact)
+        strided = torch.stack((x, x), -1)[..., 0]
+        assert_no_worse(nf4_matmul(strided, *parts, b, N, quant_type, blocksize), x, b, exact)
+
+
+def test_without_a_compiler_a_line_says_so_and_the_values_are_the_same(monkeypatch, caplog):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    library = nf4_cpu.built_for.__wrapped__("AVX2")
+    assert library is None and "no C compiler (gcc)" in caplog.text and len(caplog.records) == 1
+    assert nf4_cpu.built_for.__wrapped__("DEFAULT") is None and "no DEFAULT code" in caplog.text
+    x, parts, bias, exact = inputs(3, 40, 128, torch.bfloat16)
+    monkeypatch.setattr(nf4_cpu, "library", lambda: None)
+    assert_no_worse(nf4_matmul(x, *parts, bias, 40, "nf4", 64), x, bias, exact)
+
+
 @needs_triton
 @pytest.mark.parametrize(
     ("M", "N", "K", "quant_type", "blocksize", "double"),
@@ -71,8 +121,9 @@ def test_error(M, N, K, quant_type, blocksize, double, dtype):
         (1, 272, 64, "nf4", 64, True),  # more than 256 blocks: two groups of nested scales
     ),
 )
-def test_triton_kernels_in_the_interpreter(M, N, K, quant_type, blocksize, double):
-    x, parts, bias, exact = inputs(M, N, K, torch.float16, quant_type, blocksize, double)
+@pytest.mark.parametrize("dtype", (torch.float16,))
+def test_triton_kernels_in_the_interpreter(M, N, K, quant_type, blocksize, double, dtype):
+    x, parts, bias, exact = inputs(M, N, K, dtype, quant_type, blocksize, double)
     for config in (GEMV, *PRODUCTS):
         for b in (bias, None):
             y = triton_forward(x, *parts, b, N, quant_type, blocksize, config)
