@@ -126,13 +126,13 @@ def host_group() -> Any:
 
 
 class Watch:
-    """Writes where every rank stands, thread by thread, once a step lasts longer than `minutes`.
+    """Writes where every rank stands, thread by thread, before a step has lasted `minutes` and collectives give up.
 
     The dumps are stacks-RANK.txt in the run's folder, each headed by the step; a run that ends leaves none.
     """
 
     def __init__(self, folder: Path, minutes: float):
-        self.seconds = minutes * 60
+        self.seconds = 0.9 * minutes * 60
         self.path = folder / f"stacks-{rank()}.txt"
         folder.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("w", encoding="utf-8") if world() > 1 else None

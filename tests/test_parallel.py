@@ -258,8 +258,9 @@ def test_an_export_needs_a_checkpoint(world, tmp_path):
 def test_optimizers_do_the_same_on_every_number_of_ranks(losses, way):
     one, two = (torch.tensor(losses[ranks, way], dtype=torch.float64) for ranks in (1, 2))
     assert len(one) == STEPS and one[-1, 0] < one[0, 0] - 0.1 and losses[1, way] != losses[1, "full"]
-    # Muon multiplies in bfloat16, where the ranks' order of summation shows.
-    assert (two - one).abs().max() < (2e-3 if way == "muon" else 1e-5)
+    apart, bound = (two - one).abs().amax(0), {"muon": (2e-3, 2e-3), "adamw8bit": (1e-5, 1e-4)}[way]
+    # Muon multiplies in bfloat16 and 8-bit moments are rounded, where the ranks' order of summation shows.
+    assert apart[0] < bound[0] and apart[1] < bound[1]
 
 
 def test_memory_and_time_are_saved_without_a_change(world, losses):
@@ -292,7 +293,8 @@ def test_the_log_counts_what_all_ranks_did(world, losses):
         for key in ("tokens", "samples", "supervised", "flops"):
             assert len({tuple(row[key] for row in rows) for rows in logs.values()}) == 1, key
         for ranks, rows in logs.items():
-            assert all(row["tok_per_s"] == pytest.approx(row["tokens"] / row["step_s"], rel=0.01) for row in rows)
+            rates = [row["tokens"] / row["step_s"] for row in rows]
+            assert [row["tok_per_s"] for row in rows] == pytest.approx(rates, rel=0.01, abs=0.1)
             peaks = [row["flops"] / (row["mfu"] * row["step_s"] * ranks) for row in rows]
             assert peaks == pytest.approx([peaks[0]] * STEPS, rel=0.01)
 
