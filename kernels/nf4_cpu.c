@@ -58,6 +58,7 @@ static inline floats scale(const weight *w, long e) {
 static inline __attribute__((always_inline)) void tile(const int M, const int R, const float *even, const float *odd,
                                                        const weight *w, float *y, long n, long N, long K) {
   table t = load_table(w->values);
+  long ahead = R * K * (131072 / (R * K) + 1); // whole groups of outputs: within one, others read there
   floats acc[4][4];
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) acc[r][m] = V(setzero_ps)();
@@ -66,6 +67,7 @@ static inline __attribute__((always_inline)) void tile(const int M, const int R,
     for (int r = 0; r < R; r++) {
       long e = (n + r) * K + k;
       ints pairs = bytes(w->codes + e / 2);
+      if (k % (8 * W) == 0) _mm_prefetch((const char *)w->codes + (e + ahead) / 2, _MM_HINT_T1);
       floats of = scale(w, e), first = look_up(t, V(srli_epi32)(pairs, 4)), second = look_up(t, pairs);
 #pragma GCC unroll 4
       for (int m = 0; m < M; m++) {

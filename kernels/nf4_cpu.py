@@ -103,7 +103,7 @@ def forward(x_MK: Tensor, bias_N: Tensor | None, N: int, *weight: Any) -> Tensor
     assert code is not None
     tiles = M <= TILED and N % 16 == 0 and x_MK.dtype == torch.bfloat16 and code.nf4_has_tiles()
     if M <= FEW_FOR_TILES or (M <= FEW and not tiles):
-        x = x_MK.float().view(M, K // 2, 2).permute(2, 0, 1).contiguous()
+        x = torch.empty(2, M, K // 2).copy_(x_MK.reshape(M, K // 2, 2).permute(2, 0, 1))
         y_MN = torch.empty(M, N)
         code.nf4_product(x.data_ptr(), _weight(*weight), y_MN.data_ptr(), M, N, K, threads)
         return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(x_MK.dtype)
