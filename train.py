@@ -41,6 +41,7 @@ def main() -> int:
     try:
         recipe = read_recipe(args.recipe, args.set, args.out)
         # torch and all: seconds, so not before the recipe is known to be good
+        from minillava import parallel
         from minillava.pipeline import export_newest, inspect_recipe, run_recipe
 
         if args.export:
@@ -49,6 +50,7 @@ def main() -> int:
             inspect_recipe(recipe, args.inspect, args.stage)
         else:
             run_recipe(recipe, args.resume, args.stage)
+            parallel.leave()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

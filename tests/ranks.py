@@ -72,3 +72,4 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
         graphs = {"graphs": counters["stats"]["unique_graphs"], "given_up": given_up}
         (Path(job["out"]) / "graphs.json").write_text(json.dumps(graphs))
     parallel.barrier()
+parallel.leave()
