@@ -21,8 +21,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from minillava.chat import Message
-from minillava.data import MARKER, Sample
-from minillava.store import ImageRef, ImageStore
 
 SIDE = 64  # pixels of a picture
 CELL = SIDE / 3
@@ -60,22 +58,17 @@ class Thing:
         return (self.color, self.shape) in HELD_OUT
 
 
+VALUES: dict[str, Sequence[Any]] = {"color": [*COLORS], "shape": SHAPES, "size": [*SIZES], "cell": range(9)}
+
+
 def all_things() -> list[Thing]:
-    return [
-        Thing(color, shape, size, cell)
-        for color, shape, size, cell in itertools.product(COLORS, SHAPES, SIZES, range(9))
-    ]
+    """Every thing that there can be, those of held-out combinations among them."""
+    return [Thing(*values) for values in itertools.product(*VALUES.values())]
 
 
 def rivals(thing: Thing) -> dict[str, list[Thing]]:
     """For each attribute, the things that agree with this one in all others (itself among them)."""
-    choices: dict[str, list[Any]] = {
-        "color": list(COLORS),
-        "shape": list(SHAPES),
-        "size": list(SIZES),
-        "cell": list(range(9)),
-    }
-    return {name: [dataclasses.replace(thing, **{name: v}) for v in values] for name, values in choices.items()}
+    return {name: [dataclasses.replace(thing, **{name: v}) for v in values] for name, values in VALUES.items()}
 
 
 @dataclass(frozen=True)
@@ -245,64 +238,48 @@ def _unique(scene: Scene, thing: Thing, *attributes: str) -> bool:
     )
 
 
-def _ask_color(scene: Scene, rng: random.Random) -> Question | None:
+def _ask_look(scene: Scene, rng: random.Random, asked: str) -> Question | None:
+    """The color or the shape of a thing that is named by place, or by the other of the two and what else it takes."""
     t = rng.choice(scene.things)
+    by, name = ("shape", t.shape) if asked == "color" else ("color", f"{t.color} thing")
     if rng.random() < 0.3:
         text = f"the thing {at(t.cell)}"
-    elif _unique(scene, t, "shape"):
-        text = f"the {t.shape}"
-    elif _unique(scene, t, "shape", "size"):
-        text = f"the {t.size} {t.shape}"
+    elif _unique(scene, t, by):
+        text = f"the {name}"
+    elif _unique(scene, t, by, "size"):
+        text = f"the {t.size} {name}"
     else:
-        text = f"the {t.shape} {at(t.cell)}"
-    return Question("color", f"What color is {text}?", t.color, t.held_out)
+        text = f"the {name} {at(t.cell)}"
+    return Question(asked, f"What {asked} is {text}?", getattr(t, asked), t.held_out)
 
 
-def _ask_shape(scene: Scene, rng: random.Random) -> Question | None:
-    t = rng.choice(scene.things)
-    if rng.random() < 0.3:
-        text = f"the thing {at(t.cell)}"
-    elif _unique(scene, t, "color"):
-        text = f"the {t.color} thing"
-    elif _unique(scene, t, "color", "size"):
-        text = f"the {t.size} {t.color} thing"
-    else:
-        text = f"the {t.color} thing {at(t.cell)}"
-    return Question("shape", f"What shape is {text}?", t.shape, t.held_out)
-
-
-def _ask_size(scene: Scene, rng: random.Random) -> Question | None:
+def _ask_one(scene: Scene, rng: random.Random, asked: str) -> Question | None:
+    """The size or the place of a thing that color and shape tell from all others."""
     t = rng.choice(scene.things)
     if not _unique(scene, t, "color", "shape"):
         return None
-    return Question("size", f"How large is the {t.color} {t.shape}?", t.size, t.held_out)
+    words, answer = ("How large", t.size) if asked == "size" else ("Where", at(t.cell))
+    return Question(asked, f"{words} is the {t.color} {t.shape}?", answer, t.held_out)
 
 
-def _ask_place(scene: Scene, rng: random.Random) -> Question | None:
-    t = rng.choice(scene.things)
-    if not _unique(scene, t, "color", "shape"):
-        return None
-    return Question("place", f"Where is the {t.color} {t.shape}?", at(t.cell), t.held_out)
-
-
-def _ask_count(scene: Scene, rng: random.Random) -> Question | None:
+def _ask_count(scene: Scene, rng: random.Random, asked: str) -> Question | None:
     t = rng.choice(scene.things)
     attribute = rng.choice(("", "color", "shape", "size"))
     if not attribute:
-        return Question("count", "How many things are there?", str(len(scene.things)), t.held_out)
+        return Question(asked, "How many things are there?", str(len(scene.things)), t.held_out)
     value = getattr(t, attribute)
     if rng.random() < 0.25:  # sometimes of what is not there
-        value = rng.choice({"color": list(COLORS), "shape": list(SHAPES), "size": list(SIZES)}[attribute])
-    text = f"{plural(value)}" if attribute == "shape" else f"{value} things"
+        value = rng.choice(VALUES[attribute])
+    text = plural(value) if attribute == "shape" else f"{value} things"
     answer = sum(getattr(o, attribute) == value for o in scene.things)
-    return Question("count", f"How many {text} are there?", str(answer), t.held_out and getattr(t, attribute) == value)
+    return Question(asked, f"How many {text} are there?", str(answer), t.held_out and getattr(t, attribute) == value)
 
 
-def _ask_exist(scene: Scene, rng: random.Random) -> Question | None:
+def _ask_exist(scene: Scene, rng: random.Random, asked: str) -> Question | None:
     """Half yes; most of the rest pair a color and a shape that are both there, on different things."""
     t = rng.choice(scene.things)
     if rng.random() < 0.5:
-        return Question("exist", f"Is there {an(t.color)} {t.shape}?", "yes", t.held_out)
+        return Question(asked, f"Is there {an(t.color)} {t.shape}?", "yes", t.held_out)
     there = {(o.color, o.shape) for o in scene.things}
     color, shape = rng.choice(scene.things).color, rng.choice(scene.things).shape
     if (color, shape) in there:
@@ -310,10 +287,10 @@ def _ask_exist(scene: Scene, rng: random.Random) -> Question | None:
     if (color, shape) in there or (color, shape) in HELD_OUT:
         return None
     near = any(o.held_out and (o.color == color or o.shape == shape) for o in scene.things)
-    return Question("exist", f"Is there {an(color)} {shape}?", "no", near)
+    return Question(asked, f"Is there {an(color)} {shape}?", "no", near)
 
 
-def _ask_relation(scene: Scene, rng: random.Random) -> Question | None:
+def _ask_relation(scene: Scene, rng: random.Random, asked: str) -> Question | None:
     """Where one thing stands seen from another, sideways or up and down."""
     if len(scene.things) < 2:
         return None
@@ -325,18 +302,16 @@ def _ask_relation(scene: Scene, rng: random.Random) -> Question | None:
     before, after = ("left", "right") if sideways else ("above", "below")
     of = " of" if sideways else ""
     text = f"Is the {a.color} {a.shape} {before} or {after}{of} the {b.color} {b.shape}?"
-    return Question("relation", text, before if at_a < at_b else after, a.held_out or b.held_out)
+    return Question(asked, text, before if at_a < at_b else after, a.held_out or b.held_out)
 
 
-def _ask_what(scene: Scene, rng: random.Random) -> Question | None:
+def _ask_what(scene: Scene, rng: random.Random, asked: str) -> Question | None:
     cell = rng.choice(scene.things).cell if rng.random() < 0.85 else rng.randrange(9)
     t = next((t for t in scene.things if t.cell == cell), None)
-    return Question("what", f"What is {at(cell)}?", f"a {t}" if t else "nothing", t is not None and t.held_out)
+    return Question(asked, f"What is {at(cell)}?", f"a {t}" if t else "nothing", t is not None and t.held_out)
 
 
-_ASK = dict(
-    zip(KINDS, (_ask_color, _ask_shape, _ask_size, _ask_place, _ask_count, _ask_exist, _ask_relation, _ask_what))
-)
+_ASK = dict(zip(KINDS, (_ask_look, _ask_look, _ask_one, _ask_one, _ask_count, _ask_exist, _ask_relation, _ask_what)))
 
 
 def an(word: str) -> str:
@@ -353,13 +328,11 @@ def questions(scene: Scene, rng: random.Random, number: int, kinds: tuple[str, .
     for _ in range(4 * number):
         if len(found) == number:
             break
-        question = _ASK[rng.choice(kinds)](scene, rng)
+        kind = rng.choice(kinds)
+        question = _ASK[kind](scene, rng, kind)
         if question is not None:
             found.setdefault(question.text, question)
     return list(found.values())
-
-
-# ------------------------------------------------------------------------------------------------- samples for LLaVA
 
 
 def conversation(scene: Scene, rng: random.Random, turns: int, opening: str) -> tuple[Message, ...]:
@@ -375,44 +348,6 @@ def conversation(scene: Scene, rng: random.Random, turns: int, opening: str) -> 
         text = text if messages else f"{opening}\n{text}"
         messages += [Message("user", text), Message("assistant", answer)]
     return tuple(messages)
-
-
-@lru_cache(maxsize=1024)  # asked for twice: for the words, then for the picture
-def _train_scene(seed: int, index: int) -> Scene:
-    return make_scene(random.Random(f"train {seed} {index}"))
-
-
-class Samples(ImageStore, Sequence[Sample]):
-    """`number` training samples in LLaVA's format, made when they are asked for; the same index gives the same sample.
-
-    With `turns` = 0 a sample is a picture and its caption, as in LLaVA's first stage; else it is a conversation of up
-    to that many questions.
-    """
-
-    def __init__(self, number: int, turns: int, seed: int):
-        self.number, self.turns, self.seed = number, turns, seed
-
-    def __len__(self) -> int:
-        return self.number
-
-    def scene(self, index: int) -> Scene:
-        return _train_scene(self.seed, index)
-
-    def __getitem__(self, index):  # type: ignore[override]
-        if not 0 <= index < self.number:
-            raise IndexError(index)
-        scene, rng = self.scene(index), random.Random(f"words {self.seed} {index}")
-        if self.turns:
-            messages = conversation(scene, rng, rng.randint((self.turns + 1) // 2, self.turns), MARKER)
-        else:
-            messages = (Message("user", MARKER), Message("assistant", caption(scene, rng)))
-        return Sample(str(index), (ImageRef(str(index), self),), messages, "shapes")
-
-    def has(self, name: str) -> bool:
-        return name.isdigit() and int(name) < self.number
-
-    def get(self, name: str, label: str) -> Image.Image:
-        return self.scene(int(name)).image()
 
 
 def demo_scene() -> tuple[Image.Image, str, str]:

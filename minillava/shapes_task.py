@@ -22,6 +22,7 @@ from minillava.image import prepare
 from minillava.layout import image_tokens
 from minillava.llava import LLaVA
 from minillava.pretrain import exact_all
+from minillava.shapes_samples import Samples
 from minillava.tasks import LLaVATask
 from minillava.tokenizer import Tokenizer
 from minillava.weights import load_model
@@ -39,7 +40,8 @@ class ShapesTask(LLaVATask):
             raise UserError(f"stage '{self.stage.name}': shapes.{unknown.pop()} is unknown; known: {', '.join(known)}")
         options = known | self.stage.shapes
         self.scenes = options["scenes"]
-        return shapes.Samples(options["samples"], options["turns"], seed), []
+        kind = "picture" if options["turns"] else "caption"
+        return Samples(options["samples"], seed, (kind,), options["turns"]), []
 
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
         if self.config.chat.template == "plain":

@@ -12,7 +12,7 @@ from minillava.config import ChatConfig, ImageConfig, LayoutConfig, ModelConfig,
 from minillava.data import IGNORE, Sample
 from minillava.loader import Dataset
 from minillava.look import describe, pieces, show
-from minillava.shapes_mixed import Mixed, write
+from minillava.shapes_samples import Samples, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ def dataset(tiny_tokenizer):
         layout=LayoutConfig(grids=((1, 2), (2, 1), (1, 3)), merge="unpad", several="pad"),
         chat=ChatConfig(image_token_id=tiny_tokenizer.token_id("<image>"), bos_id=tiny_tokenizer.bos_id),
     )
-    return Dataset(Mixed(40, seed=0, kinds=("picture", "text", "several", "video")), config, tiny_tokenizer, 4000)
+    return Dataset(Samples(40, seed=0, kinds=("picture", "text", "several", "video")), config, tiny_tokenizer, 4000)
 
 
 def test_colours_are_around_what_is_trained(dataset):
@@ -115,7 +115,7 @@ def test_losses_by_source_and_answers_of_the_exported_model(recipe, tmp_path):
 
     rows = [json.loads(line) for line in (tmp_path / "run" / "finetune" / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and {Path(row["source"]).stem for row in rows} == {"picture", "text"}
-    samples = {sample.id: sample for kind in ("picture", "text") for sample in Mixed(12, 0, (kind,))}
+    samples = {sample.id: sample for kind in ("picture", "text") for sample in Samples(12, 0, (kind,))}
     model = LLaVA.from_pretrained(tmp_path / "run" / "finetune" / "model", device="cpu")
     for row in rows[:2] + rows[-2:]:
         sample: Sample = samples[row["id"]]

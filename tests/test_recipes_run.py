@@ -16,7 +16,7 @@ from minillava.names import rename
 from minillava.pipeline import run_recipe
 from minillava.progress import read_log
 from minillava.recipe import read_recipe
-from minillava.shapes_mixed import write
+from minillava.shapes_samples import write
 from minillava.tokenizer import load_tokenizer
 from minillava.train_tokenizer import train_small_tokenizer
 from minillava.vit import VisionTower

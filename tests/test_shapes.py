@@ -9,6 +9,7 @@ import pytest
 
 from minillava import shapes
 from minillava.data import MARKER
+from minillava.shapes_samples import Samples
 
 PAIRS = {f"{color} {shape}{s}" for color, shape in shapes.HELD_OUT for s in ("", "s", "es")}
 
@@ -29,7 +30,7 @@ def test_training_never_pairs_what_is_held_out():
     """Neither in a picture nor in a word of a caption, a question or an answer."""
     assert {color for color, _ in shapes.HELD_OUT} == set(shapes.COLORS)
     assert {shape for _, shape in shapes.HELD_OUT} == set(shapes.SHAPES)
-    samples = [*shapes.Samples(300, 6, 0), *shapes.Samples(100, 0, 0)]
+    samples = [*Samples(300, 0, ("picture",), 6), *Samples(100, 0, ("caption",))]
     for sample in samples:
         text = " ".join(message.text for message in sample.messages)
         assert not any(re.search(rf"\b{pair}\b", text) for pair in PAIRS), text
@@ -105,13 +106,13 @@ def look_up(scene: shapes.Scene, question: str) -> str:
 
 
 def test_samples_are_in_llavas_format():
-    samples = shapes.Samples(50, 4, 0)
+    samples = Samples(50, 0, ("picture",), 4)
     assert samples[7] == samples[7] and len(samples) == 50
     for sample in samples:
         assert sum(message.text.count(MARKER) for message in sample.messages) == len(sample.images) == 1
         assert [m.role for m in sample.messages] == ["user", "assistant"] * (len(sample.messages) // 2)
         assert sample.images[0].open("x").size == (shapes.SIDE, shapes.SIDE)
-    caption = shapes.Samples(50, 0, 0)[7].messages
+    caption = Samples(50, 0, ("caption",))[7].messages
     assert caption[0].text == MARKER and len(caption) == 2
 
 

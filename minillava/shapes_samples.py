@@ -1,6 +1,7 @@
-"""The built-in world in every form LLaVAs are trained on: captions, questions, text alone, several pictures, clips.
+"""Samples of the built-in world in every form LLaVAs are trained on: captions, questions, text alone, several pictures,
+clips.
 
-python -m minillava.shapes_mixed FOLDER [NUMBER] writes NUMBER samples of each kind as LLaVA's JSON with pictures and
+python -m minillava.shapes_samples FOLDER [NUMBER] writes NUMBER samples of each kind as LLaVA's JSON with pictures and
 folders of frames beside it, which any recipe trains on.
 """
 
@@ -11,6 +12,7 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,19 @@ KINDS = ("caption", "picture", "text", "several", "video")
 WAYS = {"right": 1, "left": -1, "down": 3, "up": -3}  # one step on the board, as a change of the cell's number
 
 
-class Mixed(ImageStore, Sequence[Sample]):
-    """`number` samples, of the kinds in turn, made when they are asked for; the same index gives the same sample."""
+@lru_cache(maxsize=1024)  # asked for twice: for the words, then for the pictures
+def _scenes(kind: str, seed: int, index: int) -> tuple[Scene, ...]:
+    """The pictures of a sample, or the frames of its clip."""
+    rng = random.Random(f"train {seed} {index}")
+    if kind == "video":
+        return _clip(rng)
+    return tuple(make_scene(rng) for _ in range(rng.randint(2, 4) if kind == "several" else 1))
+
+
+class Samples(ImageStore, Sequence[Sample]):
+    """`number` training samples in LLaVA's format, of the kinds in turn, made when they are asked for; the same index
+    gives the same sample. A conversation has up to `turns` questions, and at least half as many.
+    """
 
     def __init__(self, number: int, seed: int, kinds: tuple[str, ...] = KINDS, turns: int = 3):
         self.number, self.seed, self.kinds, self.turns = number, seed, kinds, turns
@@ -34,45 +47,46 @@ class Mixed(ImageStore, Sequence[Sample]):
     def __len__(self) -> int:
         return self.number
 
+    def scenes(self, index: int) -> tuple[Scene, ...]:
+        return _scenes(self.kinds[index % len(self.kinds)], self.seed, index)
+
     def __getitem__(self, index):  # type: ignore[override]
         if not 0 <= index < self.number:
             raise IndexError(index)
         kind = self.kinds[index % len(self.kinds)]
-        scenes, rng = self.scenes(index), random.Random(f"mixed words {self.seed} {index}")
-        images, videos = [ImageRef(f"{index}-{n}", self) for n in range(len(scenes))], []
+        scenes, rng = self.scenes(index), random.Random(f"words {self.seed} {index}")
+        count = {"text": 0, "several": len(scenes)}.get(kind, 1)
+        refs = tuple(ImageRef(f"{index}-{n}", self) for n in range(count))
         if kind == "caption":
             messages = [Message("user", MARKER), Message("assistant", caption(scenes[0], rng))]
-        elif kind == "picture":
-            messages = list(conversation(scenes[0], rng, self.turns, MARKER))
-        elif kind == "text":
-            images = []
-            messages = list(conversation(scenes[0], rng, self.turns, caption(scenes[0], rng)))
         elif kind == "several":
             messages = _about_several(scenes, rng, self.turns)
-        else:
-            images, videos = [], [ImageRef(f"{index}", self)]
+        elif kind == "video":
             messages = _about_clip(scenes)
-        return Sample(f"{kind}-{index}", tuple(images), tuple(messages), kind, tuple(videos))
-
-    def scenes(self, index: int) -> list[Scene]:
-        """The pictures of a sample, or the frames of its clip."""
-        rng = random.Random(f"mixed {self.seed} {index}")
-        kind = self.kinds[index % len(self.kinds)]
-        if kind == "video":
-            return _clip(rng)
-        return [make_scene(rng) for _ in range(rng.randint(2, 4) if kind == "several" else 1)]
+        else:
+            turns = rng.randint((self.turns + 1) // 2, self.turns)
+            opening = MARKER if kind == "picture" else caption(scenes[0], rng)
+            messages = list(conversation(scenes[0], rng, turns, opening))
+        images, videos = ((), refs) if kind == "video" else (refs, ())
+        return Sample(f"{kind}-{index}", images, tuple(messages), kind, videos)
 
     def has(self, name: str) -> bool:
         return name.split("-")[0].isdigit() and int(name.split("-")[0]) < self.number
 
     def get(self, name: str, label: str) -> Any:
-        index, *number = map(int, name.split("-"))
-        pictures = [scene.image() for scene in self.scenes(index)]
-        if number:  # some are wide and some are high, so that tiles and padding have something to do
-            side = pictures[number[0]].width
-            size = random.Random(name).choice([(side, side), (2 * side, side), (side, 3 * side)])
-            return pictures[number[0]].resize(size, Image.Resampling.NEAREST)
-        return pictures
+        """A picture, or the list of a clip's frames. Of several pictures some are wide and some are high, so that tiles
+        and padding have something to do."""
+        index, number = map(int, name.split("-"))
+        scenes = self.scenes(index)
+        kind = self.kinds[index % len(self.kinds)]
+        if kind == "video":
+            return [scene.image() for scene in scenes]
+        picture = scenes[number].image()
+        if kind != "several":
+            return picture
+        side = picture.width
+        size = random.Random(name).choice([(side, side), (2 * side, side), (side, 3 * side)])
+        return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def _about_several(scenes: Sequence[Scene], rng: random.Random, turns: int) -> list[Message]:
@@ -96,7 +110,7 @@ def _about_several(scenes: Sequence[Scene], rng: random.Random, turns: int) -> l
     ]
 
 
-def _clip(rng: random.Random) -> list[Scene]:
+def _clip(rng: random.Random) -> tuple[Scene, ...]:
     """A thing that crosses the board, three squares in a line, for three to nine frames."""
     scene = make_scene(rng)
     way = rng.choice(list(WAYS))
@@ -105,7 +119,7 @@ def _clip(rng: random.Random) -> list[Scene]:
     if WAYS[way] < 0:
         cells.reverse()
     thing, hold = scene.things[0], rng.randint(1, 3)
-    return [replace(scene, things=(replace(thing, cell=cell),)) for cell in cells for _ in range(hold)]
+    return tuple(replace(scene, things=(replace(thing, cell=cell),)) for cell in cells for _ in range(hold))
 
 
 def _about_clip(scenes: Sequence[Scene]) -> list[Message]:
@@ -125,7 +139,7 @@ def write(folder: Path, number: int, seed: int = 0) -> dict[str, Path]:
     """A JSON file for each kind, with `number` samples; pictures and folders of frames under `folder`/media."""
     files = {}
     for kind in KINDS:
-        samples, rows = Mixed(number, seed, (kind,)), []
+        samples, rows = Samples(number, seed, (kind,)), []
         for sample in samples:
             row: dict[str, Any] = {"id": sample.id}
             for ref in (*sample.images, *sample.videos):

@@ -7,11 +7,11 @@ from PIL import Image
 from minillava import shapes
 from minillava.config import ChatConfig, ImageConfig, LayoutConfig, ModelConfig, VisionConfig
 from minillava.data import MARKER, VIDEO_MARKER, encode_sample, read_samples
-from minillava.shapes_mixed import KINDS, Mixed, write
+from minillava.shapes_samples import KINDS, Samples, write
 
 
 def test_kinds_hold_what_they_say():
-    samples = Mixed(500, seed=1)
+    samples = Samples(500, seed=1)
     for index, sample in enumerate(samples):
         kind = KINDS[index % len(KINDS)]
         text = " ".join(m.text for m in sample.messages)
@@ -22,11 +22,11 @@ def test_kinds_hold_what_they_say():
         assert kind != "several" or 2 <= len(sample.images) <= 4
         assert [m.role for m in sample.messages] == ["user", "assistant"] * (len(sample.messages) // 2)
         assert not any(f"{color} {shape}" in text for color, shape in shapes.HELD_OUT)
-    assert Mixed(5, seed=2)[1] != samples[1]
+    assert Samples(5, seed=2)[1] != samples[1]
 
 
 def test_answers_are_about_the_right_picture_and_the_clip_moves_as_told():
-    samples = Mixed(200, seed=3, kinds=("several", "video"))
+    samples = Samples(200, seed=3, kinds=("several", "video"))
     for index in range(0, 200, 2):
         scenes, messages = samples.scenes(index), samples[index].messages
         for asked, answered in zip(messages[::2], messages[1::2]):
@@ -40,13 +40,13 @@ def test_answers_are_about_the_right_picture_and_the_clip_moves_as_told():
         told = samples[index].messages[1].text
         assert {(2, 0): "right", (-2, 0): "left", (0, 2): "down", (0, -2): "up"}[across, down] == told
         assert samples[index].messages[3].text == shapes.at(cells[-1])
-        frames = samples.get(str(index), "")
+        frames = samples.get(f"{index}-0", "")
         assert 3 <= len(frames) <= 9 and not np.array_equal(frames[0], frames[-1])
 
 
 def test_what_is_written_is_the_same_samples(tmp_path):
     for kind, path in write(tmp_path, 4, seed=5).items():
-        made = Mixed(4, 5, (kind,))
+        made = Samples(4, 5, (kind,))
         for read, sample in zip(read_samples(path, tmp_path / "media"), made, strict=True):
             assert read.messages == sample.messages and read.id == sample.id
             for ours, theirs in zip(read.images, sample.images, strict=True):
@@ -66,7 +66,7 @@ def test_all_are_encoded(tiny_tokenizer, merge):
         chat=ChatConfig(image_token_id=tiny_tokenizer.token_id("<image>"), bos_id=tiny_tokenizer.bos_id),
     )
     tokens = set()
-    for sample in Mixed(50, seed=0):
+    for sample in Samples(50, seed=0):
         example = encode_sample(sample, config, tiny_tokenizer, 4000)
         assert sum(span.tokens for span in example.spans) == example.ids.count(config.chat.image_token_id)
         tokens |= {span.tokens for span in example.spans if not span.clip}
