@@ -154,9 +154,14 @@ def to_files(state: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
     apart = unstack(state)
     if "onevision" in layout:
         for name in [n for n in apart if n.startswith("vision.") and ".attn.q." in n]:
-            qkv = [apart.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
-            apart[name.replace(".attn.q.", FUSED)] = torch.cat(qkv)
+            fused = name.replace(".attn.q.", FUSED)
+            apart[fused] = torch.cat([apart.pop(part) for part in _apart(fused)])
     return {rename(name, layout, to_ours=False) or name: tensor for name, tensor in apart.items()}
+
+
+def _apart(name: str) -> list[str]:
+    """Our names for what a file has under one name."""
+    return [name.replace(FUSED, f".attn.{part}.") for part in "qkv"] if FUSED in name else [name]
 
 
 def unstack(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -188,16 +193,17 @@ class Plan:
             companion = COMPANION.fullmatch(foreign)
             name = rename(companion[1] if companion else foreign, layout, to_ours=True)
             if companion and name:
-                self.companions.setdefault(name, {})[companion[2]] = stored
+                for one in _apart(name):
+                    self.companions.setdefault(one, {})[companion[2]] = stored
                 continue
             if name is None:
                 self.extra += [] if re.fullmatch(known, foreign) else [foreign]
                 continue
             parts = {name: stored}
-            if FUSED in name and "onevision" in layout:
+            if FUSED in name:
                 shape = (stored.shape[0] // 3, *stored.shape[1:]) if stored.shape else ()
                 shares = [dataclasses.replace(stored, shape=shape, share=(i, 3)) for i in range(3)]
-                parts = {name.replace(FUSED, f".attn.{part}."): one for part, one in zip("qkv", shares)}
+                parts = dict(zip(_apart(name), shares))
             if self.source.keys() & parts.keys() and not override:
                 self.twice.append(foreign)
             self.source |= parts
@@ -225,10 +231,11 @@ class Plan:
             shape = stored.shape
             if name in self.companions:
                 try:
-                    shape = tuple(quant_state(self.read_companions(name))["shape"])
+                    rows, columns = quant_state(self.read_companions(name))["shape"]
                 except ValueError as error:
                     problems.append(f"{stored.name} {error}")
                     continue
+                shape = (rows // stored.share[1], columns)
             elif name in wanted and not re.fullmatch(r"(torch\.)?(b?float(16|32|64)|B?F(16|32|64))", stored.dtype):
                 problems.append(f"not floating point: {stored.name} is {stored.dtype}")
                 continue

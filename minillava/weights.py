@@ -6,6 +6,7 @@ copy of the weights. `python -m minillava.weights inspect PATH` says what a fold
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from minillava.hf_export import add_image_token, jinja_of, to_hf, write_tokenize
 from minillava.hf_parts import optional_json, read_json
 from minillava.llava import LLaVA
 from minillava.names import EXPERT, OPTIONAL, Plan, rename, to_files, unstack
-from minillava.quantize import Linear4bit, Scheme, quantization_config
+from minillava.quantize import Linear4bit, Scheme, cat_rows, quantization_config
 from minillava.tensor_files import SHARD, Stored, inspect, inspect_folder, read, write
 
 if TYPE_CHECKING:
@@ -200,13 +201,26 @@ def _take_quantized(
     layers = {}
     chosen = [(name, plan.source.pop(name)) for name in [*plan.source] if name in plan.companions or name in small]
     chosen.sort(key=lambda item: (str(item[1].path), item[1].name))
-    for (name, stored), tensor in zip(chosen, read([stored for _, stored in chosen])):
+    whole, entry = None, ""  # what the file has, of which q, k and v of RICE's tower are shares, and its name
+    files = [dataclasses.replace(s, share=(0, 1)) if n in plan.companions else s for n, s in chosen]
+    for (name, stored), tensor in zip(chosen, read(files)):
         if name in plan.companions:
-            parts = {part: t.to(device) for part, t in plan.read_companions(name).items()}
-            layers[name] = Linear4bit.from_stored(tensor.to(device, copy=True), parts)
+            which, shares = stored.share
+            if whole is None or stored.name != entry:
+                parts = {part: t.to(device) for part, t in plan.read_companions(name).items()}
+                whole, entry = Linear4bit.from_stored(tensor.to(device, copy=True), parts), stored.name
+            rows = whole.out_features // shares
+            layers[name] = whole if shares == 1 else _rows(whole, which * rows, (which + 1) * rows, stored.name)
         else:
             layers[name] = _quantized(tensor.to(device), scheme, stored.name)
     return layers
+
+
+def _rows(layer: Linear4bit, start: int, stop: int, name: str) -> Linear4bit:
+    try:
+        return layer.rows(start, stop)
+    except ValueError as error:
+        raise UserError(f"{name}: its q, k and v cannot be taken apart: {error}; keep the tower in 16 bits") from None
 
 
 def _quantized(weight: Tensor, scheme: Scheme | None, name: str) -> Linear4bit:
@@ -292,7 +306,7 @@ def save_model(model: LLaVA, folder: Path | str, tokenizer: Tokenizer | None = N
         (temporary / "chat_template.jinja").write_text(jinja_of(config.chat), encoding="utf-8")
         layout = "onevision_1_5" if config.vision.rotary else "hf"
         foreign = to_files(state, layout)
-        for name, layer in layers.items():
+        for name, layer in _as_files_have(layers, layout).items():
             weight = rename(f"{name}.weight", layout, to_ours=False)
             if weight is None:
                 raise UserError(
@@ -320,10 +334,24 @@ def _quantized_layers(model: LLaVA) -> Iterator[tuple[str, Linear4bit]]:
             yield name, module
 
 
+def _as_files_have(layers: dict[str, Linear4bit], layout: str) -> dict[str, Linear4bit]:
+    """q, k and v of RICE's tower joined; as they are where they cannot be."""
+    found = dict(layers)
+    for name in [n for n in layers if "onevision" in layout and n.startswith("vision.") and n.endswith(".attn.q")]:
+        names = [name[:-1] + part for part in "qkv"]
+        if found.keys() >= set(names) and layers[name].weight.numel() % layers[name].blocksize == 0:
+            found[f"{name}kv"] = cat_rows([found.pop(part) for part in names])
+    return found
+
+
 def _skipped(model: LLaVA) -> list[str]:
     """What transformers is to leave alone: the parts none of whose linear layers are quantised."""
-    parts = {"vision_tower": model.vision, "multi_modal_projector": model.projector}
-    parts |= {"language_model": model.decoder.blocks, "lm_head": getattr(model.decoder, "head", model.decoder.norm)}
+    trees = (
+        ("visual.blocks", "visual.merger") if model.config.vision.rotary else ("vision_tower", "multi_modal_projector")
+    )
+    head = getattr(model.decoder, "head", model.decoder.norm)
+    modules = (model.vision, model.projector, model.decoder.blocks, head)
+    parts = dict(zip((*trees, "language_model", "lm_head"), modules))
     plain = [name for name, part in parts.items() if not any(isinstance(m, Linear4bit) for m in part.modules())]
     return plain + [f"model.{name}" for name in plain]  # the module tree before and after transformers 4.52
 

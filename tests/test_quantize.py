@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,18 @@ import pytest
 import torch
 
 from minillava import LLaVA
-from minillava.config import DecoderConfig, ImageConfig, ModelConfig, ProjectorConfig, UserError, VisionConfig
+from minillava.config import (
+    ChatConfig,
+    DecoderConfig,
+    ImageConfig,
+    ModelConfig,
+    ProjectorConfig,
+    UserError,
+    VisionConfig,
+)  # fmt: skip
 from minillava.image import open_image, prepare
 from minillava.kernels.nf4_matmul import BLOCKSIZES, CODES
+from minillava.layout import image_span
 from minillava.llava import LLaVA as Network
 from minillava.quantize import Linear4bit, Scheme, cat_rows, quant_state
 from minillava.tokenizer import load_tokenizer
@@ -221,7 +231,7 @@ def load_there(folder, **options):
     bitsandbytes multiplies in bf16 whatever is asked for."""
     import transformers
 
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
         folder, device_map="cpu", dtype=torch.float32, **options
     )
     names = {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
@@ -336,6 +346,126 @@ def test_damaged_and_foreign_quantised_files_are_refused(tiny, tmp_path):
     save_file(bad, tmp_path / "n" / "model.safetensors")
     with pytest.raises(UserError, match=r"up_proj\.weight holds values that are not finite"):
         load_model(tmp_path / "n", quantize=Scheme())
+
+
+SIDE, GRIDS = 28, [[28, 56], [56, 28], [56, 56]]
+# name: class of transformers, language model, tower
+FAMILIES = {
+    "llava-clip-llama": ("Llava", "llama", "clip_vision_model"),
+    "llava-siglip-qwen3": ("Llava", "qwen3", "siglip_vision_model"),
+    "next-clip-mistral": ("LlavaNext", "mistral", "clip_vision_model"),
+    "onevision-siglip-qwen2": ("LlavaOnevision", "qwen2", "siglip_vision_model"),
+}
+EVERYWHERE = "decoder,vision,projector"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_exchanged_with_all_its_parts_in_four_bits(bnb, family, tmp_path):
+    """Tower, projector and decoder: transformers' own codes, its logits with their values, and back to the bit."""
+    transformers = pytest.importorskip("transformers")
+    kind, text, tower = FAMILIES[family]
+    torch.manual_seed(0)
+    text = transformers.AutoConfig.for_model(text, **TEXT, num_key_value_heads=2, head_dim=16)
+    vision = transformers.AutoConfig.for_model(tower, **VISION | {"intermediate_size": 100}, vision_use_head=False)
+    tiled = {} if kind == "Llava" else {"image_grid_pinpoints": GRIDS}
+    tiled |= {"vision_aspect_ratio": "anyres_max_9"} if kind == "LlavaOnevision" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config=vision, image_token_index=7, **tiled
+    )
+    plain = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    for name, p in plain.named_parameters():
+        p.data.mul_(4 if p.ndim > 1 and "embed" not in name else 1)
+    plain.save_pretrained(tmp_path / "plain")
+    pixels = {**PIXELS, "image_processor_type": f"{kind}ImageProcessor"} if tiled else PIXELS
+    pixels |= {"size": {"height": SIDE, "width": SIDE}} if kind == "LlavaOnevision" else {}
+    (tmp_path / "plain" / "preprocessor_config.json").write_text(json.dumps(pixels))
+
+    model = load_model(tmp_path / "plain", quantize=Scheme.parse(f"nf4:{EVERYWHERE}"))
+    small = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert len(small) == 2 * 7 + 3 * 6 + 2
+    width, height = 50, 27
+    span = image_span(model.config, width, height)
+    ids = torch.tensor([1, *[7] * span.tokens, *range(10, 20)])
+    views = torch.randn(span.views, 3, SIDE, SIDE)
+    with torch.no_grad():
+        before = model(ids, images=views, spans=[span])
+        save_model(model, tmp_path / "ours")
+        given = {"pixel_values": views[None] if tiled else views}
+        given |= {"image_sizes": torch.tensor([[height, width]])} if tiled else {}
+        packed, there = load_there(tmp_path / "ours")
+        torch.testing.assert_close(before, there(input_ids=ids[None], **given).logits[0], rtol=1e-4, atol=1e-4)
+        options = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        direct, _ = load_there(tmp_path / "plain", quantization_config=options)
+        assert direct.keys() == packed.keys() and all(torch.equal(direct[name], packed[name]) for name in packed)
+        assert torch.equal(load_model(tmp_path / "ours")(ids, images=views, spans=[span]), before)
+
+
+@pytest.fixture(scope="module")
+def onevision15(tmp_path_factory):
+    """RICE's tower, merger and Qwen3, which transformers does not have, in float32; and its exam."""
+    rice = VisionConfig(64, 100, 2, 4, 14, 14, activation="gelu", rotary=True, select_layers=(-1,))
+    dense = DecoderConfig(320, 64, 128, 2, 4, 2, 16, qk_norm=True, model_type="qwen3")
+    chat = ChatConfig("onevision_1_5", "", False, False, "<|image_pad|>", 5, "<|video_pad|>", 6, None, (2,))
+    network = Network(ModelConfig(rice, ProjectorConfig(merge=2), dense, ImageConfig(14, "native"), chat=chat))
+    generator = torch.Generator().manual_seed(1)
+    for name, p in network.named_parameters():
+        p.data = torch.randn(p.shape, generator=generator) * 0.2 + ("norm" in name and name.endswith("weight"))
+    folder = tmp_path_factory.mktemp("rice")
+    save_model(network, folder)
+    span = image_span(network.config, 84, 56)
+    ids = torch.tensor([1, *[5] * span.tokens, *range(10, 20)])
+    patches = torch.randn(span.height * span.width, 3, 14, 14, generator=generator)
+    return folder, dict(input_ids=ids, images=patches, spans=[span])
+
+
+@pytest.mark.parametrize("double", ("", "-double"))
+def test_onevision_15_in_four_bits_is_saved_and_read_to_the_bit(onevision15, tmp_path, double):
+    folder, exam = onevision15
+    model = load_model(folder, quantize=Scheme.parse(f"nf4{double}:{EVERYWHERE}"))
+    kinds = {name: type(m).__name__ for name, m in model.named_modules() if hasattr(m, "in_features")}
+    assert [name for name, kind in kinds.items() if kind != "Linear4bit"] == ["decoder.head"] and len(kinds) > 28
+    with torch.no_grad():
+        before = model(**exam)
+        save_model(model, tmp_path / "ours")
+        again = load_model(tmp_path / "ours")
+        assert torch.equal(again(**exam), before)
+        again.decoder.fuse()
+        save_model(again, tmp_path / "fused")
+        assert torch.equal(load_model(tmp_path / "fused")(**exam), before)
+
+
+@pytest.mark.parametrize("options", ({}, {"compress_statistics": True}, {"blocksize": 4096}), ids=str)
+def test_onevision_15_as_bitsandbytes_quantises_it(bnb, onevision15, tmp_path, options):
+    """q, k and v of the tower as the one layer of its files: read, taken apart, saved again as they were; refused where
+    a block has some of both."""
+    from safetensors.torch import load_file, save_file
+
+    folder, exam = onevision15
+    shutil.copytree(folder, tmp_path / "theirs")
+    tensors, layers = load_file(folder / "model.safetensors"), 0
+    for name in [n for n, t in tensors.items() if t.ndim == 2 and not re.search("embed|lm_head|class_pos", n)]:
+        packed, state = bnb.functional.quantize_4bit(tensors[name], quant_type="nf4", **{"blocksize": 64, **options})
+        tensors |= {name: packed} | {f"{name}.{part}": t for part, t in state.as_dict(packed=True).items()}
+        layers += 1
+    assert layers == 2 * 4 + 2 + 2 * 7
+    save_file(tensors, tmp_path / "theirs" / "model.safetensors")
+    if "blocksize" in options:
+        with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv\.weight: its q, k and v cannot be taken apart"):
+            load_model(tmp_path / "theirs")
+        return
+    model = load_model(tmp_path / "theirs")
+    with torch.no_grad():
+        before, plain = model(**exam), load_model(folder)
+        for name, module in model.named_modules():
+            if isinstance(module, Linear4bit):
+                plain.get_submodule(name).weight.data = module.dequantize(torch.float32)
+        torch.testing.assert_close(before, plain(**exam), rtol=1e-4, atol=1e-4)
+        save_model(model, tmp_path / "ours")
+        assert torch.equal(load_model(tmp_path / "ours")(**exam), before)
+    if options:  # scales of scales, 256 a group, that q, k and v share: they become plain ones
+        return
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    assert ours.keys() == tensors.keys() and all(torch.equal(ours[name], tensors[name]) for name in ours)
 
 
 def test_experts_and_a_tower_whose_files_join_q_k_and_v_are_refused_in_a_line(tmp_path):
