@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
+import typing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -31,7 +33,7 @@ class VisionConfig:
     num_heads: int = 16
     image_size: int = 336  # pixels a side, of the square that the tower sees
     patch_size: int = 14  # pixels a side
-    activation: str = "quick_gelu"  # quick_gelu (CLIP), gelu_tanh (SigLIP) or gelu (RICE)
+    activation: Literal["quick_gelu", "gelu_tanh", "gelu"] = "quick_gelu"  # of CLIP, SigLIP and RICE
     norm_eps: float = 1e-5  # of every LayerNorm
     class_token: bool = True  # a learned token in front of the patches
     pre_norm: bool = True  # a LayerNorm before block 0
@@ -67,7 +69,7 @@ class ProjectorConfig:
     """Vision features to word embeddings: `layers` linear layers with GELU (erf) between them."""
 
     layers: int = 2  # 1 is LLaVA v1's single linear layer, 2 is mlp2x_gelu of LLaVA-1.5
-    activation: str = "gelu"  # gelu (exact, erf) or gelu_tanh
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # gelu is the exact one (erf)
     bias: bool = True
     merge: int = 1  # patches a side that become one token, behind a LayerNorm; the hidden layer has all their width (2
     # in OneVision-1.5's merger)
@@ -78,7 +80,7 @@ class ProjectorConfig:
 class RopeScaling:
     """A rotary embedding stretched over a longer context than it was trained for; `minillava.decoder.frequencies`."""
 
-    kind: str = "linear"  # linear: all frequencies over `factor`; llama3: only the slow ones
+    kind: Literal["linear", "llama3"] = "linear"  # linear: all frequencies over `factor`; llama3: only the slow ones
     factor: float = 1.0
     low_freq_factor: float = 1.0  # llama3: slower than this many turns in the old context is slow
     high_freq_factor: float = 4.0  # llama3: faster than this many is left alone; in between it is blended
@@ -131,34 +133,27 @@ class LayoutConfig:
     """
 
     grids: tuple[tuple[int, int], ...] = ()  # AnyRes: (columns, rows) of tiles; of equals the first wins; (): one view
-    merge: str = "flat"  # flat: view after view; spatial: base view, then the tiles as one map; unpad (the original's
-    # spatial_unpad, and all that transformers knows): that map without its padding, a learned newline behind each row
+    # flat: view after view; spatial: base view, then the tiles as one map; unpad (the original's spatial_unpad, and all
+    # that transformers knows): that map without its padding, a learned newline behind each row
+    merge: Literal["flat", "spatial", "unpad"] = "flat"
     max_tiles: int = 0  # k of anyres_max_k: a map larger than that of k tiles is shrunk; 0: never
     round_unpad: bool = False  # round at 7 decimals before truncating, as transformers does and the original does not
-    several: str = "tiles"  # of several pictures in a prompt, each is: tiles (as one alone) or pad (one padded square)
+    several: Literal["tiles", "pad"] = "tiles"  # each of several in a prompt is tiled as one alone, or a padded square
     video_fit: str = ""  # ImageConfig.fit for frames; "": as for pictures
-    video_pool: str = "average"  # average, max or bilinear, of the patches of a frame
+    video_pool: Literal["average", "max", "bilinear"] = "average"  # of the patches of a frame
     video_stride: int = 2  # patches a side that become one
-    video_newline: str = (
-        "no_token"  # where the newline goes: no_token, one_token (at the end), frame or grid (each row)
-    )
-    pool_first: bool = (
-        False  # pool before the projector (LLaVA-NeXT-Video in transformers), not behind it (the original)
-    )
+    # where the newline goes: nowhere, once at the end, behind each frame, or behind each row of one
+    video_newline: Literal["no_token", "one_token", "frame", "grid"] = "no_token"
+    pool_first: bool = False  # pool before the projector (transformers' LLaVA-NeXT-Video), not behind it (the original)
     video_fps: float = 0.0  # frames a second that are looked at; 0: spread evenly over the clip
     max_frames: int = 32  # of a clip; where there are more they are spread evenly
     time_instruction: bool = False  # tell the model the clip's length and when its frames are (LLaVA-Video)
 
     def __post_init__(self) -> None:
-        for key, known in (
-            ("merge", ("flat", "spatial", "unpad")),
-            ("several", ("tiles", "pad")),
-            ("video_pool", ("average", "max", "bilinear")),
-            ("video_newline", ("no_token", "one_token", "frame", "grid") if self.merge == "unpad" else ("no_token",)),
-        ):
-            if (value := getattr(self, key)) not in known:
-                why = " where merge is not 'unpad': there is no newline" if known == ("no_token",) else ""
-                raise UserError(f"layout.{key} is {value!r}; use one of {', '.join(known)}{why}")
+        if self.video_newline != "no_token" and self.merge != "unpad":
+            raise UserError(
+                f"layout.video_newline {self.video_newline!r} goes with merge 'unpad'; set that, or 'no_token'"
+            )
         if self.max_tiles and self.merge != "unpad":
             raise UserError("layout.max_tiles goes with merge 'unpad'; set that, or 0 tiles")
         if self.video_stride < 1 or self.max_frames < 1 or any(min(grid) < 1 for grid in self.grids):
@@ -214,7 +209,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     `where` names the file for the message.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = _type_hints(cls)
+    hints = typing.get_type_hints(cls)
     kwargs: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
@@ -233,27 +228,23 @@ def to_dict(config: Any) -> dict[str, Any]:
     )
 
 
-def _type_hints(cls: Any) -> dict[str, Any]:
-    import typing
-
-    return typing.get_type_hints(cls)
-
-
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """Check `value` against a field's type; turn lists into tuples and dicts into dataclasses."""
-    import types
-    import typing
-
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{where} is {value!r}{nearest(str(value), args)}")
+        return value
     if origin is tuple and isinstance(value, list | tuple):
         inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
         if len(inner) != len(value):
             raise UserError(f"{where}: expected {len(inner)} values, got {len(value)}")
-        return tuple(_convert(h, v, where) for h, v in zip(inner, value))
+        names = (f" '{v['name']}'" if isinstance(v, dict) and "name" in v else "" for v in value)
+        return tuple(_convert(h, v, where + name) for h, v, name in zip(inner, value, names))
     if origin is dict and isinstance(value, dict):
         return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):

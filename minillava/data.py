@@ -76,20 +76,9 @@ class Report:
         return f"{self.path}: {shown or 'nothing'}" + (f"; {len(self.problems):,} unusable" if self.problems else "")
 
 
-def read_samples(path: Path, image_root: Path | None) -> list[Sample]:
-    """All samples of a json or jsonl file; images are sought under `image_root`, a folder or a zip.
-
-    Raises one UserError that names the file, the first sample that is wrong, and what to do.
-    """
-    samples, report = scan(path, image_root)
-    if report.problems:
-        more = len(report.problems) - 1
-        raise UserError(report.problems[0] + (f" ({more:,} more of {path} are wrong too)" if more else ""))
-    return samples
-
-
 def scan(path: Path, image_root: Path | None) -> tuple[list[Sample], Report]:
-    """The usable samples, and a report with one line for each sample that is not.
+    """The usable samples of a json or jsonl file, and a report with one line for each sample that is not; images are
+    sought under `image_root`, a folder or a zip.
 
     Raises UserError if the file or the image root as a whole cannot be read.
     """

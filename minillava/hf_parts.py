@@ -41,7 +41,7 @@ VISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "clip_vision_model": _TOWER | dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),
     "siglip_vision_model": _TOWER | dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
 }
-ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+ACTIVATIONS: dict[str, Any] = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 MEAN_STD: dict[str, dict[str, Any]] = {  # what a tower's own image processor uses where its file does not say
     "clip_vision_model": dict(image_mean=list(ImageConfig().mean), image_std=list(ImageConfig().std)),
     "siglip_vision_model": dict(image_mean=[0.5] * 3, image_std=[0.5] * 3),

@@ -11,7 +11,6 @@ import itertools
 import os
 import random
 import signal
-import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -204,7 +203,7 @@ class Loader:
 
     `workers` = 0 prepares them in one thread of this process: best on few cores and for small images, and nothing is
     copied. With more, that many processes do. With `ahead` = 0 each is made when it is asked for. The batches are the
-    same. `wait_s` is how long the consumer has waited.
+    same.
     """
 
     def __init__(
@@ -221,22 +220,17 @@ class Loader:
         self.dataset, self.order, self.start, self.stop = dataset, order, start, stop
         self.workers, self.ahead, self.pin = workers, ahead, pin
         self.tally = tally or Tally(len(dataset))
-        self.wait_s = 0.0
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = (
-            self._from_processes() if self.workers else self._from_thread() if self.ahead else self._between_steps()
-        )
+        if self.workers:
+            batches = self._from_processes()
+        else:
+            batches = self._from_thread() if self.ahead else (self[step] for step in range(self.start, self.stop))
         with contextlib.closing(batches):
-            while True:
-                began_s = time.perf_counter()
-                batch = next(batches, None)
-                self.wait_s += time.perf_counter() - began_s
-                if batch is None:
-                    return
+            for batch in batches:
                 if isinstance(batch, UserError):
                     raise batch
                 self.tally.add(batch)
@@ -251,10 +245,6 @@ class Loader:
             return error
         batch.rows = len(rows)
         return batch
-
-    def _between_steps(self) -> Generator[Batch | UserError, None, None]:
-        for step in range(self.start, self.stop):
-            yield self[step]
 
     def _from_thread(self) -> Generator[Batch | UserError, None, None]:
         pool = background_thread()

@@ -68,7 +68,6 @@ class Order:
     count: int  # samples
     batch_size: int  # rows a step, of all ranks together
     seed: int = 0
-    shuffle: bool = True
     micro: int = 0  # rows a micro-batch; 0: all of a batch
     rank: int = 0
     ranks: int = 1
@@ -126,8 +125,7 @@ class Order:
         """All samples of an epoch in their order, and where each row begins (and the last ends)."""
         if epoch not in self._epoch:
             order, starts = np.arange(self.count), np.arange(self.count + 1)
-            if self.shuffle:
-                np.random.default_rng([self.seed, epoch]).shuffle(order)
+            np.random.default_rng([self.seed, epoch]).shuffle(order)
             if self.row_tokens:
                 assert self.lengths is not None
                 rows = fill_rows(self.lengths[order].tolist(), self.row_tokens)

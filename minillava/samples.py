@@ -17,14 +17,14 @@ from minillava.recipe import DataConfig, StageConfig
 
 
 def read_data(files: Sequence[DataConfig], seed: int = 0) -> list[Sample]:
-    """The samples of several files, with a line for each file. Raises UserError if one cannot be used."""
+    """The samples of several files, with a line for each file. Raises a UserError about the first that is unusable."""
     samples: list[Sample] = []
     for file in files:
         found, report = scan(Path(file.path), Path(file.images) if file.images else None)
         print(f"  {report}")
         if report.problems:
-            more = f" ({len(report.problems) - 1:,} more samples are unusable)" if len(report.problems) > 1 else ""
-            raise UserError(report.problems[0] + more)
+            more = len(report.problems) - 1
+            raise UserError(report.problems[0] + (f" ({more:,} more of {file.path} are wrong too)" if more else ""))
         taken = take(found, file.take, f"{seed} {file.path} {file.take}")
         if len(taken) < len(found):
             print(f"    {len(taken):,} of them are taken ({file.take})")

@@ -14,7 +14,9 @@ from PIL import Image
 
 from minillava.chat import IGNORE, Message
 from minillava.config import ChatConfig, ImageConfig, LayoutConfig, ModelConfig, UserError, VisionConfig
-from minillava.data import Example, Sample, SampleError, encode_sample, pack, read_samples, scan
+from minillava.data import Example, Sample, SampleError, encode_sample, pack, scan
+from minillava.recipe import DataConfig
+from minillava.samples import read_data
 from minillava.store import Folder, ImageRef, Pictures
 from minillava.tokenizer import load_tokenizer
 from minillava.train_tokenizer import train_small_tokenizer
@@ -79,6 +81,10 @@ def write(tmp_path, samples, name="data.json"):
     else:
         path.write_text(json.dumps(samples, indent=1))
     return path
+
+
+def read_samples(path, root):
+    return read_data([DataConfig(str(path), str(root or ""))])
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])

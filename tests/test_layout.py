@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minillava.config import DecoderConfig, ImageConfig, LayoutConfig, ModelConfig, UserError, VisionConfig
+from minillava.config import DecoderConfig, ImageConfig, LayoutConfig, ModelConfig, UserError, VisionConfig, from_dict
 from minillava.image import prepare_views
 from minillava.layout import clip_span, frame_limit, image_span, image_tokens
 from minillava.llava import LLaVA
@@ -104,14 +104,14 @@ def test_how_tiles_are_merged(merge, tokens):
 
 def test_layouts_that_make_no_sense_are_refused():
     for values, message in (
-        ({"merge": "best"}, "merge is 'best'; use one of flat, spatial, unpad"),
-        ({"video_newline": "grid"}, "video_newline is 'grid'; use one of no_token where merge is not 'unpad'"),
+        ({"merge": "best"}, r"merge is 'best' \(known: flat, spatial, unpad\)"),
+        ({"video_newline": "grid"}, "video_newline 'grid' goes with merge 'unpad'; set that, or 'no_token'"),
         ({"max_tiles": 9}, "max_tiles goes with merge 'unpad'"),
         ({"grids": ((0, 1),)}, "must be 1 or more"),
         ({"max_frames": 0}, "must be 1 or more"),
     ):
         with pytest.raises(UserError, match=message):
-            LayoutConfig(**values)
+            from_dict(LayoutConfig, values, "x")
 
 
 @pytest.mark.parametrize("config,name", [(HF_NEXT, "LlavaNext"), (HF_OV, "LlavaOnevision")])

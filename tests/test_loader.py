@@ -144,7 +144,7 @@ def test_cut_rows_are_counted(tokenizer):
     assert expected > 0 and (loader.tally.cut_rows, loader.tally.cut_tokens) == (expected, expected)
 
 
-def test_waiting_is_measured_and_work_is_done_ahead(tokenizer):
+def test_work_is_done_ahead(tokenizer):
     """By lower bounds and events alone: a busy machine may not fail it."""
 
     class Slow(Dataset):
@@ -160,7 +160,6 @@ def test_waiting_is_measured_and_work_is_done_ahead(tokenizer):
     loader = Loader(Slow(data.samples, data.config, tokenizer, 999), Order(8, 1), 0, 8, ahead=2)
     batches = iter(loader)
     next(batches)
-    assert loader.wait_s >= 0.02  # nothing was ready
     assert third.wait(60)  # the two behind it come without being asked for
     list(batches)
     assert len(made) == 8 and all(name.startswith("loader") for name in made)

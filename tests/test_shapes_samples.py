@@ -6,7 +6,7 @@ from PIL import Image
 
 from minillava import shapes
 from minillava.config import ChatConfig, ImageConfig, LayoutConfig, ModelConfig, VisionConfig
-from minillava.data import MARKER, VIDEO_MARKER, encode_sample, read_samples
+from minillava.data import MARKER, VIDEO_MARKER, encode_sample, scan
 from minillava.shapes_samples import KINDS, Samples, write
 
 
@@ -47,7 +47,7 @@ def test_answers_are_about_the_right_picture_and_the_clip_moves_as_told():
 def test_what_is_written_is_the_same_samples(tmp_path):
     for kind, path in write(tmp_path, 4, seed=5).items():
         made = Samples(4, 5, (kind,))
-        for read, sample in zip(read_samples(path, tmp_path / "media"), made, strict=True):
+        for read, sample in zip(scan(path, tmp_path / "media")[0], made, strict=True):
             assert read.messages == sample.messages and read.id == sample.id
             for ours, theirs in zip(read.images, sample.images, strict=True):
                 assert np.array_equal(ours.open(""), theirs.open(""))

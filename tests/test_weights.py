@@ -688,7 +688,7 @@ def test_missing_shard_and_bad_index_are_named(checkpoint, tmp_path):
          "vision_aspect_ratio 'anyres' is not supported"),
         ({"model_type": "llava_next_video", "image_grid_pinpoints": [[30, 30]], "spatial_pool_mode": "conv"},
          "spatial_pool_mode 'conv' is not supported"),
-        ({"minillava": {"layout": {"merge": "best"}}}, "layout.merge is 'best'; use one of flat, spatial, unpad"),
+        ({"minillava": {"layout": {"merge": "best"}}}, r"layout: merge is 'best' \(known: flat, spatial"),
         ({"minillava": {"layout": {"newline": 1}}}, "unknown key 'newline'"),
         ({"quantization_config": {"load_in_4bit": True}}, "quantised"),
         ({"text_config": {"model_type": "gpt2"}}, "text_config: model_type 'gpt2' is not supported .*llama"),
