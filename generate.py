@@ -6,7 +6,6 @@ Text goes to stdout as it comes; timing and everything else to stderr. Bad input
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 import time
@@ -159,7 +158,9 @@ class Run:
 
     def show(self, answer: Answer) -> None:
         """The end of an answer: timing, or all of it as JSON."""
-        device = self.model.engine.device.type
+        from minillava.device import copy_bytes_per_s, peak_bytes
+
+        device = self.model.engine.device
         speed, token_s, now = answer.decode_tok_per_s, answer.token_s, peak_bytes(device)
         peak = self.peak = now if now > self.with_buffers else self.peak  # without what measuring the copy took
         share = answer.read_bytes / token_s / copy_bytes_per_s(device) if token_s else None
@@ -193,36 +194,6 @@ class Run:
             file=sys.stderr,
             flush=True,
         )
-
-
-@functools.cache
-def copy_bytes_per_s(device: str) -> float:
-    """How fast this machine copies memory, read and written bytes: what decoding is measured against."""
-    import torch
-
-    source = torch.ones(1 << (29 if device == "cuda" else 26), dtype=torch.uint8, device=device)
-    target, times = torch.empty_like(source), []
-    for _ in range(5):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return 2 * source.numel() / sorted(times)[2]
-
-
-def peak_bytes(device: str) -> int:
-    """Most memory so far: allocated on the GPU, or resident in this process."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kibibytes everywhere but on macOS
 
 
 if __name__ == "__main__":

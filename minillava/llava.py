@@ -29,8 +29,7 @@ class LLaVA(nn.Module):
         super().__init__()
         self.config = config
         self.vision = VisionTower(config.vision)
-        newline = config.layout.merge == "unpad"
-        self.projector = Projector(config.projector, config.vision.feature_size, config.decoder.hidden_size, newline)
+        self.projector = Projector(config)
         self.decoder = Decoder(config.decoder)
 
     def forward(

@@ -6,13 +6,10 @@ left out, over what the same machine reaches in one large product of the same dt
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -113,28 +110,3 @@ def _products(module: nn.Module, input_gradient: bool) -> int:
             weights = layer.per_token * sum(w.numel() // len(w) for w in (layer.gate, layer.up, layer.down))
             total += 2 * weights * (1 + input_gradient + layer.gate.requires_grad)
     return total
-
-
-@cache
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few large products on this device."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(8):
-        began_s = time.perf_counter()
-        product = a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            product[0, 0].item()
-        seconds.append(time.perf_counter() - began_s)
-    return 2 * side**3 / min(seconds)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most memory held so far: of the GPU by PyTorch's tensors, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

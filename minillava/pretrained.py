@@ -16,6 +16,7 @@ from minillava.chat import Message
 from minillava.config import ModelConfig, UserError, nearest
 from minillava.conversation import Conversation
 from minillava.decoder import Unallocated
+from minillava.device import multiplies_bf16, pick_device
 from minillava.engine import Engine, Request, user_message
 from minillava.layout import frame_limit
 from minillava.quantize import Linear4bit, Scheme
@@ -27,14 +28,8 @@ if TYPE_CHECKING:
     from minillava.engine import ImageSource
     from minillava.video import VideoSource
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALL = 300_000_000  # parameters up to which a CPU computes in float32
 
 
@@ -64,8 +59,12 @@ class LLaVA:
         """
         scheme = None if quantize is None else Scheme.parse(quantize)
         folder = resolve(source)
-        place = _device(device)
-        chosen = default_dtype(read_config(folder), place) if dtype is None else _dtype(dtype)
+        place = pick_device(device or "auto")
+        if isinstance(dtype, str):
+            if dtype not in DTYPES:
+                raise UserError(f"dtype '{dtype}' is unknown{nearest(dtype, DTYPES)}")
+            dtype = DTYPES[dtype]
+        chosen = dtype or default_dtype(read_config(folder), place)
         model = load_model(folder, chosen, place, base, scheme)
         # float32 is for exactness: its products stay those of the checkpoint. On a CPU joining 4-bit layers buys
         # nothing and scatters the memory that it frees: 2 GB at 7B.
@@ -141,33 +140,8 @@ class LLaVA:
 def default_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU that has it (else float16). On a CPU float32 for models of up to SMALL parameters, bfloat16 for
     larger ones where the CPU multiplies it (AVX512-BF16 or AMX), and float32 where it does not."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "mps":
-        return torch.float16
+    if device.type != "cpu":
+        return torch.bfloat16 if multiplies_bf16(device) else torch.float16
     with Unallocated():
         parameters = sum(p.numel() for p in llava.LLaVA(config).parameters())
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast and parameters > SMALL else torch.float32
-
-
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise UserError(f"dtype '{dtype}' is unknown{nearest(dtype, DTYPES)}")
-    return DTYPES[dtype]
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device '{device}' is unknown; use cpu, cuda, cuda:1, ... or mps") from None
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (place.index or 0) >= there.get(place.type, 0):
-        have = ", ".join(f"{count} {kind}" for kind, count in there.items() if count)
-        raise UserError(f"device '{device}' is not there (this machine has {have}); leave --device out, or use cpu")
-    return place
+    return torch.bfloat16 if parameters > SMALL and multiplies_bf16(device) else torch.float32

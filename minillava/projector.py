@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillava.config import LayoutConfig, ProjectorConfig
+from minillava.config import LayoutConfig, ModelConfig
 from minillava.kernels.fused_mlp import fused_mlp
 from minillava.layout import Span
 from minillava.vit import ACTIVATIONS
@@ -23,15 +23,17 @@ from minillava.vit import ACTIVATIONS
 class Projector(nn.Module):
     """[..., vision width] -> [..., decoder width]; where patches are merged, [P, 1, D] in their order -> [T, 1, D]."""
 
-    def __init__(self, config: ProjectorConfig, in_features: int, out_features: int, newline: bool = False):
+    def __init__(self, model: ModelConfig):
         super().__init__()
-        self.config = config
-        hidden = out_features
+        self.config = config = model.projector
+        in_features, hidden = model.vision.feature_size, model.decoder.hidden_size
+        out_features = hidden
         if config.merge > 1:
             self.norm = nn.LayerNorm(in_features, eps=config.norm_eps)
             in_features = hidden = in_features * config.merge**2
         widths = [in_features] + [hidden] * (config.layers - 1) + [out_features]
         self.linears = nn.ModuleList(nn.Linear(i, o, bias=config.bias) for i, o in pairwise(widths))
+        newline = model.layout.merge == "unpad"
         # Learned, behind the rows of a map. Here so that it is trained with the projector; the original counts it as
         # part of the language model.
         self.newline = nn.Parameter(torch.randn(out_features) * out_features**-0.5) if newline else None

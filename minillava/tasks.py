@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import itertools
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -60,15 +61,15 @@ class Run:
         self.config: ModelConfig = self.model.config  # of the model that comes out; a stage's layout may differ
 
 
-class Task:
-    """One stage's work. Subclasses set `model` and `parts` and define `batches` and `loss`; the rest has defaults."""
+class Task(ABC):
+    """One stage's work. Subclasses set what is here; of what is defined, the rest has defaults.
 
-    model: (
-        nn.Module
-    )  # what `loss` calls; its parameters are those that are not listed in parts, frozen, and those that are
+    Ranks share the steps and the model of an LLaVATask, which may train adapters; of others every rank does all work.
+    """
+
+    model: nn.Module  # what `loss` calls; what of it is in no part is frozen
     parts: dict[str, nn.Module]  # by the name that `lr` has for them; disjoint, all inside `model`
     stage: StageConfig
-    split = False  # whether ranks share a step's micro-batches and the model; else every rank does the same work
 
     def total_steps(self) -> int:
         """Optimizer steps of the stage."""
@@ -76,28 +77,17 @@ class Task:
             raise UserError(f"stage '{self.stage.name}': its data has no end; set steps instead of epochs")
         return self.stage.steps
 
+    @abstractmethod
     def batches(self, start: int, stop: int) -> Iterator[list[Any]]:
         """The micro-batches of steps start to stop (exclusive). Step k holds the same whatever `start` was."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, call: Callable[..., Any], micro: Any) -> tuple[Tensor, int]:
         """The SUM of the losses of a micro-batch and how many they are; `call` is `model` with the weights to use."""
-        raise NotImplementedError
 
-    def has_pictures(self, micro: Any | None) -> bool:
-        """Whether the vision parts work on a micro-batch. Asked, as what follows, only where ranks share steps."""
-        raise NotImplementedError
-
-    def filled_up(self, micro: Any | None, pictures: bool) -> Any:
-        """The micro-batch (or none) with what teaches nothing added; with pictures in it where `pictures` is set."""
-        raise NotImplementedError
-
-    def fill(self) -> None:
-        """Give the model its weights, after it was split over the ranks."""
-
+    @abstractmethod
     def tokens(self, micro: Any) -> int:
         """How many tokens (or pairs) go through the model, for the rate that is shown."""
-        raise NotImplementedError
 
     def flops(self, micro: Any) -> float:
         """What a training step with it costs; 0 where nobody has counted."""
@@ -112,17 +102,17 @@ class Task:
         return {}
 
     def probe(self, call: Callable[..., Any]) -> Tensor:
-        """Logits for an input that is always the same. Asked only where adapters are trained."""
-        raise NotImplementedError
+        """Logits for an input that is always the same, by which a model with adapters is compared with the export."""
+        raise UserError(f"stage '{self.stage.name}': task '{self.stage.task}' trains no adapters; leave lora out")
 
-    def save(self, folder: Path) -> None:
-        """Export the result into a folder that does not exist yet; a task whose result is no checkpoint writes none."""
+    def save(self, folder: Path) -> None:  # noqa: B027 a task whose result is no checkpoint writes none
+        """Export the result into a folder that does not exist yet."""
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beside weights, step and random state, as JSON."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 there is none
         """Take back what `state` returned."""
 
     def summary(self) -> str:
@@ -138,7 +128,11 @@ def task_class(stage: StageConfig) -> type[Task]:
 
 
 def make_task(run: Run, stage: StageConfig) -> Task:
-    return task_class(stage)(run, stage)  # type: ignore[call-arg]
+    """The task of a stage. Raises UserError for an unknown one, and for what it cannot do."""
+    cls = task_class(stage)
+    if stage.lora and not issubclass(cls, LLaVATask):
+        raise UserError(f"stage '{stage.name}': task '{stage.task}' trains no adapters; leave lora out")
+    return cls(run, stage)  # type: ignore[call-arg]
 
 
 def export(run: Run, folder: Path) -> None:
@@ -155,8 +149,6 @@ def export(run: Run, folder: Path) -> None:
 
 class LLaVATask(Task):
     """Next-token loss on the answers of conversations about pictures: LLaVA's stages (arXiv 2304.08485, 4.2)."""
-
-    split = True
 
     def __init__(self, run: Run, stage: StageConfig):
         self.run, self.stage = run, stage
@@ -223,10 +215,12 @@ class LLaVATask(Task):
         return loss, batch.supervised
 
     def has_pictures(self, micro: Batch | None) -> bool:
+        """Whether the vision parts work on a micro-batch."""
         return micro is not None and micro.pixels_NCHW is not None
 
     def filled_up(self, micro: Batch | None, pictures: bool) -> Batch:
-        """A row is added that is one picture, or one token, without a label."""
+        """The micro-batch, or where there is none or pictures are missing, with a row that is one picture, or one
+        token, without a label."""
         if micro is not None and (not pictures or self.has_pictures(micro)):
             return micro
         example = blank_example(self.config) if pictures else Example([self.config.chat.bos_id or 0], [IGNORE], None)
@@ -240,6 +234,7 @@ class LLaVATask(Task):
         )  # fmt: skip
 
     def fill(self) -> None:
+        """Give the model its weights, after it was split over the ranks."""
         assert self.run.fill is not None
         self.run.fill(self.run.model)
 

@@ -27,11 +27,12 @@ from torch import Tensor
 
 from minillava import checkpoint, lora, parallel
 from minillava.config import UserError, nearest
-from minillava.metrics import Clock, matmul_peak, peak_bytes
+from minillava.device import compute_dtype, matmul_peak, peak_bytes
+from minillava.metrics import Clock
 from minillava.optim import make_optimizer
 from minillava.progress import Bar, Log
 from minillava.recipe import Recipe, StageConfig
-from minillava.tasks import Task
+from minillava.tasks import LLaVATask, Task
 from minillava.weights import load_model
 
 MAX_NON_FINITE = 5  # steps in a row without a finite gradient before the run stops
@@ -52,11 +53,11 @@ class Trainer:
         self.device, self.dtype = device, compute_dtype(stage.dtype, device)
         self.steps = task.total_steps()
         self.step = self.skipped = self.non_finite = 0
-        self.shared = parallel.world() > 1 and task.split
+        self.shared = task if parallel.world() > 1 and isinstance(task, LLaVATask) else None
         self.trained = self._choose_parameters()
         if self.shared:
             parallel.shard(task.model, self.dtype, self.recipe.shard, self.recipe.offload, device)
-            task.fill()
+            self.shared.fill()
             self.trained = self._named_as(self.trained)
         lora.initialise({n: p for n, p in self.trained.items() if "lora_" in n}, max(stage.seed, 0))
         self.optimizer = make_optimizer(task.model, self.trained, stage)
@@ -67,7 +68,7 @@ class Trainer:
             for p in task.model.parameters()
             if id(p) not in trained and not self.shared
         }
-        self.plain = self.shared or all(p.dtype == self.dtype for p in task.model.parameters())
+        self.plain = self.shared is not None or all(p.dtype == self.dtype for p in task.model.parameters())
         self.saver = checkpoint.Saver(folder / "checkpoints", stage.keep)
         self.clock = Clock(device, task.parts.get("vision"))
         newest = checkpoint.latest(folder / "checkpoints") if resume else None
@@ -146,7 +147,7 @@ class Trainer:
         """One optimizer step; the loss and the gradient norm are means over the supervised positions."""
         total, count = torch.zeros((), device=self.device), 0
         if self.shared:
-            micros = self._in_step(micros)
+            micros = self._in_step(self.shared, micros)
         with self.weights() as call:
             for micro in micros:
                 with self.clock("forward"):
@@ -180,13 +181,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return values
 
-    def _in_step(self, micros: list[Any]) -> list[Any]:
+    def _in_step(self, task: LLaVATask, micros: list[Any]) -> list[Any]:
         """As many micro-batches on every rank, with pictures in the same ones, whatever the ranks drew: all then call
         the same modules. What is added teaches nothing; pictures that no rank has are not made up."""
         (most,) = parallel.agree([len(micros)])
         micros = micros + [None] * (most - len(micros))
-        seen = parallel.agree([int(self.task.has_pictures(micro)) for micro in micros])
-        return [self.task.filled_up(micro, bool(pictures)) for micro, pictures in zip(micros, seen)]
+        seen = parallel.agree([int(task.has_pictures(micro)) for micro in micros])
+        return [task.filled_up(micro, bool(pictures)) for micro, pictures in zip(micros, seen)]
 
     def _skip(self, values: dict[str, Any]) -> None:
         self.skipped += 1
@@ -364,17 +365,6 @@ def schedule(stage: StageConfig, step: int, steps: int) -> float:
         return 1.0
     fallen = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
     return stage.floor + (1 - stage.floor) * fallen
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """'auto' is bfloat16 where the hardware multiplies it: elsewhere it would be emulated, and slower than float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip is not None
-    else:
-        native = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if native else torch.float32
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minillava import lora
 from minillava.config import DecoderConfig, ImageConfig, ModelConfig, VisionConfig
+from minillava.device import matmul_peak, peak_bytes
 from minillava.llava import LLaVA
-from minillava.metrics import Clock, Work, matmul_peak, peak_bytes
+from minillava.metrics import Clock, Work
 from minillava.recipe import LoRAConfig
 
 CPU = torch.device("cpu")

@@ -18,16 +18,17 @@ from safetensors.torch import save_file
 
 from minillava import checkpoint
 from minillava.config import DecoderConfig, ModelConfig, UserError, VisionConfig
+from minillava.device import compute_dtype
 from minillava.llava import LLaVA
 from minillava.names import rename
 from minillava.optim import Muon, make_optimizer
 from minillava.pipeline import make_run, run_recipe
 from minillava.progress import Log, read_log
 from minillava.recipe import ModelRecipe, StageConfig, read_recipe
-from minillava.tasks import LLaVATask, Task, rounded_up
+from minillava.tasks import LLaVATask, rounded_up
 from minillava.tokenizer import load_tokenizer
 from minillava.train_tokenizer import train_small_tokenizer
-from minillava.trainer import MAX_NON_FINITE, Trainer, compute_dtype, schedule
+from minillava.trainer import MAX_NON_FINITE, Trainer, schedule
 from minillava.weights import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -292,12 +293,17 @@ def test_a_rate_for_a_part_that_is_not_there(world, tmp_path):
         trainer_of(world, tmp_path, "stage.finetune.lr.projektor=1e-3")
     with pytest.raises(UserError, match=r"no task 'lava'.*did you mean 'llava'"):
         run_recipe(recipe_of(world, tmp_path / "x", "stage.*.task=lava"))
+    with pytest.raises(UserError, match="task 'text' trains no adapters; leave lora out"):
+        run_recipe(recipe_of(world, tmp_path / "y", "stage.*.task=text", "stage.*.lora={projector = {rank = 2}}"))
 
 
 def test_parts_that_overlap_are_refused(world, tmp_path):
     trainer = trainer_of(world, tmp_path)
 
-    class Overlapping(Task):
+    class Overlapping(type(trainer.task)):
+        def __init__(self):
+            pass
+
         model = trainer.task.model
         parts = {"projector": model, "decoder": model.decoder}  # noqa: RUF012
         stage = dataclasses.replace(trainer.stage, steps=1, epochs=0)
