@@ -31,6 +31,7 @@ from minillava.kernels import (
     frame,
     fused_mlp,
     linear_cross_entropy,
+    nf4_dequantize,
     nf4_matmul,
     rms_norm,
     swiglu,
@@ -305,7 +306,9 @@ def shipped(arch: str) -> Iterator[Compiled]:
     for bucket in _buckets(configs.table("nf4_matmul")["dequantize"], arch):
         with compiling(arch) as found:
             parts = _meta(1 << 21, dtype=torch.uint8), _meta(1 << 16, dtype=torch.float32)
-            nf4_matmul.triton_dequantize(*parts, None, None, 1024, 4096, "nf4", 64, torch.bfloat16, bucket["config"])
+            nf4_dequantize.triton_dequantize(
+                *parts, None, None, 1024, 4096, "nf4", 64, torch.bfloat16, bucket["config"]
+            )
         yield from found
 
 

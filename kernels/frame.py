@@ -143,6 +143,13 @@ def register(
     return getattr(torch.ops.minillava, name).default
 
 
+def aligned(x: Tensor) -> Tensor:
+    """Contiguous (gradients of a sum have zero strides) and on a 16-byte address, as vector loads and descriptors want
+    it."""
+    x = x.contiguous()
+    return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
+
+
 def shapes(**tensors: Tensor | None) -> str:
     """The text "x [2, 3], w [4, 5]" for the message of a refused call."""
     return ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items() if t is not None)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.kernels import configs
-from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl
+from minillava.kernels.frame import aligned, card_of, jit, launch, register, shapes, tl
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -295,7 +295,7 @@ def triton_forward(x_NK, w1_HK, b1_H, w2_OH, b2_O, activation: str, save: bool, 
         return plain_forward(x_NK, w1_HK, b1_H, w2_OH, b2_O, activation, save)
     act_NH = x_NK.new_empty(N, H)
     pre_NH = torch.empty_like(act_NH) if save else x_NK.new_empty(0)
-    x_NK, w1_HK = _aligned(x_NK), _aligned(w1_HK)
+    x_NK, w1_HK = aligned(x_NK), aligned(w1_HK)
     # Without `save` the kernel never touches pre, but a descriptor wants an address of the right shape.
     outputs = (pre_NH if save else act_NH, act_NH, act_NH)
     _product(x_NK, w1_HK, b1_H, *outputs, None, activation, False, save, config)
@@ -316,8 +316,8 @@ def triton_backward(dy_NO, x_NK, w1_HK, w2_OH, pre_NH, activation: str, needs: l
     fused_sums = need_b1 and not config.get("specialize", False)
     tiles = -(-N // config["block_m"])
     sums_TH = torch.empty(tiles, H, dtype=torch.float32, device=x_NK.device) if fused_sums else None
-    dy_NO = _aligned(dy_NO)
-    _product(dy_NO, _aligned(w2_OH), None, pre_NH, act_NH, dpre_NH, sums_TH, activation, True, False, config)
+    dy_NO = aligned(dy_NO)
+    _product(dy_NO, aligned(w2_OH), None, pre_NH, act_NH, dpre_NH, sums_TH, activation, True, False, config)
     if sums_TH is not None:
         db1_H = sums_TH.sum(0).to(x_NK.dtype)
     else:
@@ -342,12 +342,6 @@ def _scalar_loads(config: dict, x_NK: Tensor, weight: Tensor) -> bool:
     """Whether pointers would be read element by element: Triton sees alignment in multiples of 16 only, and spills
     without it. Such widths are the library's, unless descriptors are in use, which take multiples of 8."""
     return config["variant"] == "pointer" and not x_NK.is_cpu and any(n % 16 for n in weight.shape)
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """Contiguous (gradients of a sum have zero strides) and on a 16-byte address, as descriptors want it."""
-    t = t.contiguous()
-    return t if t.is_meta or t.data_ptr() % 16 == 0 else t.clone()
 
 
 def _product(a, b, bias, pre, act, dpre, sums, activation: str, backward: bool, save: bool, config: dict) -> None:

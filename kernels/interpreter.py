@@ -1,8 +1,9 @@
 """Run a Triton kernel on CPU tensors, in a process where kernels are compiled too.
 
 Triton's own switch, TRITON_INTERPRET, has to be set before Triton is imported, and then nothing can be compiled. Here
-the interpreter is put in place for the length of one launch. Good for numerics in fp16 and fp32; its bf16 is wrong (it
-multiplies bit patterns), so bf16 is refused.
+the interpreter is put in place for the length of one launch. It holds bf16 as bit patterns, cuts off instead of
+rounding to it and multiplies the patterns: here casts round to the nearest even and products are of the numbers, as on
+a card; other arithmetic in bf16, which no kernel here does, is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -17,19 +19,45 @@ from triton.language import core  # noqa: F401  (patched with tl: the interprete
 from triton.runtime import interpreter
 
 cached = functools.cache(interpreter.InterpretedFunction)
+Handle, builder = interpreter.TensorHandle, interpreter.interpreter_builder
+cast, dot, binary = builder.cast_impl, builder.create_dot, builder.binary_op
 
 
 def _call(function: triton.JITFunction, *args: Any, **kwargs: Any) -> Any:
     return cached(function.fn).rewrite()(*args, **kwargs)
 
 
+def _wide(x: Any) -> Any:
+    """bf16 as fp32, anything else as it is."""
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    return Handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _cast(x: Any, to: Any) -> Any:
+    if to.scalar != tl.bfloat16:
+        return cast(_wide(x), to)
+    numbers = np.ascontiguousarray(_wide(x).data, dtype=np.float32)
+    return Handle(torch.from_numpy(numbers).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+
+
+def _dot(a: Any, b: Any, *more: Any) -> Any:
+    return dot(_wide(a), _wide(b), *more)
+
+
+def _binary(a: Any, b: Any, op: Any) -> Any:
+    if tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar):
+        raise TypeError(f"Triton's interpreter computes {op.__name__} of bf16 wrongly; convert to fp32 first")
+    return binary(a, b, op)
+
+
 def run(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Interpret `kernel` over `grid`, program by program."""
-    if any(isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16 for t in args):
-        raise TypeError(f"{kernel.__name__}: Triton's interpreter computes bf16 wrongly; use fp16 or fp32")
     patch_language, compiled_call = interpreter._patch_lang, triton.JITFunction.__call__
     scope = patch_language(run)
     scope.set_attr(tl.tensor, "__index__", lambda self: self.handle.data.item())  # Triton 3.6's own breaks in numpy 2.4
+    for name, ours in {"cast_impl": _cast, "create_dot": _dot, "binary_op": _binary}.items():
+        scope.set_attr(builder, name, ours)
     interpreter._patch_lang = lambda _: interpreter._LangPatchScope()
     triton.JITFunction.__call__ = _call  # a function called by a kernel, such as tl.cdiv, is interpreted as well
     try:

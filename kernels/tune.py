@@ -24,6 +24,7 @@ from minillava.kernels import (
     flash_backward,
     fused_mlp,
     linear_cross_entropy,
+    nf4_dequantize,
     nf4_matmul,
     rms_norm,
     swiglu,
@@ -237,7 +238,7 @@ def tune_nf4(card: Card, part: str, bucket: dict[str, Any], rounds: int) -> dict
         ]
 
         def run(config: dict) -> Any:
-            return nf4_matmul.triton_dequantize(*weight, N, K, "nf4", 64, torch.bfloat16, config)
+            return nf4_dequantize.triton_dequantize(*weight, N, K, "nf4", 64, torch.bfloat16, config)
     else:
         candidates = list(nf4_candidates(rows)) if "rows" in bucket else [{"variant": "library"}]
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minillava.config import UserError, nearest
-from minillava.kernels import nf4_matmul as kernel
-from minillava.kernels.nf4_matmul import BLOCKSIZES, CODES, NESTED, nf4_matmul, scales
+from minillava.kernels import nf4_dequantize as kernel
+from minillava.kernels.nf4_dequantize import BLOCKSIZES, CODES, NESTED, scales
+from minillava.kernels.nf4_matmul import nf4_matmul
 
 PARTS = {"decoder": "decoder.blocks.", "vision": "vision.", "projector": "projector.", "head": "decoder.head"}
 # What bitsandbytes writes beside `X.weight`; the last is JSON.
@@ -73,7 +74,7 @@ class Scheme:
 def quantize(
     weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, double: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """packed, absmax, nested and dynamic, as `minillava.kernels.nf4_matmul` takes them, of a weight in any shape.
+    """packed, absmax, nested and dynamic, as `minillava.kernels.nf4_dequantize` takes them, of a weight in any shape.
 
     Works on a few values at a time, where the weight is. Raises ValueError if a value is not finite.
     """

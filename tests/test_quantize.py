@@ -25,7 +25,7 @@ from minillava.config import (
     VisionConfig,
 )  # fmt: skip
 from minillava.image import open_image, prepare
-from minillava.kernels.nf4_matmul import BLOCKSIZES, CODES
+from minillava.kernels.nf4_dequantize import BLOCKSIZES, CODES
 from minillava.layout import image_span
 from minillava.llava import LLaVA as Network
 from minillava.quantize import Linear4bit, Scheme, cat_rows, quant_state

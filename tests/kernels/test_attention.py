@@ -122,6 +122,8 @@ INTERPRETED = [
     ((70,), None, 24, 1, 1, torch.float32, "descriptor", {"causal": True, "window": 7}),
     ((40, 5), None, 16, 1, 1, torch.float32, "pointer", {"causal": True, "prefix": (20, 0)}),
     ((3, 2), (0, 0), 16, 1, 1, torch.float32, "pointer", {"causal": True}),
+    ((40, 33), None, 72, 2, 1, torch.bfloat16, "pointer", {"causal": True}),
+    ((9, 40), (50, 40), 64, 1, 1, torch.bfloat16, "descriptor", {"causal": False}),
 ]
 
 

@@ -68,6 +68,7 @@ def test_error(B, longest, dtype):
         ((1, 0, 70), 3, 1, 64, 58, 2, torch.float16),  # fewer blocks than shares, and a row without keys
         ((128, 100), 2, 2, 72, 0, 2, torch.float32),
         ((33,), 2, 1, 16, 0, 1, torch.float16),
+        ((45, 61), 6, 2, 40, 9, 1, torch.bfloat16),
     ),
 )
 def test_triton_kernels_in_the_interpreter(lengths, H, G, K, room, splits, dtype, window):

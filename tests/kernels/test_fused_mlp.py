@@ -75,7 +75,7 @@ VARIANTS = (
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", (torch.float16, torch.float32))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 @pytest.mark.parametrize("activation", ("gelu", "gelu_tanh"))
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in v.values()))
 @pytest.mark.parametrize("rows", (1, 37))

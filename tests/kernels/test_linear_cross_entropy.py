@@ -61,7 +61,7 @@ def test_error_on_gpu(shape, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", (torch.float16, torch.float32))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 @pytest.mark.parametrize(
     "config", ({"one_pass": True}, {"one_pass": False, "block": 64}), ids=("one pass", "two passes")
 )

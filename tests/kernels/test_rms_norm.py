@@ -60,7 +60,7 @@ def test_error_on_gpu(rows, width, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", (torch.float16, torch.float32))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 @pytest.mark.parametrize(("rows", "width"), ((1, 200), (700, 40), (37, 300)))
 def test_triton_kernels_in_the_interpreter(rows, width, dtype):
     """Tiles of one row and of several, partial ones, and programs that take more than one."""

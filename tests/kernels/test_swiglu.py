@@ -51,7 +51,7 @@ def test_error_on_gpu(rows, width, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", (torch.float16, torch.float32))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 @pytest.mark.parametrize("rows", (1, 37))
 def test_triton_kernels_in_the_interpreter(rows, dtype):
     gate, up, dy = inputs(rows, 104, dtype)
