@@ -9,13 +9,14 @@ Shape letters: N views, C channels (RGB), H height, W width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
 import math
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,7 +32,7 @@ T = TypeVar("T")
 MAX_PIXELS = 178_956_970  # of a file, and of what it is padded or resized to: PIL's own hard limit, 537 MB as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO", "AVIF")  # others run odd parsers
 # What PIL raises on damaged files, besides OSError (its UnidentifiedImageError is one).
-DECODE_ERRORS = (
+DECODE_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     SyntaxError,
     ValueError,
@@ -39,10 +40,8 @@ DECODE_ERRORS = (
     IndexError,
     KeyError,
     TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
 )
+DECODE_ERRORS += (OverflowError, struct.error, zlib.error)
 EXIF_ORIENTATION = 0x0112  # Exif 2.32, table 4
 
 
@@ -55,13 +54,19 @@ def open_image(source: str | Path | bytes | Image.Image, name: str = "") -> Imag
     """
     name = name or (str(source) if isinstance(source, str | Path) else "the image")
     if isinstance(source, Image.Image):
-        return _decode(source, name, orient=False)
+        with _told(name):
+            return _decode(source, name, orient=False)
     return _opened(source, name, lambda image: _decode(image, name, orient=True))
 
 
 def image_size(source: str | Path | bytes, name: str) -> tuple[int, int]:
     """Width and height of what `open_image` would return, from the file's header. Raises UserError."""
-    return _opened(source, name, lambda image: _upright_size(image, name))
+
+    def upright(image: Image.Image) -> tuple[int, int]:
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else image.size
+
+    return _opened(source, name, upright)
 
 
 def _opened(source: str | Path | bytes, name: str, use: Callable[[Image.Image], T]) -> T:
@@ -71,19 +76,24 @@ def _opened(source: str | Path | bytes, name: str, use: Callable[[Image.Image], 
         raise UserError(f"{name}: no such image file; check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise UserError(f"{name}: cannot be read ({_reason(error)}); check the path and its permissions") from None
-    with file:
+    with file, _told(name):
         if file.seek(0, io.SEEK_END) == 0:
             raise UserError(f"{name}: the image file is empty (0 bytes); fetch it again")
         file.seek(0)
-        try:
-            image = Image.open(file, formats=_formats())
-        except Image.DecompressionBombError:
-            raise UserError(f"{name}: more than {MAX_PIXELS:,} pixels; scale the image down first") from None
-        except Image.UnidentifiedImageError:
-            raise UserError(f"{name}: not an image that can be read here; convert it to PNG or JPEG") from None
-        except DECODE_ERRORS as error:
-            raise UserError(f"{name}: a damaged image ({_reason(error)}); fetch or save it again") from None
-        return use(image)
+        return use(Image.open(file, formats=_formats()))
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What PIL raises as UserErrors."""
+    try:
+        yield
+    except Image.DecompressionBombError:
+        raise UserError(f"{name}: more than {MAX_PIXELS:,} pixels; scale the image down first") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{name}: not an image that can be read here; convert it to PNG or JPEG") from None
+    except DECODE_ERRORS as error:
+        raise UserError(f"{name}: a damaged image ({_reason(error)}); fetch or save it again") from None
 
 
 def prepare(image: Image.Image, config: ImageConfig, name: str = "the image") -> torch.Tensor:
@@ -216,27 +226,16 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
-    try:
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    except DECODE_ERRORS as error:
-        raise UserError(f"{name}: a damaged image ({_reason(error)}); fetch or save it again") from None
-    return (image.height, image.width) if turned else image.size
-
-
 def _decode(image: Image.Image, name: str, orient: bool) -> Image.Image:
     width, height = image.size
     if width < 1 or height < 1:
         raise UserError(f"{name}: an image of {width} x {height} pixels has no area; leave it out")
     if width * height > MAX_PIXELS:
         raise UserError(f"{name}: {width} x {height} is more than {MAX_PIXELS:,} pixels; scale the image down first")
-    try:
-        image.load()
-        if orient and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        return _to_rgb(image, name)
-    except DECODE_ERRORS as error:
-        raise UserError(f"{name}: a damaged image ({_reason(error)}); fetch or save it again") from None
+    image.load()
+    if orient and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    return _to_rgb(image, name)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -91,12 +92,7 @@ def _config(config: ModelConfig) -> Iterator[str]:
 def _size(tensors: Iterable[Stored]) -> str:
     """Parameters, bytes and dtypes of tensors, and the files they are in."""
     tensors = list(tensors)
-    numbers, nbytes = 0, 0
-    for stored in tensors:
-        count = 1
-        for side in stored.shape:
-            count *= side
-        numbers, nbytes = numbers + count, nbytes + stored.nbytes
+    numbers, nbytes = sum(math.prod(t.shape) for t in tensors), sum(t.nbytes for t in tensors)
     dtypes = ", ".join(sorted({stored.dtype.removeprefix("torch.") for stored in tensors}))
     files = sorted({stored.path.name for stored in tensors})
     shown = files[0] if len(files) == 1 else f"{len(files)} files"

@@ -100,12 +100,8 @@ class Dataset:
         """All samples' lengths, from `cache` if it has them, else counted by so many processes and written there."""
         lengths = np.load(cache) if cache.is_file() else np.empty(0)
         if len(lengths) != len(self):
-            chunks: Any = torch.utils.data.DataLoader(
-                _Lengths(self),  # type: ignore[arg-type]
-                batch_size=None,
-                num_workers=workers,
-                worker_init_fn=_quiet,
-            )
+            many = torch.utils.data.DataLoader
+            chunks: Any = many(_Lengths(self), 1000, num_workers=workers, collate_fn=list, worker_init_fn=_quiet)  # type: ignore[arg-type]
             lengths = np.array([length for chunk in chunks for length in chunk])
             cache.parent.mkdir(parents=True, exist_ok=True)
             partial = cache.with_name(f".{os.getpid()}.{cache.name}")
@@ -127,17 +123,15 @@ def _seen(sample: Sample) -> bool:
 
 @dataclass
 class _Lengths:
-    """Lengths of a thousand samples at a time, for processes."""
+    """The length of a sample at its index, for processes."""
 
     dataset: Dataset
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // 1000)
+        return len(self.dataset)
 
-    def __getitem__(self, chunk: int) -> list[int]:
-        if chunk >= len(self):
-            raise IndexError(chunk)
-        return [self.dataset.length(i) for i in range(1000 * chunk, min(1000 * (chunk + 1), len(self.dataset)))]
+    def __getitem__(self, index: int) -> int:
+        return self.dataset.length(index)
 
 
 @dataclass

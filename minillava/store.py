@@ -1,4 +1,4 @@
-"""Where the images and videos of a data set are: a folder, a zip read in place, or memory.
+"""Where the images and videos of a data set are: a folder, a zip read in place, or what makes them (ImageStore).
 
 A store is opened once and used by several threads and by forked or spawned loader processes.
 """
@@ -9,7 +9,6 @@ import os
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,6 @@ class ImageStore(ABC):
     @abstractmethod
     def get(self, name: str, label: str) -> Path | bytes | Image.Image:
         """What is there, for `open_image` or `open_clip`; UserError that starts with `label` if it cannot be had."""
-
-    def open(self, name: str, label: str) -> Image.Image:
-        """The decoded RGB image; UserError that starts with `label` if it cannot be had."""
-        return open_image(self.get(name, label), label)
-
-    def size(self, name: str, label: str) -> tuple[int, int]:
-        """Width and height of the upright image, without decoding it; UserError as for `open`."""
-        source = self.get(name, label)
-        return source.size if isinstance(source, Image.Image) else image_size(source, label)
 
 
 class Folder(ImageStore):
@@ -101,19 +91,6 @@ class Zip(ImageStore):
             raise UserError(f"{label}: cannot be unpacked from {self.path} ({error}); make the zip again") from None
 
 
-class Pictures(ImageStore):
-    """Images already in memory."""
-
-    def __init__(self, pictures: Mapping[str, Image.Image | bytes]):
-        self.pictures = pictures
-
-    def has(self, name: str) -> bool:
-        return name in self.pictures
-
-    def get(self, name: str, label: str) -> Image.Image | bytes:
-        return self.pictures[name]
-
-
 def open_store(root: Path) -> ImageStore:
     """A folder, or a zip file read in place. Raises UserError if there is neither."""
     if root.is_dir():
@@ -131,7 +108,9 @@ class ImageRef:
     store: ImageStore
 
     def open(self, sample: str) -> Image.Image:
-        return self.store.open(self.name, f"{sample}: {self.name}")
+        """The decoded RGB image. Raises a UserError that names sample and picture, as what follows does."""
+        label = f"{sample}: {self.name}"
+        return open_image(self.store.get(self.name, label), label)
 
     def open_clip(self, sample: str, config: ModelConfig) -> Clip:
         """The frames that a model of this config looks at."""
@@ -140,4 +119,7 @@ class ImageRef:
         return open_clip([source] if isinstance(source, Image.Image) else source, config, label)
 
     def size(self, sample: str) -> tuple[int, int]:
-        return self.store.size(self.name, f"{sample}: {self.name}")
+        """Width and height of the upright image, without decoding it."""
+        label = f"{sample}: {self.name}"
+        source = self.store.get(self.name, label)
+        return source.size if isinstance(source, Image.Image) else image_size(source, label)

@@ -11,7 +11,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,7 @@ class Stored:
     name: str
     shape: tuple[int, ...]
     dtype: str  # as the file spells it
-    share: tuple[int, int] = (
-        0,
-        1,
-    )  # of the rows of the tensor in the file, whose shape is this one's: which, of how many
+    share: tuple[int, int] = 0, 1  # of the rows of the tensor in the file: which, of how many; `shape` is the share's
 
     @property
     def nbytes(self) -> int:
@@ -104,6 +101,13 @@ def read(tensors: Iterable[Stored]) -> Iterator[Tensor]:
             tensor = file_of[1][stored.name] if is_bin else file_of[1].get_tensor(stored.name)
             which, shares = stored.share
             yield tensor.chunk(shares)[which] if shares > 1 else tensor
+
+
+def read_named(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Stored, Tensor]]:
+    """Name, place and values of each tensor, in the order of the files; values as `read` gives them."""
+    ordered = sorted(tensors.items(), key=lambda item: (str(item[1].path), item[1].name))
+    for (name, stored), tensor in zip(ordered, read(stored for _, stored in ordered)):
+        yield name, stored, tensor
 
 
 def inspect_folder(folder: Path) -> dict[str, Stored]:

@@ -30,7 +30,7 @@ from minillava.hf_parts import optional_json, read_json
 from minillava.llava import LLaVA
 from minillava.names import EXPERT, OPTIONAL, Plan, rename, to_files, unstack
 from minillava.quantize import Linear4bit, Scheme, cat_rows, quantization_config
-from minillava.tensor_files import SHARD, Stored, inspect, inspect_folder, read, write
+from minillava.tensor_files import SHARD, Stored, inspect, inspect_folder, read, read_named, write
 
 if TYPE_CHECKING:
     from minillava.tokenizer import Tokenizer
@@ -116,22 +116,12 @@ def load_model(
     none (it is on meta). Raises UserError for whatever is missing, left over, misshapen or unreadable.
     """
     folder = resolve(folder)
-    raw = read_json(folder / "config.json")
-    config = model_config(raw, folder, find)
-    with Unallocated():
-        model = LLaVA(config)
+    model, plan, delta, adapters, head = _found(folder, None if base is None else resolve(base))
     empty = model.state_dict()
-    wanted = {name: tuple(p.shape) for name, p in unstack(empty).items()}
-    adapters = read_adapters(folder) if (folder / "adapter_config.json").is_file() else None
-    plan, delta = _plan(folder, raw, None if base is None else resolve(base), adapters)
+    wanted = {name: tuple(t.shape) for name, t in unstack(empty).items()}
     late = delta is not None or adapters is not None  # the weights are whole only when all files are read
     if late and sink is not None:
         raise UserError(f"{folder}: a delta or adapters; load it on one device and save the whole, then use that")
-    head = plan.source.pop("decoder.head.weight", None) if config.decoder.tie_embeddings else None
-    if plan.layout.get("vision") == "tower" and not config.vision.class_token:
-        spare = f"vision.blocks.{config.vision.num_layers}."  # a stock SigLIP has a block more than the original keeps
-        plan.source = {name: stored for name, stored in plan.source.items() if not name.startswith(spare)}
-    plan.check(str(folder), wanted)
     if dtype is None:
         dtype = next(read([plan.source["decoder.embed.weight"]])).dtype
     small = {f"{layer}.weight" for layer in quantize.layers(model)} if quantize else set()
@@ -164,6 +154,25 @@ def load_model(
     return model.eval()
 
 
+def _found(folder: Path, base: Path | None = None) -> tuple[LLaVA, Plan, Plan | None, Adapters | None, Stored | None]:
+    """An empty model, where its weights are, a delta's base, adapters, and the head of a model that ties it.
+
+    Raises UserError for all that can be known to be wrong without reading the weights.
+    """
+    raw = read_json(folder / "config.json")
+    config = model_config(raw, folder, find)
+    with Unallocated():
+        model = LLaVA(config)
+    adapters = read_adapters(folder) if (folder / "adapter_config.json").is_file() else None
+    plan, delta = _plan(folder, raw, base, adapters)
+    head = plan.source.pop("decoder.head.weight", None) if config.decoder.tie_embeddings else None
+    if plan.layout.get("vision") == "tower" and not config.vision.class_token:
+        spare = f"vision.blocks.{config.vision.num_layers}."  # a stock SigLIP has a block more than the original keeps
+        plan.source = {name: stored for name, stored in plan.source.items() if not name.startswith(spare)}
+    plan.check(str(folder), {name: tuple(t.shape) for name, t in unstack(model.state_dict()).items()})
+    return model, plan, delta, adapters, head
+
+
 def take(
     plan: Plan,
     empty: dict[str, Tensor],
@@ -177,9 +186,8 @@ def take(
     """
     state: dict[str, Tensor] = {}
     read_of: Counter[str] = Counter()
-    ordered = sorted(plan.source.items(), key=lambda item: (str(item[1].path), item[1].name))
-    for (name, _), stored in zip(ordered, read([stored for _, stored in ordered])):
-        tensor = stored.to(device, dtype, copy=True)
+    for name, _, values in read_named(plan.source):
+        tensor = values.to(device, dtype, copy=True)
         if expert := EXPERT.fullmatch(name):
             name = f"{expert[1]}.{expert[3]}"
             if name not in state:
@@ -199,13 +207,12 @@ def _take_quantized(
 ) -> dict[str, Linear4bit]:
     """Take out of the plan, and read, the weights that are stored in four bits and those in `small`, quantised."""
     layers = {}
-    chosen = [(name, plan.source.pop(name)) for name in [*plan.source] if name in plan.companions or name in small]
-    chosen.sort(key=lambda item: (str(item[1].path), item[1].name))
+    chosen = {name: plan.source.pop(name) for name in [*plan.source] if name in plan.companions or name in small}
     whole, entry = None, ""  # what the file has, of which q, k and v of RICE's tower are shares, and its name
-    files = [dataclasses.replace(s, share=(0, 1)) if n in plan.companions else s for n, s in chosen]
-    for (name, stored), tensor in zip(chosen, read(files)):
+    files = {n: dataclasses.replace(s, share=(0, 1)) if n in plan.companions else s for n, s in chosen.items()}
+    for name, stored, tensor in read_named(files):
         if name in plan.companions:
-            which, shares = stored.share
+            which, shares = chosen[name].share
             if whole is None or stored.name != entry:
                 parts = {part: t.to(device) for part, t in plan.read_companions(name).items()}
                 whole, entry = Linear4bit.from_stored(tensor.to(device, copy=True), parts), stored.name
@@ -248,22 +255,14 @@ def _add_base(state: dict[str, Tensor], delta: Plan, wanted: dict[str, tuple[int
         if stored and name in decoder and stored.shape[0] <= decoder[name][0]:
             decoder[name] = (stored.shape[0], decoder[name][1])
     delta.check(where, decoder)
-    ordered = sorted(delta.source.items(), key=lambda item: (str(item[1].path), item[1].name))
-    for (name, stored), tensor in zip(ordered, read([s for _, s in ordered])):
+    for name, stored, tensor in read_named(delta.source):
         rows = state[name][: stored.shape[0]]
         rows += tensor.to(rows.device, rows.dtype)
 
 
 def check_folder(folder: Path) -> None:
     """Raise the UserError that loading would end with, as far as can be known without reading the weights."""
-    raw = read_json(folder / "config.json")
-    config = model_config(raw, folder, find)
-    with Unallocated():
-        wanted = {name: tuple(t.shape) for name, t in unstack(LLaVA(config).state_dict()).items()}
-    plan, _ = _plan(folder, raw, None, read_adapters(folder) if (folder / "adapter_config.json").is_file() else None)
-    if config.decoder.tie_embeddings:
-        plan.source.pop("decoder.head.weight", None)
-    plan.check(str(folder), wanted)
+    _found(folder)
 
 
 def read_config(folder: Path | str) -> ModelConfig:

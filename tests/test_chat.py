@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import random
 import shutil
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from helpers import REAL
 from transformers import AutoTokenizer
 
 from minillava.chat import IGNORE, TEMPLATES, Message, encode, encode_raw, image_first, segments, stop_ids
@@ -18,9 +18,9 @@ from minillava.hf_config import _template
 from minillava.tokenizer import load_tokenizer
 from minillava.train_tokenizer import train_small_tokenizer
 
-REAL = Path(os.environ.get("MINILLAVA_REAL", Path(__file__).parents[2] / "shared" / "real")) / "llava"
+LLAVA_FILES = REAL / "llava"
 needs_real = pytest.mark.skipif(
-    not (REAL / "llama_tokenizer.model").is_file(), reason="real/llava/llama_tokenizer.model is not there"
+    not (LLAVA_FILES / "llama_tokenizer.model").is_file(), reason="real/llava/llama_tokenizer.model is not there"
 )
 BUILT_IN = [name for name, template in TEMPLATES.items() if not template.one_turn]
 SPECIALS = ["<image>", "<im_start>", "<im_end>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
@@ -82,7 +82,7 @@ def sentencepiece_folder(folder: Path, legacy: bool) -> Path:
 
 
 def real_tokenizer(folder: Path, legacy: bool, specials=()):
-    shutil.copyfile(REAL / "llama_tokenizer.model", folder / "tokenizer.model")
+    shutil.copyfile(LLAVA_FILES / "llama_tokenizer.model", folder / "tokenizer.model")
     added = {str(32000 + i): {"content": t, "special": True} for i, t in enumerate(specials)}
     (folder / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy, "added_tokens_decoder": added}))
     return load_tokenizer(folder)
@@ -167,7 +167,7 @@ def test_pieces_give_the_ids_of_the_whole_text(tmp_path, template, legacy):
     """The original tokenises each stretch between pictures as one; piece by piece the ids are the same."""
     tokenizer = real_tokenizer(tmp_path, legacy, SPECIALS[1:])
     chat = ChatConfig(template=template)
-    lines = (REAL / "coco2014_val_gpt4_qa_30x3.jsonl").read_text().splitlines()
+    lines = (LLAVA_FILES / "coco2014_val_gpt4_qa_30x3.jsonl").read_text().splitlines()
     texts = [line for line in lines if "###" not in line]
     for i in range(0, len(texts) - 4, 4):
         messages = (

@@ -3,13 +3,12 @@
 import dataclasses
 import io
 import json
-import os
 import re
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import REAL, Pictures
 from PIL import Image
 
 from minillava.chat import IGNORE, Message
@@ -17,11 +16,11 @@ from minillava.config import ChatConfig, ImageConfig, LayoutConfig, ModelConfig,
 from minillava.data import Example, Sample, SampleError, encode_sample, pack, scan
 from minillava.recipe import DataConfig
 from minillava.samples import read_data
-from minillava.store import Folder, ImageRef, Pictures
+from minillava.store import Folder, ImageRef
 from minillava.tokenizer import load_tokenizer
 from minillava.train_tokenizer import train_small_tokenizer
 
-REAL = Path(os.environ.get("MINILLAVA_REAL", Path(__file__).parents[2] / "shared" / "real")) / "cifar10"
+CIFAR = REAL / "cifar10"
 SPAN = 4  # visual tokens of an image below
 CORPUS = ["USER: <image>\nWhat color is it? red ASSISTANT: red blue green ###\n", "Why? Because it is so. a b c d"] * 30
 
@@ -312,10 +311,10 @@ def test_pack():
     assert batch.to("meta").ids_T.device.type == "meta"
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no real files beside the repo (MINILLAVA_REAL)")
+@pytest.mark.skipif(not CIFAR.is_dir(), reason="no real files beside the repo (MINILLAVA_REAL)")
 @pytest.mark.parametrize("name,turns_each", [("captions-train.json", 2), ("instruct-train.json", 6)])
 def test_real_data_in_its_zip(name, turns_each, config, tokenizer):
-    samples, report = scan(REAL / name, REAL / "images-train.zip")
+    samples, report = scan(CIFAR / name, CIFAR / "images-train.zip")
     assert not report.problems and report.samples == report.images == len(samples) > 1000
     assert report.turns == turns_each * len(samples)
     for sample in samples[:: len(samples) // 20]:

@@ -7,7 +7,6 @@ Letters: T tokens, N views, V vocabulary.
 
 import functools
 import json
-import os
 import shutil
 import sys
 import types
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import REAL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -445,10 +445,9 @@ def test_defaults_of_the_classes_are_transformers_own():
 
 @pytest.fixture
 def real():
-    folder = Path(os.environ.get("MINILLAVA_REAL", Path(__file__).parents[2] / "shared" / "real"))
-    if not (folder / "llava" / "clip.mp4").is_file():
-        pytest.skip(f"{folder}/llava/clip.mp4 is not there")
-    return folder
+    if not (REAL / "llava" / "clip.mp4").is_file():
+        pytest.skip(f"{REAL}/llava/clip.mp4 is not there")
+    return REAL
 
 
 def run(capsys, *arguments):

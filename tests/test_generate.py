@@ -6,18 +6,17 @@ import struct
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 
 from minillava import LLaVA
 from minillava.weights import load_model, save_model
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import generate  # noqa: E402 the script at the top of the repo
+import generate
 
 FIELDS = [
     "text", "token_ids", "prompt_tokens", "image_tokens", "finish_reason",

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers import Pictures
 from PIL import Image
 
 from minillava.chat import Message
@@ -14,7 +15,7 @@ from minillava.config import ChatConfig, ImageConfig, ModelConfig, UserError, Vi
 from minillava.data import Sample
 from minillava.loader import Dataset, Loader, Tally, check_supervision
 from minillava.packing import Order
-from minillava.store import ImageRef, Pictures
+from minillava.store import ImageRef
 from minillava.tokenizer import load_tokenizer
 from minillava.train_tokenizer import train_small_tokenizer
 

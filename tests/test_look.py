@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from minillava.config import ChatConfig, ImageConfig, LayoutConfig, ModelConfig, UserError, VisionConfig
 from minillava.data import IGNORE, Sample
 from minillava.loader import Dataset
 from minillava.look import describe, pieces, show
 from minillava.shapes_samples import Samples, write
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ Letters: N views, P patches, T tokens, D width, H heads, K head size, V vocabula
 
 import dataclasses
 import json
-import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import REAL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -386,7 +385,6 @@ def test_strips_are_refused():
 
 # ---- what the reference code answered ----
 
-REAL = Path(os.environ.get("MINILLAVA_REAL", Path(__file__).parents[2] / "shared" / "real"))
 GOLDEN = REAL / "onevision-1.5-golden"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
@@ -33,7 +34,6 @@ from minillava.train_tokenizer import train_small_tokenizer
 from minillava.trainer import Trainer
 from minillava.weights import load_model, save_model
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker of pytest-xdist launches what all these tests look at
 STEPS = 20
 STOP = 7  # the step in which one rank of a stopped run is told to end

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import REAL
 
 from minillava import LLaVA
 from minillava.config import (
@@ -32,7 +33,6 @@ from minillava.quantize import Linear4bit, Scheme, cat_rows, quant_state
 from minillava.tokenizer import load_tokenizer
 from minillava.weights import load_model, read_config, save_model
 
-REAL = Path(os.environ.get("MINILLAVA_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
 NANO = Path(__file__).parents[1] / "minillava" / "nano"
 
 

@@ -14,11 +14,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import REAL, ROOT
 
 from minillava.progress import read_log
 
-ROOT = Path(__file__).parents[1]
-REAL = Path(os.environ.get("MINILLAVA_REAL", ROOT.parent / "shared" / "real")) / "cifar10"
+CIFAR = REAL / "cifar10"
 RECIPE = """
 name = "cifar"
 device = "cpu"
@@ -26,15 +26,8 @@ device = "cpu"
 vision_from = "{root}/minillava/nano"
 tokenizer = "data"
 chat = {{template = "vicuna_short"}}
-[model.decoder]
-hidden_size = 128
-intermediate_size = 384
-num_layers = 4
-num_heads = 4
-num_kv_heads = 4
-head_dim = 32
-max_positions = 1024
-tie_embeddings = true
+decoder = {{hidden_size = 128, intermediate_size = 384, num_layers = 4, num_heads = 4, num_kv_heads = 4, \
+head_dim = 32, max_positions = 1024, tie_embeddings = true}}
 [[stage]]
 name = "pretrain"
 data = [{{path = "{real}/captions-train.json", images = "{real}/images-train.zip", take = "random:10%"}}]
@@ -60,9 +53,9 @@ def launch(*command):
     )
 
 
-@pytest.mark.skipif(not REAL.is_dir() or sys.platform != "linux", reason="no CIFAR-10 in ../shared/real, or no /proc")
+@pytest.mark.skipif(not CIFAR.is_dir() or sys.platform != "linux", reason="no CIFAR-10 in ../shared/real, or no /proc")
 def test_cifar_on_two_ranks_killed_and_resumed(tmp_path):
-    (tmp_path / "cifar.toml").write_text(RECIPE.format(root=ROOT, real=REAL))
+    (tmp_path / "cifar.toml").write_text(RECIPE.format(root=ROOT, real=CIFAR))
     out, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
                str(tmp_path / "cifar.toml"), "--out", str(out)]  # fmt: skip
@@ -86,7 +79,7 @@ def test_cifar_on_two_ranks_killed_and_resumed(tmp_path):
     print(said, f"loss {early:.3f} -> {late:.3f}")
     assert late < early / 2
 
-    with zipfile.ZipFile(REAL / "images-train.zip") as file:
+    with zipfile.ZipFile(CIFAR / "images-train.zip") as file:
         picture = file.extract("truck_1757.jpg", tmp_path)
     question = "Is it an animal or a vehicle?\nAnswer the question using a single word or phrase."
     asked = launch(str(ROOT / "generate.py"), "--model", str(out / "finetune" / "model"), "--image", picture,

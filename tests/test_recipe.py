@@ -3,14 +3,13 @@
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from minillava.config import UserError
 from minillava.recipe import StageConfig, differences, read_recipe, stage_index, to_toml
 
-ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 TEXT = """
 name = "two"

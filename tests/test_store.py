@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from minillava.config import UserError
-from minillava.store import Folder, Zip, open_store
+from minillava.store import Folder, ImageRef, Zip, open_store
 
 NAMES = [f"{number}.png" for number in range(60)]
 
@@ -33,7 +33,7 @@ def archive(tmp_path):
 def reds(store, times=5):
     """The first channel of every picture, read in a scattered order."""
     order = [(i * 37) % len(NAMES) for i in range(len(NAMES))] * times
-    return {number for number in order if store.open(NAMES[number], "x").getpixel((0, 0))[0] == number}
+    return {number for number in order if ImageRef(NAMES[number], store).open("x").getpixel((0, 0))[0] == number}
 
 
 def send_reds(store, pipe):
@@ -84,12 +84,12 @@ def test_damaged_zip_entries_are_one_line(archive):
     data[entry.header_offset + 45] ^= 0xFF
     archive.write_bytes(data)
     with pytest.raises(UserError, match=r"^sample 3: 5\.png: cannot be unpacked from .*; make the zip again$"):
-        Zip(archive).open("5.png", "sample 3: 5.png")
+        ImageRef("5.png", Zip(archive)).open("sample 3")
     with pytest.raises(UserError, match=r"^gone\.png: not in .*images\.zip; check the name$"):
-        store.open("gone.png", "gone.png")
+        store.get("gone.png", "gone.png")
 
 
 def test_what_a_zip_entry_unpacks_to_is_bounded(archive, monkeypatch):
     monkeypatch.setattr("minillava.store.MAX_FILE_BYTES", 10)
     with pytest.raises(UserError, match="bytes unpacked; scale the image down"):
-        Zip(archive).open("5.png", "x")
+        ImageRef("5.png", Zip(archive)).open("x")

@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import os
 import random
 import re
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
+from helpers import REAL
 from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
@@ -24,7 +24,7 @@ from minillava.tokenizer import (
 )
 from minillava.train_tokenizer import train_small_tokenizer
 
-REAL = Path(os.environ.get("MINILLAVA_REAL", Path(__file__).parents[2] / "shared" / "real")) / "llava"
+LLAVA_FILES = REAL / "llava"
 SPECIALS = ["<s>", "</s>", "<pad>", "<image>"]
 CORPUS = [
     "USER: What color is the circle? ASSISTANT: The circle is red.",
@@ -208,14 +208,14 @@ def test_the_legacy_flag_decides_on_the_blank_behind_a_special_token(tmp_path):
 
 
 @pytest.mark.skipif(
-    not (REAL / "llama_tokenizer.model").is_file(), reason="real/llava/llama_tokenizer.model is not there"
+    not (LLAVA_FILES / "llama_tokenizer.model").is_file(), reason="real/llava/llama_tokenizer.model is not there"
 )
 @pytest.mark.parametrize("legacy", [True, False])
 def test_the_real_llama_vocabulary(tmp_path, legacy):
-    shutil.copyfile(REAL / "llama_tokenizer.model", tmp_path / "tokenizer.model")
+    shutil.copyfile(LLAVA_FILES / "llama_tokenizer.model", tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy, "add_bos_token": True}))
     ours, theirs = load_tokenizer(tmp_path), LlamaTokenizer.from_pretrained(tmp_path)
-    texts = (REAL / "coco2014_val_gpt4_qa_30x3.jsonl").read_text().splitlines()
+    texts = (LLAVA_FILES / "coco2014_val_gpt4_qa_30x3.jsonl").read_text().splitlines()
     texts += [text for text in TEXTS if "<image>" not in text]
     texts = [re.sub("  +", " ", text) for text in texts]  # transformers ranks the merges of blanks wrongly, see below
     for text in texts:
@@ -225,12 +225,12 @@ def test_the_real_llama_vocabulary(tmp_path, legacy):
 
 
 @pytest.mark.skipif(
-    not (REAL / "llama_tokenizer.model").is_file(), reason="real/llava/llama_tokenizer.model is not there"
+    not (LLAVA_FILES / "llama_tokenizer.model").is_file(), reason="real/llava/llama_tokenizer.model is not there"
 )
 def test_runs_of_blanks_are_sentencepieces_not_transformers(tmp_path):
     """Pieces of blanks alone have score -1e9, so a word takes its blank first; transformers 5, which makes the merges
     anew from a tokenizer.model, gives "Hello", two blanks, "world" without one."""
-    shutil.copyfile(REAL / "llama_tokenizer.model", tmp_path / "tokenizer.model")
+    shutil.copyfile(LLAVA_FILES / "llama_tokenizer.model", tmp_path / "tokenizer.model")
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("Hello  world", first=True) == [15043, 29871, 3186]
     assert tokenizer.encode("  two", first=False) == [29871, 1023]

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
@@ -31,7 +31,6 @@ from minillava.train_tokenizer import train_small_tokenizer
 from minillava.trainer import MAX_NON_FINITE, Trainer, schedule
 from minillava.weights import load_model
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 COLORS = ("red", "green", "blue", "black")
 SYSTEM = (
