@@ -82,7 +82,7 @@ def cpu_dequantize(packed, absmax, nested, dynamic, N: int, K: int, quant_type: 
     if not nf4_cpu.takes(dtype, packed, absmax, K):
         return plain_dequantize(packed, absmax, nested, dynamic, N, K, quant_type, blocksize, dtype)
     weight = packed, absmax, nested, dynamic, code(quant_type, packed.device), blocksize
-    return nf4_cpu.fill(torch.empty(N, K, dtype=dtype), 0, *weight)
+    return nf4_cpu.fill(torch.empty(N, K, dtype=dtype), *weight)
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------

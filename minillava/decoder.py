@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from minillava.cache import KVCache
 from minillava.config import DecoderConfig
+from minillava.kernels import cpu, step_cpu
 from minillava.kernels.attention import attention
+from minillava.kernels.nf4_dequantize import code
 from minillava.kernels.rms_norm import rms_norm
 from minillava.kernels.swiglu import swiglu
 from minillava.quantize import Linear4bit, cat_rows
@@ -278,6 +280,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._step: step_cpu.Step | Literal[False] | None = None  # None: not looked into
 
     @property
     def head_weight(self) -> Tensor:
@@ -307,6 +310,10 @@ class Decoder(nn.Module):
             spans = pairwise(cu_seqlens)
             positions_T = torch.cat([torch.arange(end - start) for start, end in spans]).to(x_TD.device)
         rotary = rotary_tables(positions_T, self.config, x_TD.dtype)
+        if cache is not None and cu_seqlens is None and (step := self._step_for(x_TD, cache)):
+            x_TD = step(x_TD.clone(), *rotary, cache.k_LBSGK, cache.v_LBSGK, positions_T)
+            cache.advance()
+            return x_TD
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
             x_TD = block(x_TD, keep_S if last else None, rotary, cu_seqlens, cache, layer)
@@ -318,6 +325,23 @@ class Decoder(nn.Module):
         quantized = not self.config.tie_embeddings and isinstance(self.head, Linear4bit)
         return self.head(x_TD) if quantized else linear(x_TD, self.head_weight)
 
+    def _step_for(self, x_BD: Tensor, cache: KVCache) -> step_cpu.Step | Literal[False]:
+        """All layers as one call, where this CPU, these weights and so many rows allow it."""
+        few = x_BD.is_cpu and len(x_BD) <= step_cpu.FEW and x_BD.dtype == cache.k_LBSGK.dtype == torch.bfloat16
+        if not few or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if self._step is None:
+            layers = [_layer(block) for block in self.blocks]
+            whole = [layer for layer in layers if layer is not None]
+            c, norm, self._step = self.config, self.norm.weight, False
+            if len(whole) == len(layers) and step_cpu.Step.takes(whole, norm, c.head_dim):
+                self._step = step_cpu.Step(whole, norm, c.num_heads, c.num_kv_heads, c.head_dim, c.norm_eps)
+        return self._step
+
+    def _apply(self, fn, recurse=True):
+        self._step = None  # the tensors may become others
+        return super()._apply(fn, recurse)
+
     def fuse(self) -> None:
         """One product for q, k and v and one for gate and up: for inference, once the weights are there."""
         for module in list(self.modules()):
@@ -325,3 +349,26 @@ class Decoder(nn.Module):
                 fuse(module, "qkv", ("q", "k", "v"))
             elif isinstance(module, MLP):
                 fuse(module, "gate_up", ("gate", "up"))
+        if self.embed.weight.is_cpu:
+            cpu.to_huge_pages(self.blocks)
+        self._step = None
+
+
+def _layer(block: Any) -> step_cpu.Layer | None:
+    """A fused block as `minillava.kernels.step_cpu` takes it; None if it is none."""
+    attn, mlp = block.attn, block.mlp
+    if not isinstance(mlp, MLP) or attn.qkv is None or mlp.gate_up is None:
+        return None
+    norms = [getattr(norm, "weight", None) for norm in (block.attn_norm, attn.q_norm, attn.k_norm, block.mlp_norm)]
+    products = [_product(linear) for linear in (attn.qkv.product, attn.out, mlp.gate_up.product, mlp.down)]
+    return step_cpu.Layer(*norms, *products) if all(products) else None
+
+
+def _product(linear: Any) -> step_cpu.Product | None:
+    if type(linear) not in (Linear, Linear4bit):
+        return None
+    shape = linear.out_features, linear.in_features
+    if isinstance(linear, Linear):
+        return step_cpu.Product(shape, linear.bias, linear.weight)
+    codes = linear.weight, linear.absmax, linear.nested, linear.dynamic, code(linear.quant_type, linear.weight.device)
+    return step_cpu.Product(shape, linear.bias, codes=(*codes, linear.blocksize))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from checks import needs_compiler, needs_gpu, needs_triton
 
-from minillava.kernels import nf4_cpu, nf4_dequantize
+from minillava.kernels import cpu, nf4_dequantize
 from minillava.kernels import nf4_matmul as module
 from minillava.kernels.nf4_dequantize import BLOCKSIZES, CODES, plain_dequantize, triton_dequantize
 from minillava.kernels.nf4_matmul import nf4_matmul, triton_forward
@@ -76,17 +76,20 @@ def test_error(M, N, K, quant_type, blocksize, double, dtype):
     assert torch.equal(dbias, dy.sum(0))
 
 
-@pytest.fixture(params=[*nf4_cpu.FLAGS])
+@pytest.fixture(params=["AVX512_BF16", *cpu.FLAGS])
 def c_code(request, monkeypatch):
-    """The C code for AVX-512 and for AVX2, whichever this CPU would choose."""
-    can = torch.backends.cpu.get_cpu_capability()
-    if can not in nf4_cpu.FLAGS or (can == "AVX2" and request.param == "AVX512"):
+    """The C code for AVX-512 with and without products in bf16 and tiles, and for AVX2, whatever this CPU chooses."""
+    can, (capability, _, more) = torch.backends.cpu.get_cpu_capability(), request.param.partition("_")
+    if can not in cpu.FLAGS or (can == "AVX2" and capability == "AVX512"):
         pytest.skip(f"this CPU can do {can} only")
     if not shutil.which("gcc"):
         pytest.skip("no gcc here to compile the C code with")
-    library = nf4_cpu.built_for(request.param)
+    library = cpu.built_for(capability)
     assert library is not None
-    monkeypatch.setattr(nf4_cpu, "library", lambda: library)
+    if more and not library.can:
+        pytest.skip("this CPU has no products in bf16")
+    monkeypatch.setattr(library, "can", library.can if more else 0)
+    monkeypatch.setattr(cpu, "library", lambda: library)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,9 @@ def c_code(request, monkeypatch):
         (2, 1030, 32, "fp4", 32, True),  # five groups of nested scales
         (33, 1104, 4096, "nf4", 128, True),  # three blocks of AMX tiles, or several buffers of values
         (70, 40, 96, "nf4", 64, False),
+        (1, 37, 320, "nf4", 64, True),  # a row ends in half a group of 128 inputs
+        (4, 64, 160, "fp4", 32, False),
+        (9, 48, 256, "nf4", 2048, True),  # several rows in a block
     ),
 )
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -116,11 +122,11 @@ def test_c_code(c_code, monkeypatch, M, N, K, quant_type, blocksize, double, dty
 
 def test_without_a_compiler_a_line_says_so_and_the_values_are_the_same(monkeypatch, caplog):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    library = nf4_cpu.built_for.__wrapped__("AVX2")
+    library = cpu.built_for.__wrapped__("AVX2")
     assert library is None and "no C compiler (gcc)" in caplog.text and len(caplog.records) == 1
-    assert nf4_cpu.built_for.__wrapped__("DEFAULT") is None and "no DEFAULT code" in caplog.text
+    assert cpu.built_for.__wrapped__("DEFAULT") is None and "no DEFAULT code" in caplog.text
     x, parts, bias, exact = inputs(3, 40, 128, torch.bfloat16)
-    monkeypatch.setattr(nf4_cpu, "library", lambda: None)
+    monkeypatch.setattr(cpu, "library", lambda: None)
     assert_no_worse((nf4_matmul(x, *parts, bias, 40, "nf4", 64), x, bias, exact))
 
 

@@ -1,0 +1,113 @@
+"""The C code for CPUs, step_cpu.c with nf4_cpu.c: compiled where it first runs, by the compiler that is there, and kept
+in the user's cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import mmap
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+SOURCES = [Path(__file__).with_name(name) for name in ("step_cpu.c", "nf4_cpu.c")]  # the first includes the others
+FLAGS = {"AVX512": ("-mavx512f", "-mfma"), "AVX2": ("-mavx2", "-mfma")}  # by torch's name of what a CPU can do
+PRODUCTS, TILES = 1, 2  # what `can` says: bf16 products, AMX tiles
+
+
+class Weight(ctypes.Structure):
+    """A weight in four bits: tensors that are contiguous and outlive it."""
+
+    pointers = ("codes", "absmax", "nested", "dynamic", "values")
+    _fields_ = [*((name, ctypes.c_void_p) for name in pointers), ("groups", ctypes.c_long), ("shift", ctypes.c_int)]
+
+    @classmethod
+    def of(
+        cls,
+        packed: Tensor,
+        absmax: Tensor,
+        nested: Tensor | None,
+        dynamic: Tensor | None,
+        values: Tensor,
+        blocksize: int,
+    ) -> Weight:
+        pointers = (None if t is None else t.data_ptr() for t in (packed, absmax, nested, dynamic, values))
+        return cls(*pointers, 0 if nested is None else nested.stride(0), blocksize.bit_length() - 1)
+
+
+def library() -> ctypes.CDLL | None:
+    """The code for this CPU; None where there is none, and then a line is logged, once."""
+    return built_for(torch.backends.cpu.get_cpu_capability())
+
+
+@functools.cache
+def built_for(capability: str) -> ctypes.CDLL | None:
+    """The code for CPUs that can do `capability`.
+
+    OpenMP's functions stay undefined: they are found in the process, where torch has loaded them. A second OpenMP
+    would start a second team of threads, and both would wait for the same cores.
+    """
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "cc"))), None)
+    if compiler is None or capability not in FLAGS:
+        reason = (
+            "there is no C compiler (gcc)" if capability in FLAGS else f"{SOURCES[0].name} has no {capability} code"
+        )
+    else:
+        options = ["-O3", "-ffp-contract=off", "-fPIC", *FLAGS[capability]]
+        text = b"".join(path.read_bytes() for path in SOURCES) + " ".join([compiler, *options]).encode()
+        try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillava"
+            built = folder / f"{SOURCES[0].stem}-{hashlib.sha256(text).hexdigest()[:16]}.so"
+            if not built.is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                    compiled, linked = f"{temporary}/compiled.o", f"{temporary}/linked.so"
+                    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+                    run([compiler, *options, "-fopenmp", "-c", str(SOURCES[0]), "-o", compiled])
+                    run([compiler, "-shared", compiled, "-o", linked, "-lm"])
+                    os.replace(linked, built)  # several processes may build it at once
+            found = ctypes.CDLL(str(built))
+            pointer, long, int_ = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+            found.nf4_product.argtypes = pointer, Weight, pointer, long, long, long, int_
+            found.nf4_values.argtypes = Weight, pointer, long, int_, int_
+            found.nf4_tiles.argtypes = pointer, Weight, pointer, long, long, long, int_
+            found.nf4_rows.argtypes = pointer, Weight, pointer, pointer, long, long, long, int_
+            found.decoder_step.argtypes = *[pointer] * 6, long, int_
+            found.can = found.cpu_can()  # type: ignore[attr-defined]
+            return found
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.strip().partition("\n")[0]
+            reason = f"{compiler} failed on {SOURCES[0].name}: {lines}"
+        except (OSError, RuntimeError) as error:  # no home folder, no space, a process without OpenMP
+            reason = str(error)
+    logging.getLogger("minillava").warning("this CPU computes slower than it could: %s", reason)
+    return None
+
+
+def to_huge_pages(module: nn.Module) -> None:
+    """Move what `module` holds end to end into memory of large pages, where the system has them (Linux): reading
+    gigabytes then waits less for addresses to be translated (bench/LOG.md). One tensor at a time is held twice."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    owners = [(m, name) for m in module.modules() for name in (*m._parameters, *m._buffers)]
+    found = [(m, name) for m, name in owners if getattr(m, name) is not None]
+    room, page = sum(-(-getattr(*owner).nbytes // 64) * 64 for owner in found), 1 << 21
+    memory = mmap.mmap(-1, room + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    at = -whole.data_ptr() % page
+    for m, name in found:
+        tensor = getattr(m, name).detach()
+        copy = whole[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        at += -(-tensor.nbytes // 64) * 64
+        if name in m._buffers:
+            m._buffers[name] = copy
+        else:
+            getattr(m, name).data = copy
