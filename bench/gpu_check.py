@@ -1,7 +1,8 @@
 """python bench/gpu_check.py: every test and bench of this machine in one command, results into bench/results/<device>/.
 
 On a GPU: the report, all tests (their GPU rows included), the benches; in under nine minutes, as a step that would run
-past the budget is cut and named. Without one it is the rehearsal: kernel tests and tiny sizes.
+past the budget is cut and named. Without one it is the rehearsal: kernel tests and tiny sizes. With --training it is
+training at 7B shapes instead, which fills a budget of its own.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540.0, help="budget for everything")
     parser.add_argument("--tests", default="tests" if device == "cuda" else "tests/kernels", help="which tests")
     parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--training", action="store_true", help="only bench.train_7b")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     if device == "cpu":
@@ -51,12 +53,16 @@ def main() -> int:
         if chosen.tests != "tests/kernels":
             steps["tests"] = [python, "-m", "pytest", "-q", chosen.tests, "--ignore=tests/kernels"]
     steps["benches"] = bench
+    if chosen.training:
+        budget = str(chosen.seconds - 30)
+        steps = {"training": [python, "-m", "bench.train_7b", "--out", str(chosen.out), "--seconds", budget]}
     outcome = {}
     for name, command in steps.items():
         outcome[name] = run(command, chosen.seconds - (time.perf_counter() - started))
     took = time.perf_counter() - started
     lines = [f"{name}: {result}" for name, result in outcome.items()] + [f"{took:.0f} s of {chosen.seconds:.0f} s"]
-    (chosen.out / "gpu-check.txt").write_text("\n".join(lines) + "\n")
+    name = "gpu-check-training.txt" if chosen.training else "gpu-check.txt"
+    (chosen.out / name).write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n")
     return 0 if set(outcome.values()) == {"ok"} else 1
 

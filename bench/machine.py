@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "liger-kernel", "transformers", "numpy", "bitsandbytes", "torchao", "gemlite")
+PACKAGES = ("torch", "triton", "liger-kernel", "transformers", "peft", "numpy", "bitsandbytes", "torchao", "gemlite")
 
 
 def device_name(device: str) -> str:

@@ -69,7 +69,7 @@ class Rows(Dataset):
 
 
 def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch as LLaVA's collator makes it: padded on the right to the longest."""
+    """A batch as LLaVA's collator makes it: padded on the right to the longest; some rows may have no pixels."""
     longest = max(len(row["input_ids"]) for row in rows)
 
     def fill(key: str, value: int) -> torch.Tensor:
@@ -77,12 +77,10 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
     ids = fill("input_ids", 0)
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    return {
-        "input_ids": ids,
-        "labels": fill("labels", -100),
-        "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
-        "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
-    }
+    mask, pixels = (torch.arange(longest) < lengths[:, None]).long(), [row["pixel_values"] for row in rows]
+    batch = {"input_ids": ids, "labels": fill("labels", -100), "attention_mask": mask}
+    pixels = [views_NCHW for views_NCHW in pixels if views_NCHW is not None]
+    return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
 
 
 def theirs(task: ShapesTask, checkpoint: Path, folder: Path) -> tuple[Any, Callable[[int], list[float]]]:

@@ -1,31 +1,22 @@
 """Rows of a token budget: every sample once, little left empty, and the same rows however a run gets to them."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.train_7b import text_tokens
 from minillava.config import UserError
 from minillava.packing import Order, fill_rows
 
 
 def like_llava(count, seed=0):
-    """Lengths as in LLaVA-1.5's 665K (table 7 of arXiv 2310.03744): 576 visual tokens, about 45 of the template, and a
-    text; 6 % text alone, long and cut at 2048. Means and spreads of the texts are rough, its shares are the paper's."""
-    rng = np.random.default_rng(seed)
-    shares = {  # thousands of samples: mean and deviation of the text's tokens
-        "conversation": (58, 250, 110), "detail": (23, 170, 50), "complex": (77, 200, 80), "vqav2": (83, 90, 40),
-        "gqa": (72, 150, 90), "okvqa": (9, 40, 15), "ocrvqa": (80, 130, 50), "aokvqa": (66, 70, 15),
-        "textcaps": (22, 40, 8), "refcoco": (48, 180, 60), "vg": (86, 350, 120), "sharegpt": (40, 1400, 900),
-    }  # fmt: skip
-    names, weights = list(shares), np.array([share for share, _, _ in shares.values()], float)
-    lengths = []
-    for name in rng.choice(names, count, p=weights / weights.sum()):
-        _, mean, spread = shares[name]
-        spread = np.log(1 + (spread / mean) ** 2)
-        text = int(rng.lognormal(np.log(mean) - spread / 2, spread**0.5)) + 10
-        lengths.append(min(text if name == "sharegpt" else text + 621, 2048))
-    return np.array(lengths)
+    """Lengths as in LLaVA-1.5's 665K: 576 visual tokens, about 45 of the template, and a text; all cut at 2048."""
+    return np.array([min(text + 621 * seen, 2048) for text, seen in text_tokens(count, seed)])
 
 
 @pytest.mark.parametrize("row_tokens", [4096, 8192, 16384, 32768])
