@@ -79,6 +79,7 @@ def read_config(recipe: Recipe, folder: Path) -> tuple[ModelConfig, Tokenizer]:
 
 
 def load_base(wanted: ModelRecipe, device: torch.device) -> LLaVA:
+    """The base in the dtype of its files, whole, with the recipe's adapter merged in or in 4 bits on `device`."""
     scheme = Scheme.parse(wanted.quantize) if wanted.quantize else None
     model = weights.load_model(wanted.base, device=device if scheme else "cpu", quantize=scheme)
     if wanted.adapter:
@@ -153,6 +154,7 @@ def load_stage(run: Run, model: LLaVA, stage: StageConfig) -> None:
 
 
 def make_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
+    """The tokenizer that [model] names, or of its base; one that has to be made is written into the run's folder."""
     wanted = recipe.model
     name = wanted.tokenizer or wanted.base or wanted.decoder_from
     if not name:

@@ -89,6 +89,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
+    """What state.json of a checkpoint holds. Raises UserError where it cannot be read."""
     try:
         return json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -152,6 +153,7 @@ def optimizer_tensors(optimizer: Together, named: dict[str, Tensor]) -> dict[str
 
 
 def load_optimizer(folder: Path, optimizer: Together, named: dict[str, Tensor]) -> None:
+    """Take back what `optimizer_tensors` gave, on any number of ranks. Raises UserError for what fits no parameter."""
     values: dict[str, Tensor] = {}
     of: dict[str, dict[str, Tensor]] = {}
     for key, shape in shapes(folder).items():

@@ -65,6 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def optional_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is no such file."""
     return read_json(path) if path.is_file() else {}
 
 
@@ -76,6 +77,7 @@ class Fields:
     where: str
 
     def integer(self, key: str, default: int | None = None, most: int = 1 << 24) -> int:
+        """An integer from 1 to `most`; UserError for anything else, as in what follows."""
         value = self.values.get(key, default)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
@@ -83,12 +85,14 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
+        """A positive, finite number."""
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise UserError(f"{self.where}: {key} is {value!r}, expected a positive number")
         return float(value)
 
     def one_of(self, key: str, default: Any, allowed: Any) -> Any:
+        """A value that is among those that are supported."""
         value = self.values.get(key, default)
         value = default if value is None else value
         if not isinstance(value, str | bool | int | float) or value not in allowed:

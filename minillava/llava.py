@@ -25,6 +25,8 @@ IGNORE = -100  # label of a position that is not supervised
 
 
 class LLaVA(nn.Module):
+    """Tower, projector and decoder of one config; packed sequences in, logits or the summed loss out."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config

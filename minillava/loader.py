@@ -67,6 +67,7 @@ class Dataset:
         raise UserError(f"{MAX_TRIES} unusable samples in a row, the last: {lost[-1][1]}")
 
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
+        """The samples or their stand-ins as packed rows; `epoch` is part of the dice. Raises as `draw` does."""
         examples, lost = [], []
         for index in indices:
             example, failures = self.draw(index, epoch)
@@ -167,9 +168,11 @@ class Tally:
         )
 
     def state(self) -> dict[str, Any]:
+        """The counts as JSON, for a checkpoint."""
         return {**vars(self), "lost": {str(index): why for index, why in self.lost.items()}}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
         vars(self).update(state)
         self.lost = {int(index): why for index, why in state["lost"].items()}
 
@@ -282,6 +285,7 @@ class Survey:
     learned: str = ""  # the trained text of one of them
 
     def total(self, what: str) -> int:
+        """Of all files together."""
         return sum(counts[what] for counts in self.sources.values())
 
 
@@ -291,6 +295,7 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def survey(dataset: Dataset, wanted: int) -> Survey:
+    """Encode `wanted` samples, spread over the data, and count what is in them by file."""
     found = Survey()
     for index in spread(len(dataset), wanted):
         sample = dataset.samples[index]

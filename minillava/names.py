@@ -188,6 +188,7 @@ class Plan:
     twice: list[str] = field(default_factory=list)
 
     def add(self, tensors: dict[str, Stored], layout: str, override: bool = False) -> None:
+        """Match a layout's tensors with our names; with `override` they take the places of those that were there."""
         known = TOWER_EXTRAS if layout == "tower" else EXTRAS
         for foreign, stored in tensors.items():
             companion = COMPANION.fullmatch(foreign)
@@ -210,9 +211,11 @@ class Plan:
             self.layout[name.split(".")[0]] = layout
 
     def has(self, part: str) -> bool:
+        """Whether there is anything whose name begins so."""
         return any(name.startswith(part) for name in self.source)
 
     def read_companions(self, name: str) -> dict[str, Tensor]:
+        """What belongs to a weight in four bits, by the companion's name."""
         parts = self.companions[name]
         return {part: tensor.clone() for part, tensor in zip(parts, read(parts.values()))}
 

@@ -76,6 +76,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, only: str | None = None) ->
 
 
 def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str, float]:
+    """Train one stage, export it and write sample answers; returns what its last evaluation measured."""
     print(f"stage {stage.name}: {stage.task}")
     seed, shared = run.recipe.seed if stage.seed < 0 else stage.seed, issubclass(task_class(stage), LLaVATask)
     torch.manual_seed(seed + parallel.rank() * shared)  # ranks that share a step drop out differently

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,11 @@ from torch import Tensor, nn
 
 from minillava import chat, shapes
 from minillava.chat import Message
-from minillava.config import UserError
 from minillava.data import MARKER, Batch, Example, Sample, pack
 from minillava.image import prepare
 from minillava.recipe import StageConfig
 from minillava.samples import split_data
-from minillava.tasks import Run, Task, exact, rounded_up
+from minillava.tasks import Run, Task, exact, rounded_up, shape_options
 from minillava.vit import VisionTower
 
 
@@ -37,10 +37,12 @@ class Stream(Task):
         self.run, self.stage = run, stage
         self.seed = stage.seed if stage.seed >= 0 else run.recipe.seed
 
+    @abstractmethod
     def make(self, rng: random.Random, size: int) -> Any:
-        raise NotImplementedError
+        """A micro-batch of so many samples."""
 
     def step(self, number: int) -> list[Any]:
+        """The micro-batches of a step."""
         rng = random.Random(f"{self.stage.task} {self.seed} {number}")
         sizes = [self.stage.micro] * (self.stage.batch_size // self.stage.micro)
         rest = self.stage.batch_size % self.stage.micro
@@ -224,10 +226,7 @@ class TextTask(Stream):
 
     def __init__(self, run: Run, stage: StageConfig):
         super().__init__(run, stage)
-        options = dict(stage.shapes)
-        self.turns = options.pop("turns", 8)
-        if options:
-            raise UserError(f"stage '{stage.name}': shapes.{next(iter(options))} is unknown; task text knows turns")
+        self.turns = shape_options(stage, turns=8)["turns"]
         self.samples = split_data(stage, self.seed)[0] if stage.data else []
         self.model = run.model
         self.parts = {"decoder": run.model.decoder}

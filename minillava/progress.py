@@ -80,6 +80,7 @@ class Log:
         self.sinks: list[Any] = [SINKS[name](path.parent) for name in sinks]
 
     def write(self, stage: str, step: int, **values: Any) -> None:
+        """A line of the log, and its numbers for the sinks."""
         self.file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         numbers = dict(_numbers("", values)) if self.sinks else {}
         for sink in self.sinks:
@@ -136,6 +137,7 @@ class Bar:
         self.recent: deque[tuple[float, int, float, float]] = deque(maxlen=self.WINDOW)
 
     def step(self, loss: float, tokens: int, data_s: float, step_s: float, skipped: int) -> None:
+        """One step is done: `tokens` are the supervised ones."""
         self.recent.append((loss, tokens, data_s, step_s))
         losses, counts, waits, times = zip(*self.recent)
         rate, waiting = sum(counts) / sum(times), sum(waits) / sum(times)
@@ -144,6 +146,7 @@ class Bar:
         self.bar.update()
 
     def note(self, text: str) -> None:
+        """A line of text above the bar."""
         if not self.bar.disable:
             tqdm.write(text, file=sys.stderr)
 

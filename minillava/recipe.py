@@ -106,11 +106,14 @@ class StageConfig:
 
     @property
     def micro(self) -> int:
+        """Samples (or rows) of a micro-batch."""
         return min(self.micro_batch or self.batch_size, self.batch_size)
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """A training run. Each field is a key of the file."""
+
     name: str = ""
     seed: int = 42
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, cuda:1, mps

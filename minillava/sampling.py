@@ -42,6 +42,7 @@ ARGMAX, WHOLE, CUT = range(3)  # the likeliest; drawn from the whole distributio
 
 
 def kind_of(sampling: Sampling) -> int:
+    """Which of ARGMAX, WHOLE and CUT a row's sampling is."""
     if sampling.temperature == 0:
         return ARGMAX
     return CUT if sampling.top_p < 1 or sampling.top_k else WHOLE

@@ -45,6 +45,8 @@ KINDS = ("color", "shape", "size", "place", "count", "exist", "relation", "what"
 
 @dataclass(frozen=True)
 class Thing:
+    """One drawn thing, by the words that name it."""
+
     color: str
     shape: str
     size: str
@@ -73,6 +75,8 @@ def rivals(thing: Thing) -> dict[str, list[Thing]]:
 
 @dataclass(frozen=True)
 class Scene:
+    """Things on the board, in reading order."""
+
     things: tuple[Thing, ...]
     seed: int  # of everything that has no name: tints, positions inside the squares, turns, background
 
@@ -90,6 +94,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
+    """A question about a scene and its only right answer."""
+
     kind: str
     text: str
     answer: str
@@ -217,6 +223,7 @@ def scenes(seed: int, split: str, start: int = 0) -> Iterator[Scene]:
 
 
 def at(cell: int) -> str:
+    """Where a square is, in words."""
     return "in the middle" if PLACES[cell] == "middle" else f"at the {PLACES[cell]}"
 
 

@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 
 from minillava import chat, parallel, shapes
 from minillava.chat import Message
-from minillava.config import UserError
 from minillava.data import MARKER, Example, Sample
 from minillava.engine import Engine, Request, user_message
 from minillava.image import prepare
@@ -23,7 +22,7 @@ from minillava.layout import image_tokens
 from minillava.llava import LLaVA
 from minillava.pretrain import exact_all
 from minillava.shapes_samples import Samples
-from minillava.tasks import LLaVATask
+from minillava.tasks import LLaVATask, shape_options
 from minillava.tokenizer import Tokenizer
 from minillava.weights import load_model
 
@@ -34,11 +33,7 @@ class ShapesTask(LLaVATask):
     """`shapes`: samples (how many there are), turns (0: captions), scenes (of each split in an evaluation)."""
 
     def read_samples(self, seed: int) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        known = {"samples": 20000, "turns": 10, "scenes": 100}
-        unknown = self.stage.shapes.keys() - known.keys()
-        if unknown:
-            raise UserError(f"stage '{self.stage.name}': shapes.{unknown.pop()} is unknown; known: {', '.join(known)}")
-        options = known | self.stage.shapes
+        options = shape_options(self.stage, samples=20000, turns=10, scenes=100)
         self.scenes = options["scenes"]
         kind = "picture" if options["turns"] else "caption"
         return Samples(options["samples"], seed, (kind,), options["turns"]), []

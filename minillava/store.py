@@ -26,7 +26,8 @@ class ImageStore(ABC):
     """Where images are found by name."""
 
     @abstractmethod
-    def has(self, name: str) -> bool: ...
+    def has(self, name: str) -> bool:
+        """Whether there is something of that name, whatever it is."""
 
     @abstractmethod
     def get(self, name: str, label: str) -> Path | bytes | Image.Image:

@@ -121,6 +121,7 @@ class Task(ABC):
 
 
 def task_class(stage: StageConfig) -> type[Task]:
+    """The class of a stage's task. Raises UserError that suggests the nearest name."""
     if stage.task not in TASKS:
         raise UserError(f"stage '{stage.name}': no task '{stage.task}'{nearest(stage.task, TASKS)}")
     module, name = TASKS[stage.task].split(":")
@@ -133,6 +134,13 @@ def make_task(run: Run, stage: StageConfig) -> Task:
     if stage.lora and not issubclass(cls, LLaVATask):
         raise UserError(f"stage '{stage.name}': task '{stage.task}' trains no adapters; leave lora out")
     return cls(run, stage)  # type: ignore[call-arg]
+
+
+def shape_options(stage: StageConfig, **known: Any) -> dict[str, Any]:
+    """What a task reads of `shapes`, over the defaults `known`. Raises UserError for any other key."""
+    for key in stage.shapes.keys() - known.keys():
+        raise UserError(f"stage '{stage.name}': shapes.{key} is unknown{nearest(key, known)}")
+    return known | stage.shapes
 
 
 def export(run: Run, folder: Path) -> None:

@@ -40,6 +40,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
+        """Of the values, from their dtype."""
         size = 8 if "64" in self.dtype else 4 if "32" in self.dtype else 1 if "8" in self.dtype else 2
         return math.prod(self.shape) * size
 

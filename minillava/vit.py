@@ -64,6 +64,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with the tower's activation between them, [N, T, D] -> [N, T, D]."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
@@ -75,6 +77,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and added to its input, [N, T, D] -> [N, T, D]."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
@@ -92,6 +96,8 @@ class Block(nn.Module):
 
 
 class VisionTower(nn.Module):
+    """Patches, positions and blocks; the final norm, which checkpoints have, LLaVA does not run."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from minillava import decoder
 from minillava.config import ModelConfig, UserError
 from minillava.engine import Engine, Request, user_message
+from minillava.inspection import describe
 from minillava.layout import clip_span
 from minillava.tokenizer import load_tokenizer
 from minillava.weights import load_model, read_config, rename, save_model
@@ -369,6 +370,7 @@ def test_a_stock_siglip_beside_the_original_layout(stored, tmp_path):
     tower |= {name.replace("layers.0.", "layers.3."): tensor + 1 for name, tensor in first.items()}
     save_file(mine, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(tower, folder / "tower" / "model.safetensors", metadata={"format": "pt"})
+    assert "loads      yes" in describe(folder)
     loaded = load_model(folder, torch.float32).state_dict()
     for name, tensor in stored.engine.model.state_dict().items():
         assert torch.equal(loaded[name], tensor), name

@@ -9,10 +9,12 @@ import torch
 
 from minillava import pretrain, shapes, shapes_task, train_tokenizer
 from minillava.chat import IGNORE, Message
+from minillava.config import UserError
 from minillava.data import Example
 from minillava.engine import Engine, Request
 from minillava.pipeline import run_recipe
-from minillava.recipe import read_recipe
+from minillava.recipe import StageConfig, read_recipe
+from minillava.tasks import shape_options
 from minillava.tokenizer import load_tokenizer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "nano.toml"
@@ -53,6 +55,12 @@ def test_every_word_of_the_world_is_one_token(tmp_path):
     assert {word: len(tokenizer.encode(f" {word}", first=False)) for word in words} == dict.fromkeys(words, 1)
     strange = "Zwölf Boxkämpfer"
     assert tokenizer.decode(tokenizer.encode(strange, first=True)) == strange
+
+
+def test_an_unknown_option_of_the_world_is_refused():
+    with pytest.raises(UserError, match=r"stage 'a': shapes\.turn is unknown \(did you mean 'turns'\?\)"):
+        shape_options(StageConfig(name="a", shapes={"turn": 1}), turns=8)
+    assert shape_options(StageConfig(shapes={"turns": 1}), turns=8, scenes=9) == {"turns": 1, "scenes": 9}
 
 
 def test_a_question_is_asked_of_its_own_scene_and_once():
