@@ -23,19 +23,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from minillava.kernels import (
-    configs,
-    decode_attention,
-    flash,
-    flash_backward,
-    frame,
-    fused_mlp,
-    linear_cross_entropy,
-    nf4_dequantize,
-    nf4_matmul,
-    rms_norm,
-    swiglu,
-)
+from minillava.kernels import cases, configs, frame, fused_mlp, nf4_matmul
 from minillava.kernels.frame import Card
 
 MARKERS = {
@@ -154,31 +142,29 @@ def _read_back(kernel: Any, compiled: Any, card: Card, settings: dict[str, Any])
     )
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack, which in these kernels is what registers spilled to."""
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    """What one of CUDA's tools, which come with Triton, says of a binary."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(Path(knobs.nvidia.cuobjdump.path).with_name(name)), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of stack, which in these kernels is what registers spilled to."""
+    usage = _tool("cuobjdump", "-res-usage", cubin)
     return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
 
 
 def _per_weight(cubin: bytes) -> float:
     """Instructions of a loop for each of its shuffles by index, which look a 4-bit weight up; 0 if there is no loop."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(Path(knobs.nvidia.cuobjdump.path).with_name("nvdisasm")), "-c", file.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     code: list[str] = []
     labels: dict[str, int] = {}
     ratios = [0.0]
-    for line in sass.splitlines():
+    for line in _tool("nvdisasm", "-c", cubin).splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(code)
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
@@ -196,125 +182,63 @@ def _number(pattern: str, text: str) -> int:
 
 # -- what is shipped ---------------------------------------------------------------------------------------------------
 
-WIDTHS = 1024, 4096, 4096  # K, H, O of LLaVA-1.5 7B
-VOCABULARY = 32000
 
-
-def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def compile_mlp(arch: str, part: str, config: dict[str, Any], activation: str, rows: int = 4608) -> list[Compiled]:
-    """Compile one configuration of fused_mlp through its own wrapper."""
-    K, H, O = WIDTHS
-    x, w1, b1, w2, b2 = _meta(rows, K), _meta(H, K), _meta(H), _meta(O, H), _meta(O)
+def compile_case(
+    arch: str, kernel: str, part: str, bucket: dict[str, Any], config: dict[str, Any], **options: Any
+) -> list[Compiled]:
+    """Compile one configuration through its own wrapper."""
+    run = cases.CASES[kernel](part, bucket, "meta", **options)
     with compiling(arch) as found:
-        if part == "forward":
-            fused_mlp.triton_forward(x, w1, b1, w2, b2, activation, True, config)
-        else:
-            needs = [False, True, True, True, True]
-            fused_mlp.triton_backward(_meta(rows, O), x, w1, w2, _meta(rows, H), activation, needs, config)
+        run(config)
     return found
 
 
-def compile_loss(arch: str, config: dict[str, Any], vocabulary: int) -> list[Compiled]:
-    """Compile one configuration of the loss and its gradient."""
-    with compiling(arch) as found:
-        targets = _meta(64, dtype=torch.int64)
-        linear_cross_entropy.triton_loss(_meta(64, vocabulary), targets, -100, True, config)
-    return found
+def compile_mlp(arch: str, part: str, config: dict[str, Any], activation: str) -> list[Compiled]:
+    """One configuration of fused_mlp."""
+    return compile_case(arch, "fused_mlp", part, {}, config, activation=activation)
 
 
-def compile_swiglu(arch: str, part: str, config: dict[str, Any]) -> list[Compiled]:
-    """Compile one configuration of SwiGLU, at LLaMA-7B's hidden width."""
-    gate, up, dy = (_meta(64, 11008) for _ in range(3))
-    with compiling(arch) as found:
-        swiglu.triton_forward(gate, up, config) if part == "forward" else swiglu.triton_backward(dy, gate, up, config)
-    return found
+def compile_nf4(arch: str, config: dict[str, Any], rows: int, K: int = 4096, nested: bool = False) -> list[Compiled]:
+    """One configuration of the product with 4-bit weights."""
+    return compile_case(arch, "nf4_matmul", "forward", {"rows": rows}, config, K=K, nested=nested)
 
 
-def compile_norm(arch: str, part: str, config: dict[str, Any], width: int) -> list[Compiled]:
-    """Compile one configuration of RMSNorm."""
-    x, dy, weight, rstd = _meta(577, width), _meta(577, width), _meta(width), _meta(577, 1, dtype=torch.float32)
-    with compiling(arch) as found:
-        if part == "forward":
-            rms_norm.triton_forward(x, weight, 1e-5, config)
-        else:
-            rms_norm.triton_backward(dy, x, weight, rstd, config)
-    return found
-
-
-# Part, head size, causal: the towers' heads, the decoder's, and the largest
-FLASH = [("forward", 64, False), ("forward", 72, False), ("forward", 128, True), ("forward", 256, True)]
-FLASH += [(part, K, K != 72) for part in ("backward", "backward_keys") for K in (64, 72, 128, 256)]
-FLASH += [("backward_queries", K, K != 72) for K in (72, 128, 256)] + [("decode", K, False) for K in (64, 128)]
+# Part, head size, options: the towers' heads, the decoder's, and the largest
+FLASH: list[tuple[str, int, dict[str, bool]]]
+FLASH = [("forward", K, {"causal": K > 72}) for K in (64, 72, 128, 256)]
+FLASH += [(part, K, {"causal": K != 72}) for part in ("backward", "backward_keys") for K in (64, 72, 128, 256)]
+FLASH += [("backward_queries", K, {"causal": K != 72}) for K in (72, 128, 256)]
+FLASH += [("decode", K, {"mass": True}) for K in (64, 128)]
 FEWER = "sm_89", "gfx942"  # cards for which only the decoder's heads are compiled
 
 
-def compile_flash(arch: str, part: str, config: dict[str, Any], K: int, causal: bool) -> list[Compiled]:
-    """Compile one configuration of attention for heads of K, of which four share a key/value head."""
-    q, k, v, o, do = (_meta(2048, heads, K) for heads in (8, 2, 2, 8, 8))
-    lse, cu = _meta(8, 2048, dtype=torch.float32), [0, 577, 2048]
-    rest = (cu, cu, (), causal, 0, K**-0.5)
-    with compiling(arch) as found:
-        if part == "forward":
-            flash.forward(q, k, v, *rest, config)
-        elif part == "decode":
-            cache, lengths = _meta(2, 4096, 2, K), _meta(2, dtype=torch.int64)
-            decode_attention.triton_decode(q[:2], cache, cache, lengths, K**-0.5, 0, True, config)
-        else:
-            flash_backward.backward(do, q, k, v, o, lse, *rest, {part: config})
-    return found
-
-
-def compile_nf4(
-    arch: str, config: dict[str, Any], rows: int, K: int = 4096, nested: bool = False, N: int = 4096
-) -> list[Compiled]:
-    """Compile one configuration of the product with 4-bit weights, blocks of 64."""
-    blocks = N * K // 64
-    absmax = _meta(blocks, dtype=torch.uint8 if nested else torch.float32)
-    scales = (_meta(2, blocks // 256, dtype=torch.float32), _meta(256, dtype=torch.float32)) if nested else (None, None)
-    with compiling(arch) as found:
-        packed = _meta(N * K // 2, dtype=torch.uint8)
-        nf4_matmul.triton_forward(_meta(rows, K), packed, absmax, *scales, None, N, "nf4", 64, config)
-    return found
-
-
 def shipped(arch: str) -> Iterator[Compiled]:
-    """Compile everything that tuned/*.json ships for `arch`: erf GELU throughout, tanh where descriptors are used."""
-    for part, cards in configs.table("fused_mlp").items():
-        for bucket in _buckets(cards, arch):
-            config = bucket["config"]
-            for activation in ("gelu", "gelu_tanh") if config["variant"] == "descriptor" else ("gelu",):
-                yield from compile_mlp(arch, part, config, activation, bucket.get("rows", 4608))
-    for bucket in _buckets(configs.table("linear_cross_entropy")["loss"], arch):
-        yield from compile_loss(arch, bucket["config"], bucket.get("width", VOCABULARY))
-    for part, cards in configs.table("swiglu").items():
-        for bucket in _buckets(cards, arch):
-            yield from compile_swiglu(arch, part, bucket["config"])
-    for part, cards in configs.table("rms_norm").items():
-        for bucket in _buckets(cards, arch):
-            yield from compile_norm(arch, part, bucket["config"], bucket.get("width", rms_norm.WIDEST))
-    for part, K, causal in FLASH:
+    """Compile everything that tuned/*.json ships for `arch`: erf GELU throughout, tanh where descriptors are used;
+    4-bit weights with plain and nested scales."""
+    for kernel in cases.CASES:
+        for part, bucket, options in _flash(arch) if kernel == "flash" else _buckets(kernel, arch):
+            found = compile_case(arch, kernel, part, bucket, bucket["config"], **options)
+            yield from (row for row in found if row.kernel != "_delta" or part == "backward")
+
+
+def _flash(arch: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    for part, K, options in FLASH:
         if arch not in FEWER or K == 128:
             config = configs.choose("flash", part, frame.CARDS[arch], 2048, K)
-            found = compile_flash(arch, part, config, K, causal)
-            yield from (row for row in found if row.kernel != "_delta" or part == "backward")
-    for bucket in _buckets(configs.table("nf4_matmul")["forward"], arch):
-        for K, nested in ((4096, False), (11008, True)) if bucket["config"]["variant"] != "library" else ():
-            yield from compile_nf4(arch, bucket["config"], bucket["rows"], K, nested)
-    for bucket in _buckets(configs.table("nf4_matmul")["dequantize"], arch):
-        with compiling(arch) as found:
-            parts = _meta(1 << 21, dtype=torch.uint8), _meta(1 << 16, dtype=torch.float32)
-            nf4_dequantize.triton_dequantize(
-                *parts, None, None, 1024, 4096, "nf4", 64, torch.bfloat16, bucket["config"]
-            )
-        yield from found
+            yield part, {"width": K, "config": config}, options
 
 
-def _buckets(cards: dict[str, list], arch: str) -> list[dict[str, Any]]:
+def _buckets(kernel: str, arch: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """The architecture's, and those that were tuned on the card that stands for it."""
-    return [*cards.get(arch, ()), *cards.get(frame.CARDS[arch].name, ())]
+    for part, cards in configs.table(kernel).items():
+        for bucket in (*cards.get(arch, ()), *cards.get(frame.CARDS[arch].name, ())):
+            variant = bucket["config"].get("variant")
+            if variant == "descriptor":
+                yield from ((part, bucket, {"activation": name}) for name in fused_mlp.APPROXIMATE)
+            elif variant in nf4_matmul.TYPES:
+                yield from ((part, bucket, options) for options in ({"K": 4096}, {"K": 11008, "nested": True}))
+            elif variant != "library":
+                yield part, bucket, {}
 
 
 def write_table(folder: Path) -> None:
@@ -323,21 +247,17 @@ def write_table(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report = {"triton": triton.__version__, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
     (folder / "compile.json").write_text(json.dumps(report, indent=1) + "\n")
+    names = "arch", "kernel", "settings", "warps", "registers", "spilled bytes", "shared bytes", "limit", "instructions"
     lines = [
-        f"Compiled without a card by Triton {triton.__version__}; bf16, K-H-O {'-'.join(map(str, WIDTHS))}.",
+        f"Compiled without a card by Triton {triton.__version__}; bf16, K-H-O {'-'.join(map(str, cases.MLP))}.",
         "",
-        "| arch | kernel | settings | warps | registers | spilled bytes | shared bytes | limit | instructions "
-        "| a weight |",
-        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    lines += [f"| {' | '.join(names)} | a weight |", "|---" * (len(names) + 1) + "|"]
     for row in rows:
         settings = " ".join(f"{name.lower()}={value}" for name, value in row.settings.items())
-        cells = (row.arch, row.kernel, settings, row.warps, row.registers, row.spill_bytes, row.shared_bytes)
-        lines.append(
-            "| "
-            + " | ".join(map(str, (*cells, row.shared_limit, ", ".join(row.instructions), row.per_weight or "")))
-            + " |"
-        )
+        cells: tuple[Any, ...] = (row.arch, row.kernel, settings, row.warps, row.registers, row.spill_bytes)
+        cells += row.shared_bytes, row.shared_limit, ", ".join(row.instructions), row.per_weight or ""
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     (folder / "compile.md").write_text("\n".join(lines) + "\n")
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.kernels import flash, flash_backward
-from minillava.kernels.frame import register, shapes
+from minillava.kernels.frame import register, shapes, wide
 
 # With causal attention, sequences whose length is at least this share of the longest one's are computed as one
 # right-padded block: no real query comes after a padded key, so no mask is needed. Anything shorter starts a block of
@@ -195,7 +195,7 @@ def plain_forward(q_THK, k_SGK, v_SGK, cu_q, cu_k, prefix, causal, window, scale
     for block, q, k, v in zip(blocks, *_by_block(blocks, (q_THK,), (k_SGK, v_SGK))):
         q = q[:, :, block.keyless :] if block.keyless else q
         if not q.numel():
-            o, lse = torch.empty_like(q), q.new_empty(*q.shape[:3], dtype=_wide_dtype(q))
+            o, lse = torch.empty_like(q), q.new_empty(*q.shape[:3], dtype=wide(q))
         elif q.device.type == FLASH_ON:
             o, lse = flash_cpu(q, k, v, 0.0, **_options(block, q), scale=scale)
         else:
@@ -253,17 +253,13 @@ def _visible(block: Block, q: Tensor) -> Tensor | None:
     return torch.ones(q.shape[2], block.S, dtype=torch.bool, device=q.device).tril()
 
 
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _wide(x_BGSK: Tensor, q_BHTK: Tensor) -> Tensor:
     """A key/value head for each query head, in at least fp32."""
-    return x_BGSK.repeat_interleave(q_BHTK.shape[1] // x_BGSK.shape[1], 1).to(_wide_dtype(q_BHTK))
+    return x_BGSK.repeat_interleave(q_BHTK.shape[1] // x_BGSK.shape[1], 1).to(wide(q_BHTK))
 
 
 def _scores(q: Tensor, k: Tensor, block: Block, scale: float) -> Tensor:
-    scores, visible = q.to(_wide_dtype(q)) @ _wide(k, q).mT * scale, _visible(block, q)
+    scores, visible = q.to(wide(q)) @ _wide(k, q).mT * scale, _visible(block, q)
     return scores if visible is None else scores.masked_fill(~visible, float("-inf"))
 
 
@@ -344,7 +340,7 @@ def triton_backward(do_THK, q_THK, *rest) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_forward(q_THK, k_SGK, v_SGK, cu_q, cu_k, prefix, causal, window, scale):
-    return q_THK.new_empty(q_THK.shape), q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=_wide_dtype(q_THK))
+    return q_THK.new_empty(q_THK.shape), q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=wide(q_THK))
 
 
 def _fake_backward(do_THK, q_THK, k_SGK, v_SGK, o_THK, lse_HT, cu_q, cu_k, prefix, causal, window, scale):

@@ -235,10 +235,9 @@ def triton_decode(
     k_strides, v_strides = ([stride // unit(x) for stride in x.stride()[:3]] for x in (k_BSGK, v_BSGK))
     sizes = {"K": K, "UNIT": unit(q_BHK), **parts(K), "BLOCK_R": max(16, 1 << (R - 1).bit_length())}
     sizes |= {"BLOCK_S": config["block_n"], "SPLITS": splits}
-    options = {"num_warps": config["warps"], "num_stages": config["stages"]}
     common = (G, R, scale * LOG2_E, window, *k_strides)
     args = (q_BHK, k_BSGK, v_BSGK, lengths_B, o_BHK, partial, lse, *common, *v_strides)
-    launch(_decode_split, (B * G, splits), *args, **sizes, **options)
+    launch(_decode_split, (B * G, splits), *args, config=config, **sizes)
     if splits > 1:
         block = 1 << (K - 1).bit_length()
         launch(_decode_combine, (B * G, R), partial, lse, o_BHK, R, K=K, BLOCK_K=block, SPLITS=splits)
@@ -246,7 +245,7 @@ def triton_decode(
         return o_BHK, none
     mass_BS = q_BHK.new_empty(B, S, dtype=torch.float32)
     grid = (B, -(-S // config["block_n"]))
-    launch(_decode_mass, grid, q_BHK, k_BSGK, lengths_B, lse, mass_BS, S, *common, **sizes, **options)
+    launch(_decode_mass, grid, q_BHK, k_BSGK, lengths_B, lse, mass_BS, S, *common, config=config, **sizes)
     return o_BHK, mass_BS
 
 

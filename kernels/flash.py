@@ -63,6 +63,14 @@ def _tile(view, row, rows, head, stride_t, stride_h, K: tl.constexpr, COLUMN: tl
 
 
 @jit
+def _once(ptr, row, rows, stride_t, stride_h, K: tl.constexpr, COLUMN: tl.constexpr, ROWS: tl.constexpr,
+          WIDTH: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """A tile of one head, the only one to be read there."""
+    view = _view(ptr, rows, 1, stride_t, stride_h, K, ROWS, WIDTH, TMA)
+    return _tile(view, row, rows, 0, stride_t, stride_h, K, COLUMN, ROWS, WIDTH, TMA)
+
+
+@jit
 def _put(ptr, tile, row, rows, head, heads, stride_t, stride_h, K: tl.constexpr, COLUMN: tl.constexpr,
          ROWS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """Write the part of a tile that lies inside."""
@@ -118,17 +126,14 @@ def _flash_forward(
     k_ptr += k_start * k_s + (head // R) * k_g
     v_ptr += k_start * v_s + (head // R) * v_g
     o_ptr += q_start * (H * K) + head * K
-    q0 = _tile(
-        _view(q_ptr, q_len, 1, q_t, q_h, K, BLOCK_M, MAIN, TMA), first, q_len, 0, q_t, q_h, K, 0, BLOCK_M, MAIN, TMA
-    )
+    q0 = _once(q_ptr, first, q_len, q_t, q_h, K, 0, BLOCK_M, MAIN, TMA)
     k0_view = _view(k_ptr, k_len, 1, k_s, k_g, K, BLOCK_N, MAIN, TMA)
     v0_view = _view(v_ptr, k_len, 1, v_s, v_g, K, BLOCK_N, MAIN, TMA)
     q1, k1_view, v1_view = q0, k0_view, v0_view
     acc0 = tl.zeros((BLOCK_M, MAIN), tl.float32)
     acc1 = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
     if TAIL:
-        q1_view = _view(q_ptr, q_len, 1, q_t, q_h, K, BLOCK_M, TAIL, TMA)
-        q1 = _tile(q1_view, first, q_len, 0, q_t, q_h, K, MAIN, BLOCK_M, TAIL, TMA)
+        q1 = _once(q_ptr, first, q_len, q_t, q_h, K, MAIN, BLOCK_M, TAIL, TMA)
         k1_view = _view(k_ptr, k_len, 1, k_s, k_g, K, BLOCK_N, TAIL, TMA)
         v1_view = _view(v_ptr, k_len, 1, v_s, v_g, K, BLOCK_N, TAIL, TMA)
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -230,23 +235,16 @@ def forward(q, k, v, cu_q, cu_k, prefix, causal, window, scale, config: dict | N
     config = config or choose("forward", q, max(b - a for a, b in pairwise(cu_q)))
     q, k, v = (aligned(x) for x in (q, k, v))
     table = tiles(tuple(cu_q), tuple(cu_k), tuple(prefix), False, config["block_m"], causal, q.device)
-    settings = constants(q, causal, window, prefix, config)
-    settings["SPECIALIZE"] = config["specialize"]
     if len(table):
         args = (q, k, v, o, lse, table, T, H, H // k.shape[1], scale * LOG2_E, window, *strides(q, k, v))
-        launch(_flash_forward, (len(table) * H,), *args, **settings)
+        launch(_flash_forward, (len(table) * H,), *args, config=config, **constants(q, causal, window, prefix, config))
     return o, lse
 
 
 def constants(q: Tensor, causal: bool, window: int, prefix, config: dict) -> dict:
-    kind = {
-        "CAUSAL": causal,
-        "WINDOW": bool(window),
-        "PREFIX": bool(len(prefix)),
-        "TMA": config["variant"] == "descriptor",
-    }
-    sizes = {"BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"], "K": q.shape[2], "UNIT": unit(q)}
-    return {**kind, **sizes, **parts(q.shape[2]), "num_warps": config["warps"], "num_stages": config["stages"]}
+    """What a kernel is made for, its configuration apart."""
+    kind = {"CAUSAL": causal, "WINDOW": bool(window), "PREFIX": bool(len(prefix))}
+    return {**kind, "TMA": config["variant"] == "descriptor", "K": q.shape[2], "UNIT": unit(q), **parts(q.shape[2])}
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:

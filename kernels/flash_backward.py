@@ -17,6 +17,7 @@ from minillava.kernels.flash import (
     _at,
     _entry,
     _inside,
+    _once,
     _put,
     _seen,
     _tile,
@@ -85,12 +86,8 @@ def _flash_backward_keys(
     lse_ptr += group * R * T + q_start
     delta_ptr += group * R * T + q_start
     o_t = H * K
-    k0 = _tile(
-        _view(k_ptr, k_len, 1, k_s, k_g, K, BLOCK_N, MAIN, TMA), first, k_len, 0, k_s, k_g, K, 0, BLOCK_N, MAIN, TMA
-    )
-    v0 = _tile(
-        _view(v_ptr, k_len, 1, v_s, v_g, K, BLOCK_N, MAIN, TMA), first, k_len, 0, v_s, v_g, K, 0, BLOCK_N, MAIN, TMA
-    )
+    k0 = _once(k_ptr, first, k_len, k_s, k_g, K, 0, BLOCK_N, MAIN, TMA)
+    v0 = _once(v_ptr, first, k_len, v_s, v_g, K, 0, BLOCK_N, MAIN, TMA)
     q0_view = _view(q_ptr, q_len, R, q_t, q_h, K, BLOCK_M, MAIN, TMA)
     do0_view = _view(do_ptr, q_len, R, o_t, K, K, BLOCK_M, MAIN, TMA)
     dk0 = tl.zeros((BLOCK_N, MAIN), tl.float32)
@@ -98,10 +95,8 @@ def _flash_backward_keys(
     if REDUCE:
         dq0_view = _view(dq_ptr, q_len, R, o_t, K, K, BLOCK_M, MAIN, TMA)
     if TAIL:
-        k1_view = _view(k_ptr, k_len, 1, k_s, k_g, K, BLOCK_N, TAIL, TMA)
-        k1 = _tile(k1_view, first, k_len, 0, k_s, k_g, K, MAIN, BLOCK_N, TAIL, TMA)
-        v1_view = _view(v_ptr, k_len, 1, v_s, v_g, K, BLOCK_N, TAIL, TMA)
-        v1 = _tile(v1_view, first, k_len, 0, v_s, v_g, K, MAIN, BLOCK_N, TAIL, TMA)
+        k1 = _once(k_ptr, first, k_len, k_s, k_g, K, MAIN, BLOCK_N, TAIL, TMA)
+        v1 = _once(v_ptr, first, k_len, v_s, v_g, K, MAIN, BLOCK_N, TAIL, TMA)
         q1_view = _view(q_ptr, q_len, R, q_t, q_h, K, BLOCK_M, TAIL, TMA)
         do1_view = _view(do_ptr, q_len, R, o_t, K, K, BLOCK_M, TAIL, TMA)
         dk1 = tl.zeros((BLOCK_N, TAIL), tl.float32)
@@ -186,20 +181,14 @@ def _flash_backward_queries(
     v_ptr += k_start * v_s + (head // R) * v_g
     do_ptr += (q_start * H + head) * K
     o_t = H * K
-    q0 = _tile(
-        _view(q_ptr, q_len, 1, q_t, q_h, K, BLOCK_M, MAIN, TMA), first, q_len, 0, q_t, q_h, K, 0, BLOCK_M, MAIN, TMA
-    )
-    do0 = _tile(
-        _view(do_ptr, q_len, 1, o_t, K, K, BLOCK_M, MAIN, TMA), first, q_len, 0, o_t, K, K, 0, BLOCK_M, MAIN, TMA
-    )
+    q0 = _once(q_ptr, first, q_len, q_t, q_h, K, 0, BLOCK_M, MAIN, TMA)
+    do0 = _once(do_ptr, first, q_len, o_t, K, K, 0, BLOCK_M, MAIN, TMA)
     k0_view = _view(k_ptr, k_len, 1, k_s, k_g, K, BLOCK_N, MAIN, TMA)
     v0_view = _view(v_ptr, k_len, 1, v_s, v_g, K, BLOCK_N, MAIN, TMA)
     dq0 = tl.zeros((BLOCK_M, MAIN), tl.float32)
     if TAIL:
-        q1_view = _view(q_ptr, q_len, 1, q_t, q_h, K, BLOCK_M, TAIL, TMA)
-        q1 = _tile(q1_view, first, q_len, 0, q_t, q_h, K, MAIN, BLOCK_M, TAIL, TMA)
-        do1_view = _view(do_ptr, q_len, 1, o_t, K, K, BLOCK_M, TAIL, TMA)
-        do1 = _tile(do1_view, first, q_len, 0, o_t, K, K, MAIN, BLOCK_M, TAIL, TMA)
+        q1 = _once(q_ptr, first, q_len, q_t, q_h, K, MAIN, BLOCK_M, TAIL, TMA)
+        do1 = _once(do_ptr, first, q_len, o_t, K, K, MAIN, BLOCK_M, TAIL, TMA)
         k1_view = _view(k_ptr, k_len, 1, k_s, k_g, K, BLOCK_N, TAIL, TMA)
         v1_view = _view(v_ptr, k_len, 1, v_s, v_g, K, BLOCK_N, TAIL, TMA)
         dq1 = tl.zeros((BLOCK_M, TAIL), tl.float32)
@@ -268,9 +257,9 @@ def backward(
         settings = constants(q, causal, window, prefix, config)
         if not keys:
             args = (q, k, v, do, lse, delta, dq, table, *common)
-            launch(_flash_backward_queries, (len(table) * H,), *args, **settings)
+            launch(_flash_backward_queries, (len(table) * H,), *args, config=config, **settings)
             continue
-        settings |= {"SPECIALIZE": config["specialize"], "REDUCE": name == "backward"}
         args = (k, v, q, do, lse, delta, dk, dv, dq, table, *common)
-        launch(_flash_backward_keys, (len(table) * k.shape[1],), *args, **settings)
+        reduce = name == "backward"
+        launch(_flash_backward_keys, (len(table) * k.shape[1],), *args, config=config, REDUCE=reduce, **settings)
     return dq.to(q.dtype), dk, dv

@@ -2,10 +2,9 @@
 
 An operation is registered once with a plain PyTorch implementation (Apple GPUs, and CPUs unless they have one of their
 own), a CUDA one (Triton and library products), a fake one (shapes only) and a backward formula; which runs is torch's
-dispatch by device. A launch follows
-its tensors too: on CUDA it runs, on the CPU it goes through Triton's interpreter (tests), on meta tensors it is only
-compiled, for the card that `minillava.kernels.aot` pretends is there. Whatever depends on Triton's version is in this
-file, in aot and in interpreter.
+dispatch by device. A launch follows its tensors too: on CUDA it runs, on the CPU it goes through Triton's interpreter
+(tests), on meta tensors it is only compiled, for the card that `minillava.kernels.aot` pretends is there. Whatever
+depends on Triton's version is in this file, in aot and in interpreter.
 """
 
 from __future__ import annotations
@@ -84,13 +83,16 @@ else:  # the definitions are still read, and nothing launches them: `register` l
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
+    kernel: Any, grid: tuple[int, ...], *args: Any, config: dict[str, Any] | None = None, **constants: Any
 ) -> Any:
     """Run `kernel` over `grid` where its first argument lives; on meta tensors, compile it and run nothing.
 
-    FP fusion is asked for by name: Triton 3.10 turns it off by default, which costs a quarter more instructions.
+    `config` gives warps, stages, and the constants that the kernel has under the same names in capitals. FP fusion is
+    asked for by name: Triton 3.10 turns it off by default, which costs a quarter more instructions.
     """
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    config = config or {}
+    options = {"num_warps": config.get("warps", 4), "num_stages": config.get("stages", 3), "enable_fp_fusion": True}
+    constants = {n.upper(): value for n, value in config.items() if n.upper() in kernel.arg_names} | constants
     if args[0].is_cuda:
         # The allocator is a context variable, and autograd's backward runs in another thread's context.
         triton.set_allocator(_allocate)
@@ -148,6 +150,11 @@ def aligned(x: Tensor) -> Tensor:
     it."""
     x = x.contiguous()
     return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The type to sum in: at least fp32."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def shapes(**tensors: Tensor | None) -> str:

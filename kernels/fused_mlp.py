@@ -349,21 +349,16 @@ def _product(a, b, bias, pre, act, dpre, sums, activation: str, backward: bool, 
     M, K = a.shape
     N = act.shape[1]
     tiles = -(-M // config["block_m"]) * -(-N // config["block_n"])
-    constants = {"BACKWARD": backward, "ERF": activation == "gelu", "SAVE": save, "GROUP": config["group"]}
-    constants |= {name.upper(): config[name] for name in ("block_m", "block_n", "block_k")}
-    options = {"num_warps": config["warps"], "num_stages": config["stages"]}
+    args, gelu = (a, b, bias, pre, act, dpre, sums), {"ERF": activation == "gelu", "SAVE": save}
     if config["variant"] == "descriptor":
         programs = min(tiles, card_of(a).multiprocessors)
-        constants |= {"PARTS": config["parts"], "SPECIALIZE": config["specialize"]}
-        launch(_descriptor, (programs,), a, b, bias, pre, act, dpre, sums, M, N, K, **constants, **options)
+        launch(_descriptor, (programs,), *args, M, N, K, config=config, BACKWARD=backward, **gelu)
         return
     shares = config["split_k"]
     partial = torch.empty(shares, M, N, dtype=torch.float32, device=a.device) if shares > 1 else None
-    arguments = (a, b, bias, pre, act, dpre, sums, partial, M, N, K)
-    launch(_pointer, (tiles, shares), *arguments, SPLIT_K=shares, **constants, **options)
+    launch(_pointer, (tiles, shares), *args, partial, M, N, K, config=config, BACKWARD=backward, **gelu)
     if shares > 1:
-        finish = {"ERF": activation == "gelu", "SAVE": save, "SPLIT_K": shares, "BLOCK": 1024}
-        launch(_finish, (M, -(-N // 1024)), partial, bias, pre, act, M, N, **finish)
+        launch(_finish, (M, -(-N // 1024)), partial, bias, pre, act, M, N, SPLIT_K=shares, BLOCK=1024, **gelu)
 
 
 _forward = register(

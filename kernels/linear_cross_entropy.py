@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.kernels import configs
-from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl
+from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl, wide
 
 # One chunk holds 4096 rows of a 128,256-word vocabulary in bf16; on a CPU, a laptop's memory is the measure.
 LOGITS_BYTES = {"cpu": 256 << 20, "mps": 256 << 20, "cuda": 1100 << 20}
@@ -28,8 +28,7 @@ SMALL = 1 << 17
 def reference(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int = -100) -> Tensor:
     """The same function in plain, differentiable PyTorch: all the logits at once."""
     logits_NV = F.linear(hidden_ND, weight_VD)
-    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction="sum")
+    return F.cross_entropy(logits_NV.to(wide(logits_NV)), targets_N, ignore_index=ignore_index, reduction="sum")
 
 
 def plain_loss(logits_RV: Tensor, targets_R: Tensor, ignore_index: int, gradient: bool) -> Tensor:
@@ -39,7 +38,7 @@ def plain_loss(logits_RV: Tensor, targets_R: Tensor, ignore_index: int, gradient
     """
     R, V = logits_RV.shape
     step = max(1, (1 << 20) // V)
-    total = torch.zeros((), dtype=_wide(logits_RV), device=logits_RV.device)
+    total = torch.zeros((), dtype=wide(logits_RV), device=logits_RV.device)
     for start in range(0, R, step):
         block_RV, target_R = logits_RV[start : start + step], targets_R[start : start + step]
         if not gradient:
@@ -55,10 +54,6 @@ def plain_loss(logits_RV: Tensor, targets_R: Tensor, ignore_index: int, gradient
         p_RV.scatter_add_(1, index_R1, p_RV.new_full((1, 1), -1.0).expand_as(index_R1))
         block_RV.copy_(p_RV if keep_R1.all() else p_RV.mul_(keep_R1))
     return total
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
@@ -153,10 +148,9 @@ def _run(loss, hidden_ND, weight_VD, targets_N, ignore_index: int, rows: int, ne
         logits_NV = hidden_ND @ weight_VD.T
         total = loss(logits_NV, targets_N, ignore_index, any(needs))
         return total, (logits_NV if any(needs) else none), none
-    wide = _wide(hidden_ND)
-    total = torch.zeros((), dtype=wide, device=hidden_ND.device)
+    total = torch.zeros((), dtype=wide(hidden_ND), device=hidden_ND.device)
     grad_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if needs[0] else none
-    grad_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device) if needs[1] else none
+    grad_VD = torch.zeros(weight_VD.shape, dtype=total.dtype, device=weight_VD.device) if needs[1] else none
     for start in range(0, N, rows):
         chunk = slice(start, start + rows)
         logits_RV = hidden_ND[chunk] @ weight_VD.T
@@ -185,22 +179,18 @@ def triton_loss(
         return plain_loss(logits_RV, targets_R, ignore_index, gradient)
     config = config or configs.choose("linear_cross_entropy", "loss", card_of(logits_RV), R, V)
     losses_R = torch.empty(R, dtype=torch.float32, device=logits_RV.device)
-    one_pass = config["one_pass"]
-    constants = {"GRADIENT": gradient, "ONE_PASS": one_pass}
-    constants["BLOCK"] = 1 << (V - 1).bit_length() if one_pass else config["block"]
+    block = 1 << (V - 1).bit_length() if config["one_pass"] else config["block"]
     args = (logits_RV, targets_R.contiguous(), losses_R, V, ignore_index)
-    launch(_loss_and_gradient, (R,), *args, **constants, num_warps=config["warps"], num_stages=config["stages"])
+    launch(_loss_and_gradient, (R,), *args, config=config, GRADIENT=gradient, BLOCK=block)
     return losses_R.sum()
 
 
 def _fake(hidden_ND, weight_VD, targets_N, ignore_index, rows, needs):
-    wide = _wide(hidden_ND)
-    none = hidden_ND.new_empty(0)
-    total = hidden_ND.new_empty((), dtype=wide)
+    none, total = hidden_ND.new_empty(0), hidden_ND.new_empty((), dtype=wide(hidden_ND))
     if hidden_ND.shape[0] <= rows:
         return total, hidden_ND.new_empty(hidden_ND.shape[0], weight_VD.shape[0]) if any(needs) else none, none
     grad_ND = hidden_ND.new_empty(hidden_ND.shape) if needs[0] else none
-    return total, grad_ND, weight_VD.new_empty(weight_VD.shape, dtype=wide) if needs[1] else none
+    return total, grad_ND, weight_VD.new_empty(weight_VD.shape, dtype=total.dtype) if needs[1] else none
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -136,16 +136,16 @@ def in_order(c0, c1, c2, c3, c4, c5, c6, c7):
 @jit
 def _dequantize(
     words_ptr, absmax_ptr, nested_ptr, dynamic_ptr, table_ptr, w_ptr, words, groups,
-    SIZE: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, SHUFFLE: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """The weight, BLOCK words of eight a program; moves half a byte in and two out a weight. All types."""
-    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """The weight, WORDS words of eight a program; moves half a byte in and two out a weight. All types."""
+    word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     packed = tl.load(words_ptr + word, mask=word < words, other=0)
     scale = block_scales(absmax_ptr, nested_ptr, dynamic_ptr, word * 8 // SIZE, groups, word < words)
-    c0, c1, c2, c3, c4, c5, c6, c7 = codes(packed, table_ptr, tl.arange(0, BLOCK), SHUFFLE)
+    c0, c1, c2, c3, c4, c5, c6, c7 = codes(packed, table_ptr, tl.arange(0, WORDS), SHUFFLE)
     w = in_order(c0 * scale, c1 * scale, c2 * scale, c3 * scale, c4 * scale, c5 * scale, c6 * scale, c7 * scale)
-    at = tl.program_id(0).to(tl.int64) * (BLOCK * 8) + tl.arange(0, BLOCK * 8)
-    tl.store(w_ptr + at, w.reshape(BLOCK * 8).to(w_ptr.dtype.element_ty), mask=at < words * 8)
+    at = tl.program_id(0).to(tl.int64) * (WORDS * 8) + tl.arange(0, WORDS * 8)
+    tl.store(w_ptr + at, w.reshape(WORDS * 8).to(w_ptr.dtype.element_ty), mask=at < words * 8)
 
 
 # -- wrapper -----------------------------------------------------------------------------------------------------------
@@ -184,8 +184,8 @@ def triton_dequantize(
     W, words = torch.empty(N, K, dtype=dtype, device=packed.device), N * K // 8
     parts, groups, shuffle = arguments(packed, absmax, nested, dynamic, quant_type)
     config = config or configs.choose("nf4_matmul", "dequantize", card_of(packed), N, K)
-    constants = {"SIZE": blocksize, "SHUFFLE": shuffle, "BLOCK": config["words"], "num_warps": config["warps"]}
-    launch(_dequantize, (-(-words // config["words"]),), *parts, W, words, groups, **constants)
+    grid, constants = (-(-words // config["words"]),), {"SIZE": blocksize, "SHUFFLE": shuffle}
+    launch(_dequantize, grid, *parts, W, words, groups, config=config, **constants)
     return W
 
 

@@ -80,10 +80,10 @@ def _four(x_ptr, keep, TYPE: tl.constexpr):
 @jit
 def _gemv(
     x_ptr, words_ptr, absmax_ptr, nested_ptr, dynamic_ptr, table_ptr, bias_ptr, y_ptr, N, blocks, groups,
-    SHARED: tl.constexpr, EVEN: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
+    SHARED: tl.constexpr, EVEN: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = x W^T + bias, one row of x [M, 64 blocks] for each program_id(1): BLOCK_N outputs a program, BLOCK_B blocks
+    """y = x W^T + bias, one row of x [M, 64 blocks] for each program_id(1): BLOCK_N outputs a program, BLOCKS blocks
     of 64 weights at a time. x is read as int64.
 
     Moves N K / 2 bytes, the scales and, from the L2 cache, x; about 4 instructions a weight, which is what bounds it.
@@ -92,14 +92,14 @@ def _gemv(
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
     FOUR: tl.constexpr = TYPE.primitive_bitwidth // 16  # int64s that four numbers take
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    block, word = tl.arange(0, BLOCK_B), tl.arange(0, 8)
+    block, word = tl.arange(0, BLOCKS), tl.arange(0, 8)
     inside = block[None, :, None] * 8 + word[None, None, :]
     in_rows = (rows < N)[:, None, None]
     words_ptr += rows[:, None, None].to(tl.int64) * (blocks * 8) + inside
     first = rows[:, None, None] * blocks + block[None, :, None]
     x_ptr += tl.program_id(1).to(tl.int64) * (blocks * 16 * FOUR) + inside * (2 * FOUR)
-    acc = tl.zeros((BLOCK_N, BLOCK_B, 8), tl.float32)
-    for at in tl.range(0, blocks, BLOCK_B, num_stages=STAGES):
+    acc = tl.zeros((BLOCK_N, BLOCKS, 8), tl.float32)
+    for at in tl.range(0, blocks, BLOCKS, num_stages=STAGES):
         in_x = None if EVEN else (at + block < blocks)[None, :, None]
         keep = None if EVEN else in_rows & in_x
         words = tl.load(words_ptr + at * 8, mask=keep, other=None if EVEN else 0)
@@ -199,19 +199,16 @@ def triton_forward(
         return F.linear(x_MK, dequantize(*weight, N, K, quant_type, blocksize, x_MK.dtype), bias_N)
     x_MK, y_MN, blocks = aligned(x_MK), x_MK.new_empty(M, N), K // 64
     parts, groups, shuffle = arguments(*weight, quant_type)
-    constants = {"SHARED": blocksize // 64, "SHUFFLE": shuffle, "BLOCK_N": config["block_n"]}
-    constants["num_warps"] = config["warps"]
-    tiles = -(-N // config["block_n"])
+    tiles, constants = -(-N // config["block_n"]), {"SHARED": blocksize // 64, "SHUFFLE": shuffle}
     if config["variant"] == "gemv":
         even = blocks % config["blocks"] == N % config["block_n"] == 0
-        constants |= {"BLOCK_B": config["blocks"], "EVEN": even, "STAGES": config["stages"]}
-        launch(_gemv, (tiles, M), x_MK.view(torch.int64), *parts, bias_N, y_MN, N, blocks, groups, **constants)
+        args = x_MK.view(torch.int64), *parts, bias_N, y_MN, N, blocks, groups
+        launch(_gemv, (tiles, M), *args, config=config, EVEN=even, **constants)
         return y_MN
-    shares, block_m = config["split_k"], config["block_m"]
+    shares, grid = config["split_k"], (tiles, -(-M // config["block_m"]), config["split_k"])
     partial = x_MK.new_empty(shares, M, N, dtype=torch.float32) if shares > 1 else None
-    constants |= {"LATE": config["late"], "BLOCK_M": block_m, "SPLIT_K": shares, "num_stages": config["stages"]}
-    sizes = M, N, blocks, groups
-    launch(_product, (tiles, -(-M // block_m), shares), x_MK, *parts, bias_N, y_MN, partial, *sizes, **constants)
+    args = x_MK, *parts, bias_N, y_MN, partial, M, N, blocks, groups
+    launch(_product, grid, *args, config=config, **constants)
     if partial is not None:
         launch(_add, (-(-M * N // 1024),), partial, bias_N, y_MN, M * N, N, SPLIT_K=shares, BLOCK=1024)
     return y_MN

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.kernels import configs
-from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl
+from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl, wide
 
 SMALL = 1 << 17  # numbers; up to here on a CPU the plain code's few calls are faster (bench/LOG.md)
 BLOCK = 1 << 17  # numbers of a block of the CPU implementation: its fp32 copies stay in the cache
@@ -22,15 +22,14 @@ WIDEST = 8192  # a row is kept in registers; wider ones are the plain code's
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The same function in plain, differentiable PyTorch."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return F.rms_norm(wide, x.shape[-1:], eps=eps).to(x.dtype) * weight
+    return F.rms_norm(x.to(wide(x)), x.shape[-1:], eps=eps).to(x.dtype) * weight
 
 
 def plain_forward(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y [N, D] and 1 / rms [N, 1] in fp32, by blocks of rows that fit the cache."""
     N, D = x_ND.shape
     y_ND = x_ND.new_empty(N, D)
-    rstd_N1 = x_ND.new_empty(N, 1, dtype=_wide(x_ND))
+    rstd_N1 = x_ND.new_empty(N, 1, dtype=wide(x_ND))
     for rows in _blocks(N, D):
         n_RD, rstd_R1 = x_ND[rows].to(rstd_N1.dtype, copy=True), rstd_N1[rows]
         torch.linalg.vector_norm(n_RD, dim=1, keepdim=True, out=rstd_R1)
@@ -42,11 +41,11 @@ def plain_forward(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, T
 def plain_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N1: Tensor) -> tuple[Tensor, Tensor]:
     """dx = rstd (dn - n mean(dn n)) with n = x rstd and dn = dy weight; dweight = sum over rows of dy n."""
     N, D = x_ND.shape
-    wide = rstd_N1.dtype
+    dtype = rstd_N1.dtype
     dx_ND = x_ND.new_empty(N, D)
-    weight, dweight_D = weight_D.to(wide), weight_D.new_zeros(D, dtype=wide)
+    weight, dweight_D = weight_D.to(dtype), weight_D.new_zeros(D, dtype=dtype)
     for rows in _blocks(N, D):
-        n_RD, dy_RD = x_ND[rows].to(wide, copy=True).mul_(rstd_N1[rows]), dy_ND[rows].to(wide)
+        n_RD, dy_RD = x_ND[rows].to(dtype, copy=True).mul_(rstd_N1[rows]), dy_ND[rows].to(dtype)
         product_RD = dy_RD * n_RD
         dweight_D += product_RD.sum(0)
         mean_R1 = (product_RD @ weight)[:, None].mul_(1 / D)
@@ -58,10 +57,6 @@ def plain_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N1: Tenso
 def _blocks(N: int, D: int) -> list[slice]:
     step = max(1, BLOCK // max(D, 1))
     return [slice(start, start + step) for start in range(0, N, step)]
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
@@ -132,8 +127,7 @@ def triton_forward(x_ND: Tensor, weight_D: Tensor, eps: float, config: dict | No
     y_ND, rstd_N1 = torch.empty_like(x_ND), x_ND.new_empty(N, 1, dtype=torch.float32)
     config = config or configs.choose("rms_norm", "forward", card_of(x_ND), N, D)
     tile = _tile(D, config)
-    options = {"num_warps": config["warps"], "num_stages": config["stages"]}
-    launch(_rms_norm, (-(-N // tile["BLOCK_R"]),), x_ND, weight_D, y_ND, rstd_N1, N, D, eps, **tile, **options)
+    launch(_rms_norm, (-(-N // tile["BLOCK_R"]),), x_ND, weight_D, y_ND, rstd_N1, N, D, eps, config=config, **tile)
     return y_ND, rstd_N1
 
 
@@ -150,7 +144,7 @@ def triton_backward(
     dx_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
     sums_PD = x_ND.new_empty(programs, D, dtype=torch.float32)
     args = (dy_ND.contiguous(), x_ND.contiguous(), weight_D.contiguous(), rstd_N1, dx_ND, sums_PD, N, D)
-    launch(_rms_norm_backward, (programs,), *args, **tile, num_warps=config["warps"], num_stages=config["stages"])
+    launch(_rms_norm_backward, (programs,), *args, config=config, **tile)
     return dx_ND, sums_PD.sum(0).to(weight_D.dtype)
 
 
@@ -160,7 +154,7 @@ def _tile(D: int, config: dict) -> dict[str, int]:
 
 
 def _fake(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(x_ND.shape[0], 1, dtype=_wide(x_ND))
+    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(x_ND.shape[0], 1, dtype=wide(x_ND))
 
 
 def _fake_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N1: Tensor) -> tuple[Tensor, Tensor]:

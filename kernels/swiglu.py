@@ -108,8 +108,7 @@ def triton_backward(dy: Tensor, gate: Tensor, up: Tensor, config: dict | None = 
 def _launch(kernel, part: str, tensors: tuple[Tensor, ...], config: dict | None) -> None:
     E, width = tensors[0].numel(), tensors[0].shape[-1] if tensors[0].dim() else 1
     config = config or configs.choose("swiglu", part, card_of(tensors[0]), E // width, width)
-    block = config["block"]
-    launch(kernel, (-(-E // block),), *tensors, E, BLOCK=block, num_warps=config["warps"], num_stages=config["stages"])
+    launch(kernel, (-(-E // config["block"]),), *tensors, E, config=config)
 
 
 def _fake(gate: Tensor, up: Tensor) -> Tensor:

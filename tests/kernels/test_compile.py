@@ -15,7 +15,7 @@ from minillava.kernels import configs, frame
 if not frame.HAS_TRITON:
     pytest.skip("Triton is not installed here, so nothing can be compiled", allow_module_level=True)
 
-from minillava.kernels import aot
+from minillava.kernels import aot, cases, tune
 
 TABLE = Path(__file__).parents[2] / "bench" / "results" / "compile.json"
 
@@ -97,7 +97,7 @@ def test_too_much_shared_memory_is_caught():
 @pytest.mark.parametrize("rows", (1, 577, 4609))
 def test_odd_sizes_compile_without_spills(rows):
     """Rows that Triton specialises on, widths that are multiples of 8 and not of 16, a missing bias."""
-    x, w1, w2 = aot._meta(rows, 1144), aot._meta(5128, 1144), aot._meta(888, 5128)
+    x, w1, w2 = (cases.numbers("meta", *shape) for shape in ((rows, 1144), (5128, 1144), (888, 5128)))
     with aot.compiling("sm_90") as found:
         y, pre = aot.fused_mlp.triton_forward(x, w1, None, w2, None, "gelu", True)
         aot.fused_mlp.triton_backward(y, x, w1, w2, pre, "gelu", [True] * 5)
@@ -122,6 +122,26 @@ def test_every_card_finds_a_configuration():
             assert configs.choose("linear_cross_entropy", "loss", card, rows, 152064)["block"] > 0
     assert configs.choose("fused_mlp", "forward", unknown, 4608, 4096)["variant"] == "pointer"
     assert configs.choose("fused_mlp", "forward", thor, 4608, 4096)["variant"] == "descriptor"
+
+
+@pytest.mark.parametrize("arch", frame.CARDS)
+def test_tuning_offers_what_ships(arch):
+    """Every shipped configuration has the settings of one that `tune` would time in its place."""
+    for kernel in cases.CASES:
+        for part, cards in configs.table(kernel).items():
+            for bucket in cards[configs.entry(cards, frame.CARDS[arch])]:
+                offered = list(tune.CANDIDATES[kernel](frame.CARDS[arch], part, bucket))
+                assert bucket["config"].keys() in [config.keys() for config in offered], (kernel, part, bucket)
+                assert len({json.dumps(config) for config in offered}) == len(offered)
+
+
+def test_tuned_files_are_written_as_they_are_shipped(monkeypatch, tmp_path):
+    shipped = {kernel: (configs.FOLDER / f"{kernel}.json").read_text() for kernel in cases.CASES}
+    tables = {kernel: configs.table(kernel) for kernel in cases.CASES}
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    for kernel, text in shipped.items():
+        tune.write(kernel, tables[kernel])
+        assert (tmp_path / f"{kernel}.json").read_text() == text
 
 
 def test_importing_the_kernels_is_light():
