@@ -231,16 +231,32 @@ def like(parameter: Tensor, own: Tensor) -> Tensor:
     return DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
+def part(parameter: Tensor, values: Tensor) -> Tensor:
+    """Whole `values` as `parameter` is held: as they are, or this rank's part of them. No rank is asked."""
+    mesh = getattr(parameter, "device_mesh", None)
+    values = values.to(parameter.device, parameter.dtype)
+    if mesh is None:
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(values, mesh, getattr(parameter, "placements", None), src_data_rank=None)
+
+
 def fill(parameter: Tensor, values: Tensor) -> None:
     """Copy whole `values` into a parameter, or this rank's part of them into a sharded one. No rank is asked."""
-    mesh = getattr(parameter, "device_mesh", None)
     with torch.no_grad():
-        if mesh is not None:
-            from torch.distributed.tensor import distribute_tensor
+        parameter.copy_(part(parameter, values))
 
-            values, placements = values.to(parameter.device, parameter.dtype), getattr(parameter, "placements", None)
-            values = distribute_tensor(values, mesh, placements, src_data_rank=None)
-        parameter.copy_(values)
+
+def shared_out(work: Callable[[Tensor], Tensor], x_N: Tensor) -> Tensor:
+    """work(x), of which every rank does its share of the first dimension; what comes out has the shape of x."""
+    per = -(-len(x_N) // world())
+    share = x_N.new_zeros(per, *x_N.shape[1:])
+    mine = x_N[rank() * per : (rank() + 1) * per]
+    share[: len(mine)] = mine
+    all_N = x_N.new_empty(world() * per, *x_N.shape[1:])
+    dist.all_gather_into_tensor(all_N, work(share))
+    return all_N[: len(x_N)]
 
 
 # ---- memory against time, block by block ----

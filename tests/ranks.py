@@ -4,6 +4,7 @@ Takes a JSON file with a list of jobs: recipe, sets, out, resume, and what happe
 stop_at: the last rank sends itself SIGTERM, on which all shall save and stop; kill_at: the last rank gets SIGKILL, in
 its first life; hang_at: the last rank stands still. With `record`, record.pt in `out` holds, for each step, which ranks
 drew pictures and the gradients that the optimizer was given; where blocks are compiled, graphs.json says into how many.
+`muon` is the dtype that Muon orthogonalises in, where it is not bfloat16.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from minillava import parallel
+from minillava.optim import Muon
 from minillava.pipeline import run_recipe
 from minillava.recipe import read_recipe
 from minillava.trainer import Trainer
@@ -57,6 +59,7 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
         return values
 
     Trainer.train_step = step_of
+    Muon.dtype = getattr(torch, job.get("muon", "bfloat16"))
     if "stage.a.compile=true" in job["sets"]:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
