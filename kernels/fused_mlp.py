@@ -69,20 +69,21 @@ def _gelu(x, ERF: tl.constexpr):
         p = p * p
         tail = 0.5 / (p * p)
         return x * tl.where(x >= 0, 1.0 - tail, tail)
-    return x / (1.0 + tl.exp2(x * (1.0 + 0.044715 * x * x) * -2.302208198))
+    return x / (1.0 + tl.exp2(x * (1.0 + 0.044715 * x * x) * -2.302208198))  # 2 sqrt(2 / pi) log2(e)
 
 
 @jit
 def _gelu_and_slope(x, ERF: tl.constexpr):
     """gelu(x) and its derivative in fp32; erf after Abramowitz and Stegun 7.1.26: both need its exponential."""
     if ERF:
-        t = 1.0 / (1.0 + 0.23164189 * tl.abs(x))
-        bell = tl.exp2(x * x * -0.7213475204444817)
+        t = 1.0 / (1.0 + 0.23164189 * tl.abs(x))  # 0.3275911 / sqrt(2)
+        bell = tl.exp2(x * x * -0.7213475204444817)  # exp(-x^2 / 2)
         tail = (
             t * bell * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
         )
         cdf = tl.where(x >= 0, 1.0 - tail, tail)
-        return x * cdf, cdf + x * bell * 0.3989422804014327
+        return x * cdf, cdf + x * bell * 0.3989422804014327  # 1 / sqrt(2 pi)
+    # the tanh form: the constants are 2 sqrt(2 / pi) log2(e), 2 sqrt(2 / pi), 3 * 0.044715
     cdf = 1.0 / (1.0 + tl.exp2(x * (1.0 + 0.044715 * x * x) * -2.302208198))
     return x * cdf, cdf + x * cdf * (1.0 - cdf) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
 

@@ -81,6 +81,17 @@ def test_instructions_a_weight_are_counted():
     assert row.per_weight > 4.6 and any("instructions a weight" in text for text in row.complaints())
 
 
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100"))
+def test_one_row_in_fp32(arch):
+    """Its configuration is that of 16 bits; its x takes twice the registers."""
+    words, scales = torch.empty(2048 * 4096, dtype=torch.uint8, device="meta"), torch.empty(64 * 4096, device="meta")
+    with aot.compiling(arch) as found:
+        x = torch.empty(1, 4096, device="meta")
+        y = aot.nf4_matmul.triton_forward(x, words, scales, None, None, None, 4096, "nf4", 64)
+    assert y.dtype == torch.float32 and [row.kernel for row in found] == ["_gemv"]
+    assert found[0].per_weight > 3 and not found[0].complaints()
+
+
 def test_a_configuration_that_spills_is_caught():
     """128 x 256 in four warps without specialisation: known to spill in Triton 3.6 and 3.9."""
     config = {"variant": "descriptor", "block_m": 128, "block_n": 256, "block_k": 64, "group": 8, "parts": 1}

@@ -30,9 +30,9 @@ PRODUCTS = [
 
 
 def inputs(M, N, K, dtype, quant_type="nf4", blocksize=64, double=False, device="cpu", seed=0):
-    """x, the weight's parts, bias; rows and outputs of x and W differ by orders of magnitude."""
+    """x, the weight's parts, bias; rows of x and of W differ by orders of magnitude, as far as fp16 holds y."""
     torch.manual_seed(M + N + 1000 * seed)
-    x = torch.randn(M, K, device=device) * torch.logspace(-2, 2, M, device=device)[:, None]
+    x = torch.randn(M, K, device=device) * torch.logspace(-2, 0.5, M, device=device)[:, None]
     w = torch.randn(N, K, device=device) * torch.logspace(-2, 1, N, device=device)[:, None]
     parts = quantize(w, quant_type, blocksize, double)
     exact = plain_dequantize(*parts, N, K, quant_type, blocksize, torch.float64)
@@ -53,7 +53,7 @@ def assert_no_worse(*cases):
     assert ours <= 2 * plain, f"{ours:.2e} against {plain:.2e}"
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize(
     ("M", "N", "K", "quant_type", "blocksize", "double"),
     (
