@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from helpers import tiny_config
 
-from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from minillava.config import DecoderConfig
 from minillava.llava import LLaVA
 from minillava.tokenizer import load_tokenizer
 from minillava.train_tokenizer import train_small_tokenizer
@@ -25,15 +26,8 @@ def tiny_tokenizer(tmp_path_factory):
 def tiny_model(tiny_tokenizer):
     """16-pixel pictures of 4 visual tokens, grouped-query attention; read only. Its weights are large enough that an
     answer depends on the whole prompt."""
-    image_token_id, eos_id = tiny_tokenizer.token_id("<image>"), tiny_tokenizer.eos_id
-    config = ModelConfig(
-        vision=VisionConfig(16, 32, 3, 2, 16, 8),
-        projector=ProjectorConfig(),
-        decoder=DecoderConfig(tiny_tokenizer.vocab_size, 32, 48, 3, 4, 2, 8, max_positions=200),
-        image=ImageConfig(16),
-        chat=ChatConfig(image_token_id=image_token_id, bos_id=tiny_tokenizer.bos_id, eos_ids=(eos_id,)),
-    )
-    model = LLaVA(config).eval()
+    decoder = DecoderConfig(tiny_tokenizer.vocab_size, 32, 48, 3, 4, 2, 8, max_positions=200)
+    model = LLaVA(tiny_config(tiny_tokenizer, decoder)).eval()
     model.init_weights(seed=0)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -60,24 +60,13 @@ def turns(*texts: str, system: str | None = None) -> list[Message]:
 def sentencepiece_folder(folder: Path, legacy: bool) -> Path:
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=buffer,
-        vocab_size=330,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
+        sentence_iterator=iter(CORPUS), model_writer=buffer, vocab_size=330, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(buffer.getvalue())
     added = {str(330 + i): {"content": t, "special": True} for i, t in enumerate(SPECIALS)}
-    config = {
-        "legacy": legacy,
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": True,
-        "added_tokens_decoder": added,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    config = {"legacy": legacy, "tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": added}))
     return folder
 
 
@@ -114,7 +103,7 @@ SUPERVISED = [4367, 29889, 2, 7311, 372, 338, 23139, 29889, 2]
 
 
 @needs_real
-def test_vicuna_vector_non_legacy(tmp_path):
+def test_vicuna_vectors(tmp_path):
     ids, labels = encode(ChatConfig(), real_tokenizer(tmp_path, legacy=False), BUS, [1], generate=False)
     tail = [319, 1799, 9047, 13566, 29901, 4367, 29889, 2, 11889, 29901, 3750, 29973, 319, 1799, 9047, 13566, 29901]
     assert len(ids) == len(labels) == 67
@@ -125,10 +114,6 @@ def test_vicuna_vector_non_legacy(tmp_path):
     assert [label for label in labels if label != IGNORE] == SUPERVISED
     assert all(label in (IGNORE, id) for id, label in zip(ids, labels))
     assert [i for i, label in enumerate(labels) if label != IGNORE] == [49, 50, 51, 61, 62, 63, 64, 65, 66]
-
-
-@needs_real
-def test_vicuna_vector_legacy(tmp_path):
     ids, labels = encode(ChatConfig(), real_tokenizer(tmp_path, legacy=True), BUS, [1], generate=False)
     assert len(ids) == 68
     assert ids[51:55] == [2, 3148, 1001, 29901]
@@ -198,63 +183,39 @@ LLAMA_SYSTEM = (
     [
         ("vicuna_v1", [f"{USER_SYSTEM} USER: <image>\nQ1 ASSISTANT:", " A1</s>", "USER: Q2 ASSISTANT:", " A2</s>"]),
         ("llava_v1", [f"{HUMAN_SYSTEM} USER: <image>\nQ1 ASSISTANT:", " A1</s>", "USER: Q2 ASSISTANT:", " A2</s>"]),
-        (
-            "llava_v0",
-            [f"{HUMAN_SYSTEM}###Human: <image>\nQ1###Assistant:", " A1###", "Human: Q2###Assistant:", " A2###"],
-        ),
-        (
-            "llava_llama_2",
-            [
-                f"[INST] <<SYS>>\n{LLAMA_SYSTEM}\n<</SYS>>\n\n<image>\nQ1 [/INST]",
-                " A1 </s>",
-                "<s>[INST] Q2 [/INST]",
-                " A2 </s>",
-            ],
-        ),
+        ("llava_v0",
+         [f"{HUMAN_SYSTEM}###Human: <image>\nQ1###Assistant:", " A1###", "Human: Q2###Assistant:", " A2###"]),
+        ("llava_llama_2",
+         [f"[INST] <<SYS>>\n{LLAMA_SYSTEM}\n<</SYS>>\n\n<image>\nQ1 [/INST]", " A1 </s>", "<s>[INST] Q2 [/INST]",
+          " A2 </s>"]),
         ("mistral_instruct", ["[INST] <image>\nQ1 [/INST]", " A1 </s>", "[INST] Q2 [/INST]", " A2 </s>"]),
-        (
-            "chatml_direct",
-            [
-                "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|>"
-                "<|im_start|>assistant\n",
-                "A1<|im_end|>",
-                "<|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n",
-                "A2<|im_end|>",
-            ],
-        ),
-        (
-            "qwen_1_5",
-            [
-                "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nQ1<|im_end|>\n"
-                "<|im_start|>assistant\n",
-                "A1<|im_end|>",
-                "\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
-                "A2<|im_end|>",
-            ],
-        ),
-        (
-            "onevision_1_5",
-            [
-                "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-                "<|vision_start|><image><|vision_end|>Q1<|im_end|>\n<|im_start|>assistant\n",
-                "A1<|im_end|>",
-                "\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
-                "A2<|im_end|>",
-            ],
-        ),
-        (
-            "llama_3",
-            [
-                f"<|start_header_id|>system<|end_header_id|>\n\n{LLAMA_SYSTEM}<|eot_id|><|start_header_id|>user"
-                "<|end_header_id|>\n\n<image>\nQ1<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-                "A1<|eot_id|>",
-                "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|><|start_header_id|>assistant"
-                "<|end_header_id|>\n\n",
-                "A2<|eot_id|>",
-            ],
-        ),
+        ("chatml_direct",
+         ["<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|>"
+          "<|im_start|>assistant\n",
+          "A1<|im_end|>",
+          "<|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n",
+          "A2<|im_end|>"]),
+        ("qwen_1_5",
+         ["<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nQ1<|im_end|>\n"
+          "<|im_start|>assistant\n",
+          "A1<|im_end|>",
+          "\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
+          "A2<|im_end|>"]),
+        ("onevision_1_5",
+         ["<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+          "<|vision_start|><image><|vision_end|>Q1<|im_end|>\n<|im_start|>assistant\n",
+          "A1<|im_end|>",
+          "\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
+          "A2<|im_end|>"]),
+        ("llama_3",
+         [f"<|start_header_id|>system<|end_header_id|>\n\n{LLAMA_SYSTEM}<|eot_id|><|start_header_id|>user"
+          "<|end_header_id|>\n\n<image>\nQ1<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+          "A1<|eot_id|>",
+          "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|><|start_header_id|>assistant"
+          "<|end_header_id|>\n\n",
+          "A2<|eot_id|>"]),
     ],
-)
+)  # fmt: skip
 def test_layouts(template, expected):
     chat = ChatConfig(template=template)
     messages = turns("Q1\n<image>", "A1", "Q2", "A2")
@@ -270,11 +231,8 @@ def test_layouts(template, expected):
 
 
 def test_plain_is_picture_and_caption():
-    chat = ChatConfig(template="plain")
-    assert segments(chat, turns("Describe.\n<image>", "A cat."), generate=False) == [
-        ("<image>", False),
-        ("A cat.\n", True),
-    ]
+    chat, pieces = ChatConfig(template="plain"), [("<image>", False), ("A cat.\n", True)]
+    assert segments(chat, turns("Describe.\n<image>", "A cat."), generate=False) == pieces
     assert segments(chat, turns("<image>"), generate=True) == [("<image>", False)]
     for messages in (turns("no picture", "A cat."), turns("<image>", "A", "B", "C")):
         with pytest.raises(UserError, match="template 'plain' takes one <image> and one caption"):
@@ -299,23 +257,8 @@ def test_a_single_picture_goes_first_and_several_stay(text, expected):
 
 # ---- properties, for every vocabulary and template
 
-WORDS = [
-    "red",
-    " ",
-    "  ",
-    "\n",
-    "What",
-    "世界",
-    "é",
-    "🙂",
-    "###",
-    "USER:",
-    " ASSISTANT: ",
-    "[/INST] ",
-    "{text}",
-    "1",
-    ".",
-]
+WORDS = ["red", " ", "  ", "\n", "What", "世界", "é", "🙂", "###", "USER:"]
+WORDS += [" ASSISTANT: ", "[/INST] ", "{text}", "1", "."]
 
 
 def conversation(rng: random.Random, specials: list[str]) -> tuple[list[Message], int]:
@@ -466,9 +409,8 @@ def test_templates_that_fail_or_contradict_themselves(tokenizer):
         segments(chat("{{ messages.__class__.__mro__ }}"), turns("a"), True)
     drops_history = "{% for m in messages %}{{ m.role }}:{{ '' if m.role == 'assistant' else m.content }};{% endfor %}"
     drops_history += "{% if add_generation_prompt %}assistant> {% endif %}"
-    assert segments(chat(drops_history), turns("a", "b", "c"), True) == [
-        ("user:a;assistant:;user:c;assistant> ", False)
-    ]
+    pieces = [("user:a;assistant:;user:c;assistant> ", False)]
+    assert segments(chat(drops_history), turns("a", "b", "c"), True) == pieces
     with pytest.raises(UserError, match="renders message 2 differently from its generation prompt"):
         segments(chat(drops_history), turns("a", "b"), False)
 

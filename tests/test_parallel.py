@@ -11,18 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
-from PIL import Image, ImageDraw
+from helpers import ROOT, talk, tiny_config, write_world
 from safetensors.torch import load_file
 
 from minillava.config import (
-    ChatConfig,
     DecoderConfig,
-    ImageConfig,
-    ModelConfig,
-    ProjectorConfig,
     UserError,
-    VisionConfig,
 )
 from minillava.llava import LLaVA
 from minillava.pipeline import export_newest, make_run, run_recipe
@@ -80,31 +74,12 @@ WAYS = {  # to train the whole model: on how many ranks, and what is set
 def world(tmp_path_factory):
     """24 pictures, 16 texts without one, a checkpoint of a tiny model, and a recipe."""
     root = tmp_path_factory.mktemp("ranks")
-    (root / "images").mkdir()
-    pictures, texts = [], []
-    for i in range(24):
-        picture = Image.new("RGB", (24, 16), "white")
-        ImageDraw.Draw(picture).ellipse((2, 2, 10 + i % 7, 10 + i % 5), fill=("red", "green", "blue")[i % 3])
-        picture.save(root / "images" / f"{i}.png")
-        answer = f"It is {('red', 'green', 'blue')[i % 3]}." + " Yes." * (i % 4)
-        turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": answer}]
-        pictures.append({"id": f"s{i}", "image": f"{i}.png", "conversations": turns})
-    for i in range(16):
-        turns = [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes." * (1 + i % 5)}]
-        texts.append({"id": f"t{i}", "conversations": turns})
-    (root / "data.json").write_text(json.dumps(pictures))
-    (root / "text.json").write_text(json.dumps(texts))
+    write_world(root, 24, ("red", "green", "blue"), 4, [talk("Sure?", "Yes." * (1 + i % 5)) for i in range(16)])
     words = "USER: \nWhich? ASSISTANT: It is red. It is green. It is blue. Sure? Yes.</s>"
     train_small_tokenizer([words] * 3, root / "tokenizer", vocab_size=381)
     tokenizer = load_tokenizer(root / "tokenizer")
-    config = ModelConfig(
-        vision=VisionConfig(16, 32, 2, 2, 16, 8),
-        projector=ProjectorConfig(),
-        decoder=DecoderConfig(tokenizer.vocab_size, 24, 40, 2, 2, 1, 8, max_positions=256),
-        image=ImageConfig(16),
-        chat=ChatConfig(
-            image_token_id=tokenizer.token_id("<image>"), bos_id=tokenizer.bos_id, eos_ids=(tokenizer.eos_id,)
-        ),
+    config = tiny_config(
+        tokenizer, DecoderConfig(tokenizer.vocab_size, 24, 40, 2, 2, 1, 8, max_positions=256), layers=2
     )
     # Blocks of 256 numbers, which 8-bit moments are scaled by, end in the same places on one rank and on two.
     even = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=384, tie_embeddings=True))

@@ -12,8 +12,8 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT
-from PIL import Image, ImageDraw
+from helpers import ROOT, talk, write_world
+from PIL import Image
 from safetensors.torch import save_file
 
 from minillava import checkpoint
@@ -80,18 +80,7 @@ save_every = 4
 def world(tmp_path_factory):
     """48 pictures with answers of unequal length; 8 conversations without a picture; a tokenizer; a recipe."""
     root = tmp_path_factory.mktemp("world")
-    (root / "images").mkdir()
-    samples = []
-    for i in range(48):
-        picture = Image.new("RGB", (24, 16), "white")
-        ImageDraw.Draw(picture).ellipse((2, 2, 10 + i % 7, 10 + i % 5), fill=COLORS[i % 4])
-        picture.save(root / "images" / f"{i}.png")
-        answer = f"It is {COLORS[i % 4]}." + " Yes." * (i % 3)
-        turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": answer}]
-        samples.append({"id": f"s{i}", "image": f"{i}.png", "conversations": turns})
-    (root / "data.json").write_text(json.dumps(samples))
-    turns = [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes. It is. Yes."}] * 2
-    (root / "text.json").write_text(json.dumps([{"id": f"t{i}", "conversations": turns} for i in range(8)]))
+    write_world(root, 48, COLORS, 3, [talk("Sure?", "Yes. It is. Yes.") * 2] * 8)
     words = f"{SYSTEM} USER: \nWhich? ASSISTANT: It is red. It is green. It is blue. It is black.</s>USER: Sure? Yes."
     train_small_tokenizer([words] * 3, root / "tokenizer", vocab_size=400)
     (root / "recipe.toml").write_text(RECIPE.format(root=root))
@@ -611,7 +600,7 @@ def test_eight_bit_moments_come_back_as_they_were():
 
 
 def write_samples(folder, world, count, answer="It is red.", image=lambda i: f"{i % 48}.png"):
-    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": answer}]
+    turns = talk("<image>\nWhich?", answer)
     samples = [{"id": f"s{i}", "image": image(i), "conversations": turns} for i in range(count)]
     (folder / "data.json").write_text(json.dumps(samples))
     return f'stage.*.data=[{{path="{folder}/data.json", images="{world}/images"}}]'

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import REAL
 from safetensors.torch import load_file, save_file
 
 from minillava.chat import TEMPLATES, Message, encode, segments
@@ -88,6 +89,18 @@ def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
     return folder
 
 
+@pytest.fixture
+def folder(checkpoint, tmp_path) -> Path:
+    """A copy of the checkpoint without its weights."""
+    return _copy(checkpoint, tmp_path / "m", weights=False)
+
+
+@pytest.fixture
+def tensors(checkpoint) -> dict:
+    """The checkpoint's weights."""
+    return load_file(checkpoint / "model.safetensors")
+
+
 def _processor(tokenizer_folder: Path, **pixels):
     sizes = dict(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}) | pixels
     return transformers.LlavaProcessor(
@@ -137,9 +150,7 @@ def _assert_same(model, tensors: dict) -> None:
 
 
 @pytest.mark.parametrize("tree", [t for t in TREES if t != "original"])
-def test_every_hf_tree_loads(checkpoint, tmp_path, tree):
-    tensors = load_file(checkpoint / "model.safetensors")
-    folder = _copy(checkpoint, tmp_path / "m", weights=False)
+def test_every_hf_tree_loads(folder, tensors, tree):
     save_file(_rekeyed(tensors, tree), folder / "model.safetensors")
     _assert_same(load_model(folder), tensors)
 
@@ -201,9 +212,8 @@ def test_omitted_tower_fields_are_the_class_defaults(kind):
     assert full == stripped and full.num_layers == 5
 
 
-def test_absent_sub_configs_are_llava_15(checkpoint, tmp_path):
+def test_absent_sub_configs_are_llava_15(folder):
     """The smallest config.json of the hub: LlavaConfig's own defaults."""
-    folder = _copy(checkpoint, tmp_path / "m", weights=False)
     (folder / "config.json").write_text('{"model_type": "llava", "text_config": {"max_position_embeddings": 4096}}')
     _edit(folder, "processor_config.json", drop=["image_processor"])
     pixels = {"size": 336, "crop_size": 336, "image_processor_type": "CLIPImageProcessor"}
@@ -215,9 +225,8 @@ def test_absent_sub_configs_are_llava_15(checkpoint, tmp_path):
     assert config.image.fit == "crop" and config.chat.image_token_id == theirs.image_token_index
 
 
-def test_old_and_new_spellings_agree(checkpoint, tmp_path):
+def test_old_and_new_spellings_agree(checkpoint, folder):
     new = read_config(checkpoint)
-    folder = _copy(checkpoint, tmp_path / "m", weights=False)
     config = json.loads((folder / "config.json").read_text())
     text = config["text_config"]
     text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]
@@ -264,9 +273,7 @@ def test_processor_reads_back_in_transformers(checkpoint, tokenizer_folder, tmp_
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "legacy_bin"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_files_single_and_sharded(checkpoint, tmp_path, kind, sharded):
-    tensors = load_file(checkpoint / "model.safetensors")
-    folder = _copy(checkpoint, tmp_path / "m", weights=False)
+def test_files_single_and_sharded(folder, tensors, kind, sharded):
     stem, suffix = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
     names = list(tensors)
     parts = [names[::2], names[1::2]] if sharded else [names]
@@ -283,20 +290,19 @@ def test_files_single_and_sharded(checkpoint, tmp_path, kind, sharded):
     _assert_same(load_model(folder), tensors)
 
 
-def test_our_shards_load_everywhere(checkpoint, tmp_path):
+def test_our_shards_load_everywhere(checkpoint, tensors, tmp_path):
     model = load_model(checkpoint)
     save_model(model, tmp_path / "out", load_tokenizer(checkpoint), shard_bytes=40_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
-    tensors = load_file(checkpoint / "model.safetensors")
     _assert_same(load_model(tmp_path / "out"), tensors)
     _, info = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
 
 
-def test_dtype_is_the_files_or_the_one_asked_for(checkpoint, tmp_path):
+def test_dtype_is_the_files_or_the_one_asked_for(checkpoint, tensors, tmp_path):
     assert {p.dtype for p in load_model(checkpoint).parameters()} == {torch.float32}
     half = load_model(checkpoint, torch.bfloat16)
-    _assert_same(half, {k: t.bfloat16() for k, t in load_file(checkpoint / "model.safetensors").items()})
+    _assert_same(half, {k: t.bfloat16() for k, t in tensors.items()})
     save_model(half, tmp_path / "out")
     assert {s.dtype for s in inspect_folder(tmp_path / "out").values()} == {"BF16"}
     assert {p.dtype for p in load_model(tmp_path / "out").parameters()} == {torch.bfloat16}
@@ -304,9 +310,7 @@ def test_dtype_is_the_files_or_the_one_asked_for(checkpoint, tmp_path):
     assert theirs.dtype == torch.bfloat16
 
 
-def test_known_extras_are_passed_over_and_nothing_else(checkpoint, tmp_path):
-    tensors = load_file(checkpoint / "model.safetensors")
-    folder = _copy(checkpoint, tmp_path / "m", weights=False)
+def test_known_extras_are_passed_over_and_nothing_else(folder, tensors):
     buffers = {
         "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
         "vision_tower.vision_model.embeddings.position_ids": torch.arange(5),
@@ -318,9 +322,7 @@ def test_known_extras_are_passed_over_and_nothing_else(checkpoint, tmp_path):
         load_model(folder)
 
 
-def test_unused_post_layernorm_may_be_absent(checkpoint, tmp_path):
-    tensors = load_file(checkpoint / "model.safetensors")
-    folder = _copy(checkpoint, tmp_path / "m", weights=False)
+def test_unused_post_layernorm_may_be_absent(folder, tensors):
     kept = {k: t for k, t in tensors.items() if "post_layernorm" not in k}
     save_file(kept, folder / "model.safetensors")
     model = load_model(folder)
@@ -328,8 +330,7 @@ def test_unused_post_layernorm_may_be_absent(checkpoint, tmp_path):
     _assert_same(model, kept | filled)
 
 
-def test_tied_head_may_be_stored_if_it_is_the_embedding(checkpoint, tmp_path):
-    folder = _copy(checkpoint, tmp_path / "m", weights=False)
+def test_tied_head_may_be_stored_if_it_is_the_embedding(folder):
     _model("qwen2_tied").save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     head = tensors["language_model.model.embed_tokens.weight"].clone()
@@ -373,17 +374,12 @@ def _original(checkpoint: Path, folder: Path, tower: str | None = "tower", insid
     return tensors
 
 
-def test_original_layout_with_tower_folder(checkpoint, tmp_path):
+def test_original_layout_with_tower_folder(checkpoint, tensors, tmp_path):
     _original(checkpoint, tmp_path / "m")
     model = load_model(tmp_path / "m")
-    _assert_same(model, load_file(checkpoint / "model.safetensors"))
+    _assert_same(model, tensors)
     c = model.config
-    assert (c.image.fit, c.chat.template, c.chat.image_token_id, c.chat.split_at_image) == (
-        "pad",
-        "vicuna_v1",
-        -200,
-        True,
-    )
+    assert (c.image.fit, c.chat.template, c.chat.image_token_id) == ("pad", "vicuna_v1", -200) and c.chat.split_at_image
     assert c.vision == read_config(checkpoint).vision and c.decoder == read_config(checkpoint).decoder
 
 
@@ -408,10 +404,10 @@ def test_original_layout_with_tower_elsewhere(checkpoint, tmp_path, monkeypatch)
     assert len(wanted) == sum(k.startswith("vision.") for k in state)
 
 
-def test_tower_inside_the_checkpoint_wins(checkpoint, tmp_path):
+def test_tower_inside_the_checkpoint_wins(checkpoint, tensors, tmp_path):
     _original(checkpoint, tmp_path / "m", inside=True)
     save_file({"other": torch.zeros(1)}, tmp_path / "m/tower/model.safetensors")  # not even looked at
-    _assert_same(load_model(tmp_path / "m"), load_file(checkpoint / "model.safetensors"))
+    _assert_same(load_model(tmp_path / "m"), tensors)
 
 
 def test_missing_tower_says_where_it_looked(checkpoint, tmp_path, monkeypatch):
@@ -588,9 +584,7 @@ def test_what_is_no_plain_lora_is_refused(checkpoint, tmp_path):
 # ---- bad input ----
 
 
-def test_everything_that_does_not_fit_is_listed_in_one_line(checkpoint, tmp_path):
-    tensors = load_file(checkpoint / "model.safetensors")
-    folder = _copy(checkpoint, tmp_path / "m", weights=False)
+def test_everything_that_does_not_fit_is_listed_in_one_line(folder, tensors):
     for i in range(3):
         del tensors[f"language_model.model.layers.{i}.mlp.up_proj.weight"]
     del tensors["vision_tower.embeddings.class_embedding"]
@@ -646,8 +640,7 @@ class _Call:
 
 
 @pytest.mark.parametrize("payload", ["function", "module", "list", "sparse"])
-def test_bin_with_anything_but_tensors_is_refused(checkpoint, tmp_path, payload):
-    folder = _copy(checkpoint, tmp_path / "m", weights=False)
+def test_bin_with_anything_but_tensors_is_refused(folder, tmp_path, payload):
     values = {
         "function": {"a": torch.zeros(2), "b": _Call(tmp_path / "called")},
         "module": torch.nn.Linear(2, 2),
@@ -678,9 +671,8 @@ def test_missing_shard_and_bad_index_are_named(checkpoint, tmp_path):
         load_model(tmp_path / "m")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+UNSUPPORTED = {
+    "config.json": [
         ({"model_type": "vipllava"}, "model_type 'vipllava' is not supported .*llava, llava_next"),
         ({"model_type": "llava_next"}, r"image_grid_pinpoints has \[336, 672\], expected two multiples of 30 pixels"),
         ({"model_type": "llava_next", "image_grid_pinpoints": [[60, 3030]]}, "more than 144 tiles"),
@@ -704,39 +696,31 @@ def test_missing_shard_and_bad_index_are_named(checkpoint, tmp_path):
         ({"minillava": []}, "minillava is"),
         ({"image_token_index": "x"}, "image_token_id: expected int"),
     ],
-)  # fmt: skip
-def test_unsupported_config_is_refused_by_name(checkpoint, tmp_path, change, message):
-    folder = _copy(checkpoint, tmp_path / "m", weights=False)
-    _edit(folder, **change)
-    with pytest.raises(UserError, match=rf"^{re.escape(str(folder))}/config.json: .*{message}"):
-        read_config(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+    "processor_config.json": [  # of its image_processor
         ({"size": {"shortest_edge": 28}}, "differ from the tower's 30 pixels"),
-        (
-            {"image_processor_type": "LlavaNextImageProcessor"},
-            "LlavaNextImageProcessor cuts pictures into tiles; not supported for llava",
-        ),
+        ({"image_processor_type": "LlavaNextImageProcessor"},
+         "LlavaNextImageProcessor cuts pictures into tiles; not supported for llava"),
         ({"do_center_crop": False}, "neither padded"),
         ({"resample": 2}, "resample 2"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
         ({"image_mean": [0.5]}, "mean: expected 3 values"),
         ({"do_normalize": False}, "do_normalize False"),
     ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"), [(f, *case) for f, cases in UNSUPPORTED.items() for case in cases]
 )
-def test_unsupported_pixels_are_refused(checkpoint, tmp_path, change, message):
-    folder = _copy(checkpoint, tmp_path / "m", weights=False)
-    values = json.loads((folder / "processor_config.json").read_text())
-    _edit(folder, "processor_config.json", image_processor=values["image_processor"] | change)
-    with pytest.raises(UserError, match=f"processor_config.json: .*{message}"):
+def test_what_is_not_supported_is_refused_by_name(folder, file, change, message):
+    if file == "processor_config.json":
+        change = {"image_processor": json.loads((folder / file).read_text())["image_processor"] | change}
+    _edit(folder, file, **change)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(folder))}/{file}: .*{message}"):
         read_config(folder)
 
 
-def test_unreadable_json_is_named(checkpoint, tmp_path):
-    folder = _copy(checkpoint, tmp_path / "m", weights=False)
+def test_unreadable_json_is_named(folder):
     for content in (b"{", b"\xff\xfe", b"[]"):
         (folder / "config.json").write_bytes(content)
         with pytest.raises(UserError, match=r"config.json: (cannot be read|holds list)"):
@@ -838,10 +822,9 @@ def test_original_checkpoint_is_exported_with_an_image_token(checkpoint, tokeniz
 
 
 def _real(name: str) -> Path:
-    root = Path(os.environ.get("MINILLAVA_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
-    if not (root / name).exists():
-        pytest.skip(f"{root / name} is not at hand")
-    return root / name
+    if not (REAL / name).exists():
+        pytest.skip(f"{REAL / name} is not at hand")
+    return REAL / name
 
 
 def test_llama_vocabulary_is_exported_with_an_image_token(tmp_path):
@@ -917,8 +900,7 @@ print((peak() - before) / sum(p.nbytes for p in model.parameters()))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(("kind", "dtype"), [("safetensors", "bfloat16"), ("bin", "float32")])
-def test_loading_peaks_at_about_one_copy(checkpoint, tmp_path, kind, dtype):
-    folder = _copy(checkpoint, tmp_path / "m", weights=False)
+def test_loading_peaks_at_about_one_copy(folder, kind, dtype):
     config = json.loads((folder / "config.json").read_text())
     text = config["text_config"] | dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, head_dim=64,
                                         num_attention_heads=16, num_key_value_heads=16)  # fmt: skip
@@ -962,9 +944,8 @@ def test_inspect_says_what_a_folder_is(checkpoint, tmp_path):
     found = _inspected(tmp_path / "m")
     assert found["is"] == "a LLaVA in the original layout (model_type llava_llama)" and "vision" not in found
     assert found["ignored"] == "3 tensors: model.layers.{0-2}.self_attn.rotary_emb.inv_freq"
-    assert (
-        found["unknown"] == "1 tensors: what" and found["loads"].startswith("no: ") and "extra: what" in found["loads"]
-    )
+    assert found["unknown"] == "1 tensors: what"
+    assert found["loads"].startswith("no: ") and "extra: what" in found["loads"]
     assert _inspected(tmp_path / "m/tower")["is"].startswith("a vision tower")
 
     _lora(checkpoint, tmp_path / "lora")
