@@ -1,5 +1,6 @@
-"""The C code for CPUs, step_cpu.c with nf4_cpu.c: compiled where it first runs, by the compiler that is there, and kept
-in the user's cache folder."""
+"""The C code for CPUs, step_cpu.c and what it includes: compiled where it first runs, by the compiler that is there.
+
+What was compiled is kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -7,19 +8,24 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import mmap
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-SOURCES = [Path(__file__).with_name(name) for name in ("step_cpu.c", "nf4_cpu.c")]  # the first includes the others
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("step_cpu.c", "nf4_cpu.c", "pointwise_cpu.c")
+]  # the first includes the others
 FLAGS = {"AVX512": ("-mavx512f", "-mfma"), "AVX2": ("-mavx2", "-mfma")}  # by torch's name of what a CPU can do
 PRODUCTS, TILES = 1, 2  # what `can` says: bf16 products, AMX tiles
+_memory = threading.local()
 
 
 class Weight(ctypes.Structure):
@@ -80,6 +86,10 @@ def built_for(capability: str) -> ctypes.CDLL | None:
             found.nf4_tiles.argtypes = pointer, Weight, pointer, long, long, long, int_
             found.nf4_rows.argtypes = pointer, Weight, pointer, pointer, long, long, long, int_
             found.decoder_step.argtypes = *[pointer] * 6, long, int_
+            if hasattr(found, "rms_norm"):
+                found.rms_norm.argtypes = pointer, pointer, pointer, long, long, ctypes.c_float, int_
+                found.swiglu.argtypes = pointer, pointer, pointer, long, long, long, int_
+                found.quick_gelu.argtypes = pointer, pointer, long, int_
             found.can = found.cpu_can()  # type: ignore[attr-defined]
             return found
         except subprocess.CalledProcessError as error:
@@ -89,6 +99,16 @@ def built_for(capability: str) -> ctypes.CDLL | None:
             reason = str(error)
     logging.getLogger("minillava").warning("this CPU computes slower than it could: %s", reason)
     return None
+
+
+def workspace(purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """This thread's memory for a purpose, which the next call hands out again: the first use of a page costs more than
+    what is written to it."""
+    held, size = vars(_memory), math.prod(shape) * dtype.itemsize
+    if purpose not in held or held[purpose].nbytes < size:
+        held.pop(purpose, None)
+        held[purpose] = torch.empty(size, dtype=torch.uint8)
+    return held[purpose][:size].view(dtype).view(shape)
 
 
 def to_huge_pages(module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from minillava.kernels.cpu import Weight
 FEW = 8  # rows up to which the product by codes is faster than what comes next (bench/LOG.md)
 FEW_FOR_TILES = 4  # the same where the CPU has AMX tiles, which then take up to TILED rows of bf16
 TILED = 64
-_memory = threading.local()
 
 
 def takes(dtype: torch.dtype, packed: Tensor, absmax: Tensor, K: int) -> bool:
@@ -58,13 +56,4 @@ def forward(x_MK: Tensor, bias_N: Tensor | None, N: int, *weight: Any) -> Tensor
         code.nf4_tiles(x.data_ptr(), w, y_NM.data_ptr(), blocks, N, K, threads)
         y_MN = y_NM[:, :M].T
         return (y_MN if bias_N is None else y_MN + bias_N).to(x_MK.dtype, memory_format=torch.contiguous_format)
-    weight_NK = _buffer(N * K, x_MK.dtype).view(N, K)
-    return F.linear(x_MK, fill(weight_NK, *weight), bias_N)
-
-
-def _buffer(count: int, dtype: torch.dtype) -> Tensor:
-    """This thread's memory for the values of a layer, the largest so far: to get it anew costs more than to fill it."""
-    if getattr(_memory, "values", None) is None or _memory.values.nbytes < count * dtype.itemsize:
-        _memory.values = None
-        _memory.values = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
-    return _memory.values[: count * dtype.itemsize].view(dtype)
+    return F.linear(x_MK, fill(cpu.workspace("values", (N, K), x_MK.dtype), *weight), bias_N)

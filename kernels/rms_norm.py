@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillava.kernels import configs
+from minillava.kernels import configs, pointwise_cpu
 from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl, wide
 
 SMALL = 1 << 17  # numbers; up to here on a CPU the plain code's few calls are faster (bench/LOG.md)
@@ -109,11 +109,13 @@ def _rms_norm_backward(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; x [..., D], weight [D].
 
-    Operands of two dtypes and, on a CPU, few numbers take the plain code. Raises ValueError with the shapes in sight
-    when they do not fit.
+    Operands of two dtypes and, on a CPU, few numbers take the plain code; bf16 without gradients has C code there.
+    Raises ValueError with the shapes in sight when they do not fit.
     """
     if x.dim() == 0 or weight.dim() != 1 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"rms_norm: want x [..., D] and weight [D], got {shapes(x=x, weight=weight)}")
+    if (y := pointwise_cpu.rms_norm(x, weight, eps)) is not None:
+        return y
     if x.dtype != weight.dtype or (x.device.type == "cpu" and x.numel() <= SMALL):
         return reference(x, weight, eps)
     return _forward(x.reshape(-1, x.shape[-1]), weight, eps)[0].view(x.shape)

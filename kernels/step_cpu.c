@@ -2,12 +2,11 @@
 // x86 CPUs that multiply bf16. One team of threads goes through all of it and meets after every product; a thread
 // reads its share of each weight in one piece. step_cpu.py describes what it is given.
 #include "nf4_cpu.c"
+#include "pointwise_cpu.c"
 
 #ifdef FOR_BF16
-#include <math.h>
 #include <omp.h>
 
-#define INLINE static inline __attribute__((always_inline))
 #define MOST 4 // sequences
 
 typedef struct {
@@ -38,29 +37,6 @@ typedef struct { // of a thread
   uint16_t *ordered; // the same as products with codes want it
   float *scales, *scores, *gate;
 } scratch;
-
-FOR_BF16 INLINE floats load_bf16(const uint16_t *p) {
-  return (floats)V(slli_epi32)(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
-}
-
-FOR_BF16 INLINE void store_bf16(uint16_t *p, floats v) {
-  _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v));
-}
-
-// e^x to 2e-7 of itself, for x up to 88: 2^n times a polynomial of what is left.
-FOR_BF16 INLINE floats exponential(floats x) {
-  x = V(max_ps)(x, V(set1_ps)(-100));
-  floats n = _mm512_roundscale_ps(V(mul_ps)(x, V(set1_ps)(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  floats r = V(fnmadd_ps)(n, V(set1_ps)(1.42860677e-6f), V(fnmadd_ps)(n, V(set1_ps)(0.693145752f), x));
-  floats p = V(set1_ps)(1.f / 720);
-  p = V(fmadd_ps)(p, r, V(set1_ps)(1.f / 120));
-  p = V(fmadd_ps)(p, r, V(set1_ps)(1.f / 24));
-  p = V(fmadd_ps)(p, r, V(set1_ps)(1.f / 6));
-  p = V(fmadd_ps)(p, r, V(set1_ps)(0.5f));
-  p = V(fmadd_ps)(p, r, V(set1_ps)(1));
-  p = V(fmadd_ps)(p, r, V(set1_ps)(1));
-  return _mm512_scalef_ps(p, n);
-}
 
 // ---- products ----
 
@@ -118,17 +94,6 @@ FOR_BF16 static void product(long M, const matrix *w, const scratch *s, long fro
 }
 
 // ---- between products ----
-
-// x / rms(x), rounded, and then times the weight.
-FOR_BF16 static void normalise(const float *x, const uint16_t *w, uint16_t *y, long n, float eps) {
-  floats squares = V(setzero_ps)();
-  for (long i = 0; i < n; i += 16) squares = V(fmadd_ps)(V(loadu_ps)(x + i), V(loadu_ps)(x + i), squares);
-  floats scale = V(set1_ps)(1 / sqrtf(sum(squares) / n + eps));
-  for (long i = 0; i < n; i += 16) {
-    store_bf16(y + i, V(mul_ps)(V(loadu_ps)(x + i), scale));
-    store_bf16(y + i, V(mul_ps)(load_bf16(y + i), load_bf16(w + i)));
-  }
-}
 
 // A head [K]: normalised if there is a weight, turned by its position, in bf16.
 FOR_BF16 static void turn(const float *x, const uint16_t *norm, const uint16_t *cos, const uint16_t *sin, uint16_t *y,
@@ -290,9 +255,8 @@ FOR_BF16 int decoder_step(const decoder *d, const cache *c, uint16_t *x, const u
       product(M, &w->gate_up, &s, I + from, I + to, up - I, mine, 0);
       for (long m = 0; m < M; m++)
         for (long i = from; i < to; i += 16) {
-          floats g = V(loadu_ps)(gate + m * mine + i), one = V(set1_ps)(1);
-          floats down = V(add_ps)(one, exponential(V(min_ps)(V(sub_ps)(V(setzero_ps)(), g), V(set1_ps)(88))));
-          store_bf16(inner + m * I + i, V(div_ps)(V(mul_ps)(g, V(loadu_ps)(up + m * mine + i)), down));
+          floats g = V(loadu_ps)(gate + m * mine + i), u = V(loadu_ps)(up + m * mine + i);
+          store_bf16(inner + m * I + i, V(mul_ps)(times_sigmoid(g, g), u));
         }
 #pragma omp barrier
       __builtin_memcpy(s.half, inner, M * I * 2);

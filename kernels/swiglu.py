@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillava.kernels import configs
+from minillava.kernels import configs, pointwise_cpu
 from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl
 
 LARGE = 1 << 21  # fp32 numbers; from here on this is faster than the plain code on a CPU too (bench/LOG.md)
@@ -73,14 +73,16 @@ def _swiglu_backward(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, E, BLOCK: tl.
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise, for two tensors of one shape, dtype and device.
 
-    On a CPU the plain code runs, as it is faster there, except for gradients of `LARGE` fp32 tensors. Raises ValueError
-    with the shapes in sight when they differ.
+    On a CPU the plain code runs, as it is faster there, except for gradients of `LARGE` fp32 tensors and for bf16
+    without gradients, which has C code. Raises ValueError with the shapes in sight when they differ.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
             f"swiglu: want gate and up of one shape and dtype, got {shapes(gate=gate, up=up)} "
             f"in {gate.dtype} and {up.dtype}"
         )
+    if (y := pointwise_cpu.swiglu(gate, up)) is not None:
+        return y
     large = gate.itemsize >= 4 and gate.numel() >= LARGE and torch.is_grad_enabled()
     if gate.device.type == "cpu" and not large:
         return reference(gate, up)

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from minillava.config import VisionConfig
 from minillava.decoder import cos_sin, rotate
+from minillava.kernels import pointwise_cpu
 from minillava.kernels.attention import attention
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """CLIP's approximation x * sigmoid(1.702 x)."""
-    return x * torch.sigmoid(1.702 * x)
+    y = pointwise_cpu.quick_gelu(x)
+    return x * torch.sigmoid(1.702 * x) if y is None else y
 
 
 Segments = tuple[Sequence[int], Tensor, Tensor]  # boundaries of packed frames; cos and sin of their tokens, [T, 1, K]
