@@ -271,16 +271,14 @@ def _encode_pieces(
     video_tokens: Sequence[int],
 ) -> tuple[list[int], list[int]]:
     markers = chat.markers
-    given = {chat.image_token: ("pictures", [*image_tokens])}
-    if chat.video_token in markers:
-        given[chat.video_token] = ("videos", [*video_tokens])
-    else:
-        given[chat.image_token][1].extend(video_tokens)
-    for marker, (kind, counts) in given.items():
+    given: dict[str, list[int]] = {marker: [] for marker in markers}
+    given[chat.image_token] += image_tokens
+    given[chat.video_token or chat.image_token] += video_tokens
+    for marker, counts in given.items():
         found = sum(text.count(marker) for text, _ in pieces)
         if found != len(counts):
-            one = kind.removesuffix("s")
-            raise UserError(f"{found} '{marker}' in the text, but {len(counts)} {kind}; give one {one} for each")
+            kind = "video" if marker == chat.video_token else "picture"
+            raise UserError(f"{found} '{marker}' in the text, but {len(counts)} {kind}s; give one {kind} for each")
         if found and tokenizer.token_id(marker) is None and not chat.split_at_image:
             raise UserError(
                 f"the tokenizer has no token '{marker}'; set split_at_image, as for original LLaVA checkpoints"
@@ -300,7 +298,7 @@ def _encode_pieces(
 
     ids: list[int] = []
     labels: list[int] = []
-    counts_of = {marker: iter(counts) for marker, (_, counts) in given.items()}
+    counts_of = {marker: iter(counts) for marker, counts in given.items()}
 
     def put_image(marker: str) -> None:
         count = next(counts_of[marker])

@@ -66,7 +66,7 @@ class Saver:
             writer = dcp.HuggingFaceStorageWriter(str(temporary / part), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=parallel.world() == 1)
         if parallel.is_main():
-            write_json(temporary / STATE, state)
+            write_whole(temporary / STATE, json.dumps(state, indent=1) + "\n")
             if target.exists():  # only where a run was resumed from an older one by hand
                 shutil.rmtree(target)
             os.rename(temporary, target)
@@ -96,10 +96,10 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path / STATE}: cannot be read ({error}); {_remedy(path)}") from None
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """A JSON file that is there whole or not at all."""
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     os.rename(temporary, path)
 

@@ -110,11 +110,8 @@ def _read_onevision_15(raw: dict[str, Any], folder: Path) -> ModelConfig:
     for key, only in (("in_channels", 3), ("temporal_patch_size", 1), ("layer_norm_eps", 1e-5)):
         f.one_of(key, only, [only])
     hidden, heads = f.integer("embed_dim", f.integer("hidden_size", 1024)), f.integer("num_heads", 16)
-    depth, patch, merge = (
-        f.integer("depth", 24, 1024),
-        f.integer("patch_size", 14),
-        f.integer("spatial_merge_size", 2, 8),
-    )
+    depth, patch = f.integer("depth", 24, 1024), f.integer("patch_size", 14)
+    merge = f.integer("spatial_merge_size", 2, 8)
     if hidden % heads or hidden // heads % 4 or merge < 2:
         raise UserError(f"{f.where}: width {hidden} with {heads} heads, or a merge of {merge}, does not fit")
     vision = VisionConfig(

@@ -42,11 +42,6 @@ VISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "siglip_vision_model": _TOWER | dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
 }
 ACTIVATIONS: dict[str, Any] = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-MEAN_STD: dict[str, dict[str, Any]] = {  # what a tower's own image processor uses where its file does not say
-    "clip_vision_model": dict(image_mean=list(ImageConfig().mean), image_std=list(ImageConfig().std)),
-    "siglip_vision_model": dict(image_mean=[0.5] * 3, image_std=[0.5] * 3),
-}
-# model_type -> the decoder's. "llava" is both: the original has mm_vision_tower, the other vision_config.
 TILED = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")  # a view is squashed; their do_pad pads batches
 PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor", "SiglipImageProcessor", *TILED)
 
@@ -180,10 +175,7 @@ def _read_experts(f: Fields, where: str) -> dict[str, Any]:
 
 def read_vision(values: dict[str, Any], where: str, select_layers: Any, keep_class_token: bool) -> VisionConfig:
     """A vision_config, or the config.json of a tower on its own -> VisionConfig."""
-    if isinstance(values, dict) and values.get("model_type") in (
-        "clip",
-        "siglip",
-    ):  # the two-tower model; its vision half has all that we need
+    if isinstance(values, dict) and values.get("model_type") in ("clip", "siglip"):  # two towers, of which we need one
         values = {"model_type": f"{values['model_type']}_vision_model"} | (values.get("vision_config") or {})
     model_type, f = _typed(values, VISION_DEFAULTS, "clip_vision_model", where)
     f.one_of("num_channels", 3, [3])
@@ -237,10 +229,8 @@ def read_image(values: dict[str, Any], where: str, vision: VisionConfig) -> Imag
     pad = f.one_of("do_pad", False, [False, True]) and not tiled
     crop = f.one_of("do_center_crop", not square, [False, True])
     crop_size = values.get("crop_size", vision.image_size) if crop else vision.image_size
-    sides = [
-        side for s in (size, crop_size) for side in (s.values() if isinstance(s, dict) else [s]) if side is not None
-    ]
-    if not sides or any(side != vision.image_size for side in sides):
+    sides = [side for s in (size, crop_size) for side in (s.values() if isinstance(s, dict) else [s])]
+    if all(side is None for side in sides) or any(side not in (None, vision.image_size) for side in sides):
         raise UserError(
             f"{where}: size {size} and crop_size {crop_size} differ from the tower's {vision.image_size} pixels"
         )
@@ -250,13 +240,14 @@ def read_image(values: dict[str, Any], where: str, vision: VisionConfig) -> Imag
             f"{where}: pictures are neither padded, cropped nor resized to a square; the tower needs a square"
         )
     fit = "pad" if pad else "squash" if squash else "crop"
-    defaults = MEAN_STD["siglip_vision_model" if is_siglip else "clip_vision_model"]
-    stated = {k: values.get(k) or defaults[k] for k in ("image_mean", "image_std")}
-    return from_dict(
-        ImageConfig,
-        {"size": vision.image_size, "fit": fit, "mean": stated["image_mean"], "std": stated["image_std"]},
-        where,
-    )
+    stated = {"size": vision.image_size, "fit": fit} | _mean_std(values, is_siglip)
+    return from_dict(ImageConfig, stated, where)
+
+
+def _mean_std(values: dict[str, Any], is_siglip: bool = False) -> dict[str, Any]:
+    """Of the pixels: as stated, or what the tower's own image processor uses where its file does not say."""
+    own = ImageConfig(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)) if is_siglip else ImageConfig()
+    return {"mean": values.get("image_mean") or own.mean, "std": values.get("image_std") or own.std}
 
 
 def read_native(values: dict[str, Any], where: str, patch: int, merge: int) -> ImageConfig:
@@ -273,8 +264,5 @@ def read_native(values: dict[str, Any], where: str, patch: int, merge: int) -> I
     most = f.integer("max_pixels", size.integer("longest_edge", 28 * 28 * 1280, 1 << 40), 1 << 40)
     if least > most:
         raise UserError(f"{where}: min_pixels {least} is more than max_pixels {most}")
-    mean_std = {k: values.get(k) or d for k, d in MEAN_STD["clip_vision_model"].items()}
-    stated = {"mean": mean_std["image_mean"], "std": mean_std["image_std"]}
-    return from_dict(
-        ImageConfig, {"size": patch, "fit": "native", "min_pixels": least, "max_pixels": most, **stated}, where
-    )
+    stated = {"size": patch, "fit": "native", "min_pixels": least, "max_pixels": most} | _mean_std(values)
+    return from_dict(ImageConfig, stated, where)

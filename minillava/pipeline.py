@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -154,11 +153,8 @@ def export_newest(folder: Path, only: str | None = None) -> Path:
         load_stage(run, run.model, stage)
     newest = checkpoint.latest(folder / stage.name / "checkpoints")
     assert newest is not None
-    target, partial = (folder / stage.name / f"{dot}model-{newest.name}" for dot in ("", "."))
-    for path in (target, partial):
-        shutil.rmtree(path, ignore_errors=True)
-    export(run, partial)
-    partial.rename(target)
+    target = folder / stage.name / f"model-{newest.name}"
+    export(run, target)
     if stage.lora:
         trained = checkpoint.read(newest / checkpoint.TRAINED)
         lora.save_peft(target.with_name(f"adapter-{newest.name}"), trained, stage.lora, recipe.model.base)
@@ -181,7 +177,5 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool, only: str | None) ->
     if resume:
         print(f"{folder}: nothing to resume there; starting from the beginning")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".recipe.partial"
-    temporary.write_text(to_toml(recipe), encoding="utf-8")
-    temporary.rename(saved)
+    checkpoint.write_whole(saved, to_toml(recipe))
     return False

@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minillava import parallel
+from minillava.checkpoint import write_whole
 from minillava.config import UserError
 
 
@@ -90,9 +91,7 @@ class Log:
         """Forget what a killed run wrote behind its last checkpoint: it will be computed and written again."""
         kept = [row for row in read_log(self.path) if row["stage"] != stage or row["step"] <= step]
         self.file.close()
-        temporary = self.path.with_name(f".{self.path.name}.partial")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.rename(self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
 
     def close(self) -> None:

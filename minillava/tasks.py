@@ -231,15 +231,8 @@ class LLaVATask(Task):
         token, without a label."""
         if micro is not None and (not pictures or self.has_pictures(micro)):
             return micro
-        example = blank_example(self.config) if pictures else Example([self.config.chat.bos_id or 0], [IGNORE], None)
-        blank = pack([example])
-        if micro is None:
-            return blank
-        ends = tuple(end + len(micro.ids_T) for end in blank.cu_seqlens[1:])
-        return dataclasses.replace(
-            micro, ids_T=torch.cat([micro.ids_T, blank.ids_T]), labels_T=torch.cat([micro.labels_T, blank.labels_T]),
-            cu_seqlens=micro.cu_seqlens + ends, pixels_NCHW=blank.pixels_NCHW, spans=blank.spans,
-        )  # fmt: skip
+        blank = blank_example(self.config) if pictures else Example([self.config.chat.bos_id or 0], [IGNORE], None)
+        return pack([blank]) if micro is None else with_row(micro, blank)
 
     def fill(self) -> None:
         """Give the model its weights, after it was split over the ranks."""
@@ -342,22 +335,25 @@ def blank_example(config: ModelConfig) -> Example:
     return Example(ids, [IGNORE] * span.tokens, views_NCHW, spans=(span,))
 
 
+def with_row(batch: Batch, example: Example) -> Batch:
+    """The batch with a last row that teaches nothing; only one that has no pictures takes one with a picture."""
+    row = pack([example])
+    ids_T, labels_T = torch.cat([batch.ids_T, row.ids_T]), torch.cat([batch.labels_T, row.labels_T])
+    pixels_NCHW = batch.pixels_NCHW if row.pixels_NCHW is None else row.pixels_NCHW
+    return dataclasses.replace(
+        batch, ids_T=ids_T, labels_T=labels_T, cu_seqlens=(*batch.cu_seqlens, len(ids_T)), pixels_NCHW=pixels_NCHW,
+        spans=batch.spans + row.spans,
+    )  # fmt: skip
+
+
 def rounded_up(batch: Batch, image_token_id: int) -> Batch:
     """The batch with a last row that teaches nothing, so that its length is a multiple of 64.
 
     On a CPU oneDNN compiles every product for its very sizes: some 11 a step, 1 to 2 ms and about 1 MB each, for each
     length that it has not met. Of multiples of 64 it soon has met them all.
     """
-    more = -len(batch.ids_T) % 64
-    if not more:
-        return batch
-    filler = 1 if image_token_id == 0 else 0
-    return dataclasses.replace(
-        batch,
-        ids_T=torch.nn.functional.pad(batch.ids_T, (0, more), value=filler),
-        labels_T=torch.nn.functional.pad(batch.labels_T, (0, more), value=IGNORE),
-        cu_seqlens=(*batch.cu_seqlens, len(batch.ids_T) + more),
-    )
+    more, filler = -len(batch.ids_T) % 64, 1 if image_token_id == 0 else 0
+    return with_row(batch, Example([filler] * more, [IGNORE] * more, None)) if more else batch
 
 
 def merge_config(config: ModelConfig, tables: dict[str, dict[str, Any]], where: str) -> ModelConfig:

@@ -9,9 +9,8 @@ so neither accumulation nor ranks change it (averaging means, as the HF Trainer 
 
 from __future__ import annotations
 
+import json
 import math
-import os
-import shutil
 import signal
 import sys
 import threading
@@ -307,15 +306,10 @@ class Trainer:
         if parallel.rank() < len(state["task"]):
             self.task.load_state(state["task"][parallel.rank()])
 
-    def export(self, name: str = "model") -> None:
-        """Write what has been trained so far in Hugging Face layout, as folder NAME of the stage."""
-        export, temporary = self.folder / name, self.folder / f".{name}.partial"
-        if parallel.is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.task.save(temporary)
-        if temporary.exists() and parallel.is_main():
-            shutil.rmtree(export, ignore_errors=True)
-            os.rename(temporary, export)
+    def export(self) -> None:
+        """Write what has been trained so far in Hugging Face layout, as folder model/ of the stage."""
+        export = self.folder / "model"
+        self.task.save(export)
         if self.stage.lora:
             trained = {n: t.cpu() for n, t in ((n, parallel.whole(p.detach())) for n, p in self.trained.items())}
             if parallel.is_main():
@@ -346,9 +340,8 @@ class Trainer:
         """Export the result, mark the stage as finished, and drop what only a continuation would need."""
         self.export()
         if parallel.is_main():
-            checkpoint.write_json(
-                self.folder / "done.json", {"steps": self.steps, "skipped": self.skipped, "eval": measured}
-            )
+            done = {"steps": self.steps, "skipped": self.skipped, "eval": measured}
+            checkpoint.write_whole(self.folder / "done.json", json.dumps(done, indent=1) + "\n")
             self.saver.keep_weights()
         parallel.barrier()
 
