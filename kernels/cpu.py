@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-SOURCES = [
-    Path(__file__).with_name(name) for name in ("step_cpu.c", "nf4_cpu.c", "pointwise_cpu.c")
-]  # the first includes the others
+FOLDER = Path(__file__).parent
+# The first includes the others.
+SOURCES = [FOLDER / name for name in ("step_cpu.c", "nf4_cpu.c", "pointwise_cpu.c", "attention_cpu.c")]
 FLAGS = {"AVX512": ("-mavx512f", "-mfma"), "AVX2": ("-mavx2", "-mfma")}  # by torch's name of what a CPU can do
 PRODUCTS, TILES = 1, 2  # what `can` says: bf16 products, AMX tiles
 _memory = threading.local()
@@ -90,6 +90,8 @@ def built_for(capability: str) -> ctypes.CDLL | None:
                 found.rms_norm.argtypes = pointer, pointer, pointer, long, long, ctypes.c_float, int_
                 found.swiglu.argtypes = pointer, pointer, pointer, long, long, long, int_
                 found.quick_gelu.argtypes = pointer, pointer, long, int_
+                found.attention_tiles.argtypes = pointer, int_
+                found.attention_room.argtypes, found.attention_room.restype = (pointer, long, long, long), long
             found.can = found.cpu_can()  # type: ignore[attr-defined]
             return found
         except subprocess.CalledProcessError as error:

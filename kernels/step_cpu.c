@@ -3,6 +3,7 @@
 // reads its share of each weight in one piece. step_cpu.py describes what it is given.
 #include "nf4_cpu.c"
 #include "pointwise_cpu.c"
+#include "attention_cpu.c"
 
 #ifdef FOR_BF16
 #include <omp.h>
