@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from minillava import checkpoint, hf_config, lora, names, parallel, tensor_files, weights
 from minillava.config import ModelConfig, UserError
 from minillava.device import compute_dtype
+from minillava.hub import resolve
 from minillava.llava import LLaVA
 from minillava.projector import Projector
 from minillava.quantize import Scheme
@@ -162,11 +163,10 @@ def make_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
             "model: no tokenizer; set tokenizer to a folder, to 'data' to train one on the stages' data, or to 'shapes'"
         )
     if name in TOKENIZERS:
-        module, function = TOKENIZERS[name].split(":")
         if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
-            getattr(importlib.import_module(module), function)(folder / "tokenizer", recipe)
+            pkgutil.resolve_name(TOKENIZERS[name])(folder / "tokenizer", recipe)
         return load_tokenizer(folder / "tokenizer")
-    return load_tokenizer(weights.resolve(name))
+    return load_tokenizer(resolve(name))
 
 
 def new_config(wanted: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
@@ -177,7 +177,7 @@ def new_config(wanted: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
     config = ModelConfig()
     tables: dict[str, dict[str, Any]] = {name: dict(table) for name, table in wanted.tables.items()}
     if wanted.vision_from:
-        path = weights.resolve(wanted.vision_from)
+        path = resolve(wanted.vision_from)
         raw, layers = hf_config.read_json(path / "config.json"), tables["vision"].get("select_layers", [-2])
         if is_llava(raw):
             whole = weights.read_config(path)
@@ -188,7 +188,7 @@ def new_config(wanted: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
             image = hf_config.read_image(pixels, str(path / "preprocessor_config.json"), vision)
         config = dataclasses.replace(config, vision=vision, image=image)
     if wanted.decoder_from:
-        path = weights.resolve(wanted.decoder_from)
+        path = resolve(wanted.decoder_from)
         decoder = hf_config.read_decoder(hf_config.read_json(path / "config.json"), str(path / "config.json"))
         config = dataclasses.replace(config, decoder=decoder)
     else:
@@ -225,7 +225,7 @@ def new_model(
     given: set[str] = set()
     for source, part, layout in sources:
         if source:
-            folder = weights.resolve(source)
+            folder = resolve(source)
             if part == "vision." and is_llava(hf_config.read_json(folder / "config.json")):
                 model.vision.load_state_dict(weights.load_model(folder).vision.state_dict(), assign=True)
                 continue

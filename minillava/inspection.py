@@ -13,9 +13,10 @@ from minillava.adapters import read_adapters
 from minillava.config import ModelConfig, UserError
 from minillava.hf_config import ONEVISION_15, is_original
 from minillava.hf_parts import TEXT_DEFAULTS, optional_json
+from minillava.hub import resolve
 from minillava.names import EXTRAS, LAYOUTS, TOWER_EXTRAS, collapse, rename
 from minillava.tensor_files import Stored, inspect, inspect_folder
-from minillava.weights import check_folder, read_config, resolve
+from minillava.weights import check_folder, read_config
 
 PARTS = ("vision", "projector", "decoder")
 

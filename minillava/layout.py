@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from minillava.config import LayoutConfig, ModelConfig, UserError, VisionConfig
+from minillava.config import LayoutConfig, ModelConfig, UserError
 
 TEXT_ROOM = 1024  # tokens of the context that a clip leaves to question and answer
 
@@ -37,14 +37,13 @@ class Span:
         return self.views // (self.height * self.width), self.height, self.width
 
 
-def view_tokens(vision: VisionConfig) -> int:
-    """Tokens of one square view: its patches, and the class token where it is handed to the projector."""
-    return vision.num_patches + int(vision.keep_class_token and vision.class_token)
-
-
 def view_span(config: ModelConfig) -> Span:
-    """A picture of one view. It too ends with a newline where there is one, as the original's lists do."""
-    return Span(view_tokens(config.vision) + (config.layout.merge == "unpad"))
+    """A picture of one view: its patches, the class token where it is handed to the projector, and a newline where
+    there is one, as behind the original's lists."""
+    vision = config.vision
+    return Span(
+        vision.num_patches + (vision.keep_class_token and vision.class_token) + (config.layout.merge == "unpad")
+    )
 
 
 def best_grid(config: ModelConfig, width: int, height: int) -> tuple[int, int]:

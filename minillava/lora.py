@@ -12,6 +12,7 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,22 +27,16 @@ from minillava.recipe import LoRAConfig
 from minillava.tensor_files import read
 
 
-class _Adapt:
-    """The hook: what the adapter of a layer adds to the layer's output."""
-
-    def __init__(self, config: LoRAConfig):
-        self.scale, self.dropout = config.alpha / config.rank, config.dropout
-
-    def __call__(self, layer: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
-        x, A, B = F.dropout(args[0], self.dropout, layer.training), layer.lora_A, layer.lora_B
-        return y + F.linear(F.linear(x, A), B * self.scale)  # type: ignore[arg-type, operator]
-
-
 def attach(part: nn.Module, name: str, config: LoRAConfig) -> dict[str, Tensor]:
     """Adapters on the linear layers of a part, all but its head or those of `config.targets`; by name, not yet filled.
 
     Raises UserError where a target is not there.
     """
+
+    def adapted(layer: Any, args: tuple[Tensor], y: Tensor) -> Tensor:
+        x = F.dropout(args[0], config.dropout, layer.training)
+        return y + F.linear(F.linear(x, layer.lora_A), layer.lora_B * config.scale)
+
     layers = {
         layer_name: layer
         for layer_name, layer in part.named_modules()
@@ -55,14 +50,11 @@ def attach(part: nn.Module, name: str, config: LoRAConfig) -> dict[str, Tensor]:
         last = layer_name.rsplit(".", 1)[-1]
         if last in config.targets if config.targets else last != "head":
             device = layer.weight.device
-            for key, shape in (
-                ("lora_A", (config.rank, layer.in_features)),
-                ("lora_B", (layer.out_features, config.rank)),
-            ):
+            shapes = {"lora_A": (config.rank, layer.in_features), "lora_B": (layer.out_features, config.rank)}
+            for key, shape in shapes.items():
                 layer.register_parameter(key, nn.Parameter(torch.empty(shape, device=device)))
                 adapters[f"{name}.{layer_name}.{key}"] = getattr(layer, key)
-            layer.lora = layer.register_forward_hook(_Adapt(config))
-            layer.lora_scale = config.alpha / config.rank
+            layer.lora, layer.lora_scale = layer.register_forward_hook(adapted), config.scale
     return adapters
 
 
@@ -118,8 +110,7 @@ def add(named: Mapping[str, Tensor], adapters: dict[str, Tensor], scales: dict[s
 
 def scales_of(adapters: Iterable[str], configs: dict[str, LoRAConfig]) -> dict[str, float]:
     """The scale of every adapted layer."""
-    layers = {name.rpartition(".")[0] for name in adapters}
-    return {n: configs[n.split(".")[0]].alpha / configs[n.split(".")[0]].rank for n in layers}
+    return {name.rpartition(".")[0]: configs[name.split(".")[0]].scale for name in adapters}
 
 
 def detach(model: nn.Module) -> dict[str, Tensor]:

@@ -18,11 +18,12 @@ from minillava.conversation import Conversation
 from minillava.decoder import Unallocated
 from minillava.device import multiplies_bf16, pick_device
 from minillava.engine import Engine, Request, user_message
+from minillava.hub import resolve
 from minillava.layout import frame_limit
 from minillava.quantize import Linear4bit, Scheme
 from minillava.sampling import Sampling
 from minillava.tokenizer import Tokenizer, load_tokenizer
-from minillava.weights import base_of, load_model, read_config, resolve, save_model
+from minillava.weights import base_of, load_model, read_config, save_model
 
 if TYPE_CHECKING:
     from minillava.engine import ImageSource
@@ -94,18 +95,17 @@ class LLaVA:
         it where it says nothing. Messages hold their placeholders themselves. A video is a file, a folder of frames, or
         a list of pictures.
         """
-        sampling = Sampling(temperature, top_p, top_k, seed)
+        how: dict[str, Any] = {"images": images, "max_new_tokens": max_new_tokens, "videos": videos}
+        how["sampling"] = Sampling(temperature, top_p, top_k, seed)
         if raw:
             if not isinstance(prompt, str):
                 raise UserError("a raw prompt is one text; leave raw out for messages")
-            request = Request(
-                raw=prompt, images=images, max_new_tokens=max_new_tokens, sampling=sampling, videos=videos
-            )
+            request = Request(raw=prompt, **how)
         else:
             chat, counts = self.config.chat, (len(images), len(videos))
             if isinstance(prompt, str):
                 prompt = [user_message(prompt, counts[0], chat.image_token, counts[1], chat.video_token)]
-            request = Request(prompt, images, max_new_tokens=max_new_tokens, sampling=sampling, videos=videos)
+            request = Request(prompt, **how)
         hear = None if on_text is None else lambda _, piece: on_text(piece)
         return self.engine.generate([request], hear)[0]
 

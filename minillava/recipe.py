@@ -63,6 +63,11 @@ class LoRAConfig:
     dropout: float = 0.05  # of what goes into an adapter
     targets: tuple[str, ...] = ()  # last words of the layers' names, such as q and v; empty: all but the head
 
+    @property
+    def scale(self) -> float:
+        """What the product of the two factors is multiplied by."""
+        return self.alpha / self.rank
+
 
 @dataclass(frozen=True)
 class StageConfig:

@@ -7,9 +7,9 @@ any, parts of its own, such as CLIP's text tower) and turns batches into losses.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import os
+import pkgutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -124,8 +124,7 @@ def task_class(stage: StageConfig) -> type[Task]:
     """The class of a stage's task. Raises UserError that suggests the nearest name."""
     if stage.task not in TASKS:
         raise UserError(f"stage '{stage.name}': no task '{stage.task}'{nearest(stage.task, TASKS)}")
-    module, name = TASKS[stage.task].split(":")
-    return getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(TASKS[stage.task])
 
 
 def make_task(run: Run, stage: StageConfig) -> Task:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import secrets
 import shutil
 import sys
@@ -27,6 +26,7 @@ from minillava.decoder import Fused, Unallocated
 from minillava.hf_config import is_original, model_config, tower_folder
 from minillava.hf_export import add_image_token, jinja_of, to_hf, write_tokenizer_json
 from minillava.hf_parts import optional_json, read_json
+from minillava.hub import find, resolve
 from minillava.llava import LLaVA
 from minillava.names import EXPERT, OPTIONAL, Plan, rename, to_files, unstack
 from minillava.quantize import Linear4bit, Scheme, cat_rows, quantization_config
@@ -353,43 +353,6 @@ def _skipped(model: LLaVA) -> list[str]:
     parts = dict(zip((*trees, "language_model", "lm_head"), modules))
     plain = [name for name, part in parts.items() if not any(isinstance(m, Linear4bit) for m in part.modules())]
     return plain + [f"model.{name}" for name in plain]  # the module tree before and after transformers 4.52
-
-
-# ---- folders and hub ids ----
-
-
-def resolve(source: Path | str) -> Path:
-    """A checkpoint folder as it is, or a hub id ('owner/name') downloaded or taken from the local cache."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith((".", "/")):
-        raise UserError(f"{source}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    small = ["*.json", "*.jinja", "*.model", "*.txt"]
-    try:
-        found = Path(snapshot_download(str(source), allow_patterns=[*small, "*.safetensors"]))
-        if not any(found.glob("*.safetensors")):  # older checkpoints
-            found = Path(snapshot_download(str(source), allow_patterns=[*small, "*.bin"]))
-    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{source}: no such folder here, not in the local Hugging Face cache, and not downloaded ({reason}); "
-            f"fetch it where there is a network ('hf download {source}') or give a folder"
-        ) from None
-    return found
-
-
-def find(name: str, checkpoint: Path, what: str) -> Path:
-    """A folder that a checkpoint's config.json names: relative to the checkpoint, as it stands, or a hub id."""
-    for candidate in (checkpoint / name, Path(name)):
-        if candidate.is_dir():
-            return candidate
-    try:
-        return resolve(name)
-    except UserError as error:
-        raise UserError(f"{checkpoint}: {what} is not in {checkpoint / name}; {error}") from None
 
 
 if __name__ == "__main__":

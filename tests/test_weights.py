@@ -18,12 +18,13 @@ from minillava.chat import TEMPLATES, Message, encode, segments
 from minillava.config import ChatConfig, UserError
 from minillava.hf_export import jinja_of
 from minillava.hf_parts import read_decoder, read_vision
+from minillava.hub import resolve
 from minillava.inspection import describe
 from minillava.names import LAYOUTS, rename
 from minillava.tensor_files import inspect_folder
 from minillava.tokenizer import load_tokenizer
 from minillava.train_tokenizer import train_small_tokenizer
-from minillava.weights import load_model, read_config, resolve, save_model
+from minillava.weights import load_model, read_config, save_model
 
 transformers = pytest.importorskip("transformers")
 
