@@ -87,32 +87,46 @@ def cpu_dequantize(packed, absmax, nested, dynamic, N: int, K: int, quant_type: 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
 
-# The eight codes of a word, in order: byte i holds element 2i in its high nibble. Lanes 0 to 15 and 16 to 31 of a warp
-# each hold the table, and a shuffle by the low four bits of the index looks a code up: two instructions a weight.
+# Lanes 0 to 15 and 16 to 31 of a warp each hold the table of codes, and a shuffle by the low four bits of a word finds
+# one: two instructions a weight. Which lane it is the hardware has to say: tl.arange counts numbers, of which a lane
+# may hold several. The eight codes of a word, in order: byte i holds element 2i in its high nibble.
+_OF_LANE = (
+    "{ .reg .b32 l; .reg .b64 p; mov.u32 l, %laneid; and.b32 l, l, 15; mad.wide.u32 p, l, 4, $1;"
+    " ld.global.nc.b32 $0, [p]; }"
+)
 _SHIFTS = [8 * (i // 2) + 4 * (1 - i % 2) for i in range(8)]
 _LOOK_UP = "".join(
     f"shr.u32 s, $8, {shift}; shfl.sync.idx.b32 ${i}, $9, s, 0x101f, 0xffffffff;\n" for i, shift in enumerate(_SHIFTS)
 )
 _LOOK_UP = f"{{ .reg .b32 s;\n{_LOOK_UP}}}"
 if HAS_TRITON:
-    _LOOK_UP, _GROUP = tl.constexpr(_LOOK_UP), tl.constexpr(NESTED)
+    _OF_LANE, _LOOK_UP, _GROUP = tl.constexpr(_OF_LANE), tl.constexpr(_LOOK_UP), tl.constexpr(NESTED)
 
 
 @jit
-def codes(words, table_ptr, lane, SHUFFLE: tl.constexpr):
-    """Words of eight nibbles -> eight tensors of fp32 codes. `lane` counts along the words; without SHUFFLE (other
-    vendors, the interpreter) each code is read from memory."""
+def table_of(table_ptr, SHUFFLE: tl.constexpr):
+    """What `codes` looks up in: the lane's own code, a scalar as Triton sees it; without SHUFFLE the address."""
     if SHUFFLE:
-        table = tl.load(table_ptr + lane % 16)
+        return tl.inline_asm_elementwise(_OF_LANE, "=r,l", [table_ptr.to(tl.int64)], tl.float32, is_pure=False, pack=1)
+    else:
+        return table_ptr
+
+
+@jit
+def codes(words, table, SHUFFLE: tl.constexpr):
+    """Words of eight nibbles -> eight tensors of fp32 codes; without SHUFFLE (other vendors, the interpreter) each code
+    is read from memory."""
+    if SHUFFLE:
         return tl.inline_asm_elementwise(
             _LOOK_UP, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words, table], (tl.float32,) * 8, is_pure=False, pack=1
         )
-    return (
-        tl.load(table_ptr + ((words >> 4) & 15)), tl.load(table_ptr + (words & 15)),
-        tl.load(table_ptr + ((words >> 12) & 15)), tl.load(table_ptr + ((words >> 8) & 15)),
-        tl.load(table_ptr + ((words >> 20) & 15)), tl.load(table_ptr + ((words >> 16) & 15)),
-        tl.load(table_ptr + ((words >> 28) & 15)), tl.load(table_ptr + ((words >> 24) & 15)),
-    )  # fmt: skip
+    else:
+        return (
+            tl.load(table + ((words >> 4) & 15)), tl.load(table + (words & 15)),
+            tl.load(table + ((words >> 12) & 15)), tl.load(table + ((words >> 8) & 15)),
+            tl.load(table + ((words >> 20) & 15)), tl.load(table + ((words >> 16) & 15)),
+            tl.load(table + ((words >> 28) & 15)), tl.load(table + ((words >> 24) & 15)),
+        )  # fmt: skip
 
 
 @jit
@@ -142,7 +156,7 @@ def _dequantize(
     word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     packed = tl.load(words_ptr + word, mask=word < words, other=0)
     scale = block_scales(absmax_ptr, nested_ptr, dynamic_ptr, word * 8 // SIZE, groups, word < words)
-    c0, c1, c2, c3, c4, c5, c6, c7 = codes(packed, table_ptr, tl.arange(0, WORDS), SHUFFLE)
+    c0, c1, c2, c3, c4, c5, c6, c7 = codes(packed, table_of(table_ptr, SHUFFLE), SHUFFLE)
     w = in_order(c0 * scale, c1 * scale, c2 * scale, c3 * scale, c4 * scale, c5 * scale, c6 * scale, c7 * scale)
     at = tl.program_id(0).to(tl.int64) * (WORDS * 8) + tl.arange(0, WORDS * 8)
     tl.store(w_ptr + at, w.reshape(WORDS * 8).to(w_ptr.dtype.element_ty), mask=at < words * 8)

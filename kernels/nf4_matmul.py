@@ -23,6 +23,7 @@ from minillava.kernels.nf4_dequantize import (
     dequantize,
     in_order,
     pieces,
+    table_of,
 )
 
 # What the kernels take of a configuration's variants. In fp32 one row is worth a kernel; products are the library's.
@@ -92,23 +93,25 @@ def _gemv(
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
     FOUR: tl.constexpr = TYPE.primitive_bitwidth // 16  # int64s that four numbers take
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    block, word = tl.arange(0, BLOCKS), tl.arange(0, 8)
-    inside = block[None, :, None] * 8 + word[None, None, :]
-    in_rows = (rows < N)[:, None, None]
-    words_ptr += rows[:, None, None].to(tl.int64) * (blocks * 8) + inside
+    block, word = tl.arange(0, BLOCKS), tl.arange(0, 8 * BLOCKS)
+    words_ptr += rows[:, None].to(tl.int64) * (blocks * 8) + word[None, :]
     first = rows[:, None, None] * blocks + block[None, :, None]
-    x_ptr += tl.program_id(1).to(tl.int64) * (blocks * 16 * FOUR) + inside * (2 * FOUR)
-    acc = tl.zeros((BLOCK_N, BLOCKS, 8), tl.float32)
+    x_ptr += tl.program_id(1).to(tl.int64) * (blocks * 16 * FOUR) + word * (2 * FOUR)
+    table = table_of(table_ptr, SHUFFLE)
+    acc = tl.zeros((BLOCK_N, 8 * BLOCKS), tl.float32)
     for at in tl.range(0, blocks, BLOCKS, num_stages=STAGES):
-        in_x = None if EVEN else (at + block < blocks)[None, :, None]
-        keep = None if EVEN else in_rows & in_x
+        in_x = None if EVEN else at + word // 8 < blocks
+        keep = None if EVEN else (rows < N)[:, None] & (at + word // 8 < blocks)[None, :]
+        keep_block = None if EVEN else (rows < N)[:, None, None] & (at + block < blocks)[None, :, None]
         words = tl.load(words_ptr + at * 8, mask=keep, other=None if EVEN else 0)
-        scale = block_scales(absmax_ptr, nested_ptr, dynamic_ptr, (first + at) // SHARED, groups, keep)
-        c0, c1, c2, c3, c4, c5, c6, c7 = codes(words, table_ptr, rows[:, None, None] * 0 + inside, SHUFFLE)
+        scale = block_scales(absmax_ptr, nested_ptr, dynamic_ptr, (first + at) // SHARED, groups, keep_block)
+        scale = scale.broadcast_to(BLOCK_N, BLOCKS, 8).reshape(BLOCK_N, 8 * BLOCKS)
+        c0, c1, c2, c3, c4, c5, c6, c7 = codes(words, table, SHUFFLE)
         x0, x1, x2, x3 = _four(x_ptr + at * (16 * FOUR), in_x, TYPE)
         x4, x5, x6, x7 = _four(x_ptr + at * (16 * FOUR) + FOUR, in_x, TYPE)
-        acc += (c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3 + c4 * x4 + c5 * x5 + c6 * x6 + c7 * x7) * scale
-    y = tl.sum(tl.sum(acc, 2), 1)
+        w = c0 * x0[None] + c1 * x1[None] + c2 * x2[None] + c3 * x3[None]
+        acc += (w + c4 * x4[None] + c5 * x5[None] + c6 * x6[None] + c7 * x7[None]) * scale
+    y = tl.sum(acc, 1)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
     tl.store(y_ptr + tl.program_id(1).to(tl.int64) * N + rows, y.to(TYPE), mask=rows < N)
@@ -134,12 +137,13 @@ def _product(
     start = tl.program_id(2) * share
     words_ptr += rows[:, None].to(tl.int64) * (blocks * 8) + word[None, :]
     x_ptr += columns[None, :] * (blocks * 64) + depth[:, None]
+    table = table_of(table_ptr, SHUFFLE)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for block in range(start, tl.minimum(start + share, blocks)):
         words = tl.load(words_ptr + block * 8, mask=(rows < N)[:, None], other=0)
         x = tl.load(x_ptr + block * 64, mask=(columns < M)[None, :], other=0.0)
         scale = block_scales(absmax_ptr, nested_ptr, dynamic_ptr, (rows * blocks + block) // SHARED, groups, rows < N)
-        c0, c1, c2, c3, c4, c5, c6, c7 = codes(words, table_ptr, rows[:, None] * 0 + word[None, :], SHUFFLE)
+        c0, c1, c2, c3, c4, c5, c6, c7 = codes(words, table, SHUFFLE)
         w = in_order(c0, c1, c2, c3, c4, c5, c6, c7).reshape(BLOCK_N, 64)
         if LATE:
             acc += tl.dot(w.to(TYPE), x) * scale[:, None]

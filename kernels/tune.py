@@ -90,7 +90,9 @@ def nf4_candidates(card: Card, part: str, bucket: Config) -> Iterator[Config]:
         return
     rows = bucket.get("rows", 1 << 30)
     if rows <= 4:
-        for (n, blocks, warps), stages in product(((16, 4, 2), (32, 4, 4), (64, 4, 8), (16, 8, 4)), (1, 3, 4)):
+        for (n, blocks, warps), stages in product(
+            ((16, 4, 2), (32, 4, 2), (32, 4, 4), (64, 4, 8), (16, 8, 4)), (1, 3, 4)
+        ):
             yield {"variant": "gemv", "block_n": n, "blocks": blocks, "warps": warps, "stages": stages}
     if rows >= 16:
         yield {"variant": "library"}
