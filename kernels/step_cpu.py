@@ -107,6 +107,8 @@ class Step:
     def __call__(self, x_BD: Tensor, cos_BK: Tensor, sin_BK: Tensor, k: Tensor, v: Tensor, lengths_B: Tensor) -> Tensor:
         """What leaves the norm, in x_BD's place. `k` and `v` [layers, slots, capacity, G, K] hold `lengths_B`
         tokens of each row, which is a slot's, and get one more; cos and sin are those of its position."""
+        if int(lengths_B.max()) >= k.shape[2]:
+            raise IndexError(f"the cache has room for {k.shape[2]} tokens and holds {lengths_B.tolist()}")
         assert len(x_BD) <= FEW and x_BD.dtype == k.dtype == cos_BK.dtype == torch.bfloat16
         cache = _Cache(k.data_ptr(), v.data_ptr(), k.shape[1], k.shape[2])
         cpu.library().decoder_step(  # type: ignore[union-attr]

@@ -106,3 +106,13 @@ def test_what_it_does_not_take_goes_the_plain_way():
     assert model._step and other._step is None
     assert torch.equal(hidden(model, 2), hidden(other, 2)) and other._step is not model._step
     assert model.to(torch.float32)._step is None
+
+
+def test_a_full_cache_is_refused():
+    model = decoder(4, 2, 32, None)
+    model.fuse()
+    cache = KVCache(model.config, 1, 8, torch.device("cpu"), torch.bfloat16)
+    with torch.inference_mode():
+        model(torch.randn(8, 224).bfloat16(), [0, 8], cache)
+        with pytest.raises(IndexError, match=r"room for 8 tokens and holds \[8\]"):
+            model(torch.randn(1, 224).bfloat16(), None, cache)
