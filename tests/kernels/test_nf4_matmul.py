@@ -165,6 +165,23 @@ def test_triton_kernels_in_the_interpreter(monkeypatch, M, N, K, quant_type, blo
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100"))
+def test_compiled_code_thread_by_thread(monkeypatch, arch, dtype):
+    """The codes come through shuffles between the lanes of a warp, which the interpreter knows nothing of."""
+    import ptx
+
+    for file in (nf4_dequantize, module):
+        monkeypatch.setattr(file, "launch", ptx.launch(arch))
+    for M, N, K, quant_type, blocksize, double in ((2, 33, 192, "fp4", 128, True), (1, 16, 512, "nf4", 64, False)):
+        x, parts, bias, exact = inputs(M, N, K, dtype, quant_type, blocksize, double)
+        assert_no_worse((triton_forward(x, *parts, bias, N, quant_type, blocksize, GEMV), x, bias, exact))
+        if dtype != torch.float32:  # whose values change places through ldmatrix
+            values = triton_dequantize(*parts, N, K, quant_type, blocksize, dtype)
+            assert torch.equal(values, plain_dequantize(*parts, N, K, quant_type, blocksize, dtype))
+
+
+@needs_triton
 @pytest.mark.parametrize("double", (False, True))
 @pytest.mark.parametrize("quant_type", CODES)
 def test_triton_dequantises_to_the_bit(quant_type, double):
