@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent
-# The first includes the others.
-SOURCES = [FOLDER / name for name in ("step_cpu.c", "nf4_cpu.c", "pointwise_cpu.c", "attention_cpu.c")]
+# step_cpu.c includes the others.
+PARTS = ("nf4_cpu.c", "pointwise_cpu.c", "attention_cpu.c", "product_cpu.c")
+SOURCES = [FOLDER / name for name in ("step_cpu.c", *PARTS)]
 FLAGS = {"AVX512": ("-mavx512f", "-mfma"), "AVX2": ("-mavx2", "-mfma")}  # by torch's name of what a CPU can do
+FEW = 4  # rows of one product
 PRODUCTS, TILES = 1, 2  # what `can` says: bf16 products, AMX tiles
 _memory = threading.local()
 
@@ -46,6 +48,19 @@ class Weight(ctypes.Structure):
     ) -> Weight:
         pointers = (None if t is None else t.data_ptr() for t in (packed, absmax, nested, dynamic, values))
         return cls(*pointers, 0 if nested is None else nested.stride(0), blocksize.bit_length() - 1)
+
+
+class Matrix(ctypes.Structure):
+    """A linear layer [N, K]: its weight in bf16, or in four bits; a bias in bf16."""
+
+    long, pointer = ctypes.c_long, ctypes.c_void_p
+    _fields_ = [("N", long), ("K", long), ("bias", pointer), ("values", pointer), ("codes", Weight)]
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], bias: Tensor | None, weight: Tensor | None, codes: tuple | None) -> Matrix:
+        """`codes`: packed, absmax, nested, dynamic, the 16 values, block size."""
+        pointers = (None if t is None else t.data_ptr() for t in (bias, weight))
+        return cls(*shape, *pointers, Weight.of(*codes) if codes else Weight())
 
 
 def library() -> ctypes.CDLL | None:
@@ -84,11 +99,11 @@ def built_for(capability: str) -> ctypes.CDLL | None:
             found.nf4_product.argtypes = pointer, Weight, pointer, long, long, long, int_
             found.nf4_values.argtypes = Weight, pointer, long, int_, int_
             found.nf4_tiles.argtypes = pointer, Weight, pointer, long, long, long, int_
-            found.nf4_rows.argtypes = pointer, Weight, pointer, pointer, long, long, long, int_
             found.decoder_step.argtypes = *[pointer] * 6, long, int_
             if hasattr(found, "rms_norm"):
                 found.rms_norm.argtypes = pointer, pointer, pointer, long, long, ctypes.c_float, int_
                 found.swiglu.argtypes = pointer, pointer, pointer, long, long, long, int_
+                found.few_rows.argtypes = pointer, pointer, pointer, long, int_
                 found.quick_gelu.argtypes = pointer, pointer, long, int_
                 found.attention_tiles.argtypes = pointer, int_
                 found.attention_room.argtypes, found.attention_room.restype = (pointer, long, long, long), long
@@ -101,6 +116,23 @@ def built_for(capability: str) -> ctypes.CDLL | None:
             reason = str(error)
     logging.getLogger("minillava").warning("this CPU computes slower than it could: %s", reason)
     return None
+
+
+def few_rows(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor | None:
+    """x weight^T + bias, all in bf16, for up to FEW rows; None where this CPU has no code for it."""
+    (M, K), code = x_MK.shape, library()
+    if code is None or M > FEW or K % 32 or not int(code.can) & PRODUCTS or not weight_NK.is_contiguous():
+        return None
+    return matrix_rows(x_MK, Matrix.of((len(weight_NK), K), bias_N, weight_NK, None))
+
+
+def matrix_rows(x_MK: Tensor, matrix: Matrix) -> Tensor:
+    x_MK, y_MN = x_MK.contiguous(), x_MK.new_empty(len(x_MK), matrix.N)
+    for m in range(0, len(x_MK), FEW):
+        some = min(FEW, len(x_MK) - m)
+        pointers = x_MK[m:].data_ptr(), ctypes.byref(matrix), y_MN[m:].data_ptr()
+        library().few_rows(*pointers, some, torch.get_num_threads())  # type: ignore[union-attr]
+    return y_MN
 
 
 def workspace(purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -153,117 +153,6 @@ static inline float whole(uint16_t half) {
   return value;
 }
 
-// Scales of blocks `first` to `last`.
-FOR_BF16 static void nested_scales(const weight *w, long first, long last, float *to) {
-  for (long b = first, end; b <= last; b = end) {
-    float factor = w->nested[b >> 8], offset = w->nested[w->groups + (b >> 8)];
-    end = (b | 255) < last ? (b | 255) + 1 : last + 1;
-    for (long i = b; i < end; i += 16) {
-      __mmask16 there = end - i < 16 ? (1 << (end - i)) - 1 : 0xffff;
-      ints at = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, (const uint8_t *)w->absmax + i));
-      floats value = V(mul_ps)(_mm512_i32gather_ps(at, w->dynamic, 4), V(set1_ps)(factor));
-      _mm512_mask_storeu_ps(to + i - first, there, V(add_ps)(value, V(set1_ps)(offset)));
-    }
-  }
-}
-
-typedef struct {
-  ints table;  // the 16 values in bf16, twice
-  ints spread; // of a group's scales to 16 lanes of 8 inputs each
-} lookup;
-
-FOR_BF16 static inline lookup lookup_for(const weight *w) {
-  uint16_t values[32];
-  int lanes[16];
-  for (int i = 0; i < 32; i++) values[i] = half(w->values[i % 16]);
-  for (int i = 0; i < 16; i++) lanes[i] = (8 * i) >> w->shift;
-  return (lookup){_mm512_loadu_si512(values), _mm512_loadu_si512(lanes)};
-}
-
-// Output n of M rows, by groups of 128 inputs. A 16-bit word holds four codes, in four places: shifted there, its low
-// bits look up 32 of them at once, and x [M, stride] has the inputs in the same order.
-FOR_BF16 static inline __attribute__((always_inline)) void output(const int M, const __m512i *x, long stride,
-                                                                  const weight *w, const lookup *t, float *scratch,
-                                                                  float *y, long n, long K) {
-  long from = n * K, first = from >> w->shift, last = (from + K - 1) >> w->shift;
-  const float *scales = (const float *)w->absmax + first;
-  if (w->nested) {
-    nested_scales(w, first, last, scratch);
-    scales = scratch;
-  }
-  floats sums[4];
-  for (int m = 0; m < M; m++) sums[m] = V(setzero_ps)();
-  const uint8_t *codes = w->codes + from / 2;
-  __mmask8 all = (1 << (128 >> w->shift)) - 1;
-  all = all ? all : 1;
-  for (long k = 0; k < K; k += 128) {
-    ints words;
-    floats some;
-    const float *of = scales + (((from + k) >> w->shift) - first);
-    if (K - k >= 128) {
-      words = _mm512_loadu_si512(codes + k / 2);
-      some = _mm512_castps128_ps512(_mm_maskz_loadu_ps(all, of));
-    } else {
-      words = _mm512_maskz_loadu_epi8((1ull << (K - k) / 2) - 1, codes + k / 2);
-      some = _mm512_castps128_ps512(_mm_maskz_loadu_ps((1 << (((K - k - 1) >> w->shift) + 1)) - 1, of));
-    }
-    _mm_prefetch((const char *)codes + k / 2 + AHEAD, _MM_HINT_T0);
-    floats dot[4];
-    for (int m = 0; m < M; m++) dot[m] = V(setzero_ps)();
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      __m512bh found = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * i), t->table);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; m++) dot[m] = _mm512_dpbf16_ps(dot[m], found, (__m512bh)x[m * stride + k / 32 + i]);
-    }
-    some = _mm512_permutexvar_ps(t->spread, some);
-#pragma GCC unroll 4
-    for (int m = 0; m < M; m++) sums[m] = V(fmadd_ps)(dot[m], some, sums[m]);
-  }
-  for (int m = 0; m < M; m++) y[m] = sum(sums[m]);
-}
-
-// x [M, K] as `output` wants it, K filled up with zeros to whole 128s. Of a word's codes the second comes first: a byte
-// begins with its high half.
-FOR_BF16 static void in_order(const uint16_t *x, uint16_t *y, long M, long K) {
-  long whole = K / 128 * 128, padded = (K + 127) / 128 * 128;
-  for (long m = 0; m < M; m++, x += K, y += padded)
-    for (long k = 0; k < padded; k += 128) {
-      uint64_t four[32] = {0};
-      __builtin_memcpy(four, x + k, k < whole ? 256 : (K - whole) * 2);
-      for (int j = 0; j < 32; j++) {
-        y[k + j] = four[j] >> 16;
-        y[k + 32 + j] = four[j];
-        y[k + 64 + j] = four[j] >> 48;
-        y[k + 96 + j] = four[j] >> 32;
-      }
-    }
-}
-
-// y [M, N] = x [M, K] W^T + bias in bf16, M up to 4; K in whole 32s and in whole blocks or 128s.
-FOR_BF16 void nf4_rows(const uint16_t *x, weight w, const uint16_t *bias, uint16_t *y, long M, long N, long K,
-                       int threads) {
-  long padded = (K + 127) / 128 * 128;
-  uint16_t *ordered = aligned_alloc(64, M * padded * 2);
-  in_order(x, ordered, M, K);
-#pragma omp parallel num_threads(threads)
-  {
-    lookup t = lookup_for(&w);
-    float *scratch = w.nested ? malloc(((K >> w.shift) + 2) * sizeof(float)) : NULL, sums[4];
-#pragma omp for schedule(static)
-    for (long n = 0; n < N; n++) {
-      const __m512i *of = (const __m512i *)ordered;
-      if (M == 1) output(1, of, padded / 32, &w, &t, scratch, sums, n, K);
-      else if (M == 2) output(2, of, padded / 32, &w, &t, scratch, sums, n, K);
-      else if (M == 3) output(3, of, padded / 32, &w, &t, scratch, sums, n, K);
-      else output(4, of, padded / 32, &w, &t, scratch, sums, n, K);
-      for (long m = 0; m < M; m++) y[m * N + n] = half(sums[m] + (bias ? whole(bias[n]) : 0));
-    }
-    free(scratch);
-  }
-  free(ordered);
-}
-
 // The 32 values from e on, in bf16 and their order in memory; those below 2^-126 become zero.
 FOR_BF16 static inline ints values_bf16(const weight *w, table t, long e) {
   ints pairs = bytes(w->codes + e / 2), order = V(set_epi16)(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -321,6 +210,5 @@ __attribute__((target("amx-tile,amx-bf16,avx512bw,avx512vl,avx512bf16"))) void n
 }
 #else
 int cpu_can(void) { return 0; }
-void nf4_rows(const uint16_t *x, weight w, const uint16_t *bias, uint16_t *y, long M, long N, long K, int threads) {}
 void nf4_tiles(const uint16_t *x, weight w, float *y, long blocks, long N, long K, int threads) {}
 #endif

@@ -39,13 +39,9 @@ def forward(x_MK: Tensor, bias_N: Tensor | None, N: int, *weight: Any) -> Tensor
     can = code.can if x_MK.dtype == torch.bfloat16 else 0
     tiles = can & cpu.TILES and N % 16 == 0
     if len(x_MK) <= (FEW_FOR_TILES if tiles else FEW):
-        y_MN, bias = x_MK.new_empty(M, N), bias_N
         if can & cpu.PRODUCTS and K % min(weight[-1], 128) == 0:
             bias = None if bias_N is None else bias_N.to(x_MK.dtype).contiguous()
-            for m in range(0, M, 4):
-                row = x_MK[m:].data_ptr(), w, None if bias is None else bias.data_ptr(), y_MN[m:].data_ptr()
-                code.nf4_rows(*row, min(4, M - m), N, K, threads)
-            return y_MN
+            return cpu.matrix_rows(x_MK, cpu.Matrix.of((N, K), bias, None, weight))
         x, y_MN = torch.empty(2, M, K // 2).copy_(x_MK.view(M, K // 2, 2).permute(2, 0, 1)), torch.empty(M, N)
         code.nf4_product(x.data_ptr(), w, y_MN.data_ptr(), M, N, K, threads)
         return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(x_MK.dtype)

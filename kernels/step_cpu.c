@@ -4,18 +4,9 @@
 #include "nf4_cpu.c"
 #include "pointwise_cpu.c"
 #include "attention_cpu.c"
+#include "product_cpu.c"
 
 #ifdef FOR_BF16
-#include <omp.h>
-
-#define MOST 4 // sequences
-
-typedef struct {
-  long N, K;
-  const uint16_t *bias, *values; // values in bf16, or none: then `codes` holds them
-  weight codes;
-} matrix;
-
 typedef struct {
   const uint16_t *attn_norm, *q_norm, *k_norm, *mlp_norm; // of heads: none where the decoder has none
   matrix qkv, out, gate_up, down;
@@ -34,67 +25,9 @@ typedef struct {
 } cache;
 
 typedef struct { // of a thread
-  uint16_t *half;    // [M, the most inputs of a product] in bf16
-  uint16_t *ordered; // the same as products with codes want it
-  float *scales, *scores, *gate;
+  inputs in;
+  float *scores, *gate;
 } scratch;
-
-// ---- products ----
-
-// Outputs of R rows of a weight in bf16: y [R, M]. Two rows at a time are read faster than one (bench/LOG.md).
-FOR_BF16 INLINE void rows_bf16(const int M, const int R, const uint16_t *w, const uint16_t *x, long K, float *y) {
-  floats sums[2][MOST][2];
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) sums[r][m][0] = sums[r][m][1] = V(setzero_ps)();
-  for (long k = 0; k < K; k += 64)
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-      if (k + 32 * i == K) break;
-#pragma GCC unroll 2
-      for (int r = 0; r < R; r++) {
-        const uint16_t *at = w + r * K + k + 32 * i;
-        __m512bh some = (__m512bh)_mm512_loadu_si512(at);
-        _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
-#pragma GCC unroll 4
-        for (int m = 0; m < M; m++) {
-          __m512bh of = (__m512bh)_mm512_loadu_si512(x + m * K + k + 32 * i);
-          sums[r][m][i] = _mm512_dpbf16_ps(sums[r][m][i], some, of);
-        }
-      }
-    }
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) y[r * M + m] = sum(V(add_ps)(sums[r][m][0], sums[r][m][1]));
-}
-
-FOR_BF16 INLINE void rows_of(const int M, const matrix *w, const scratch *s, long from, long to, float *y, long step,
-                             int add) {
-  long K = w->K, padded = (K + 127) / 128 * 128;
-  lookup t;
-  if (!w->values) t = lookup_for(&w->codes);
-  for (long n = from, R; n < to; n += R) {
-    float sums[2 * MOST];
-    R = w->values && to - n > 1 ? 2 : 1;
-    if (R == 2) rows_bf16(M, 2, w->values + n * K, s->half, K, sums);
-    else if (w->values) rows_bf16(M, 1, w->values + n * K, s->half, K, sums);
-    else output(M, (const __m512i *)s->ordered, padded / 32, &w->codes, &t, s->scales, sums, n, K);
-    for (long r = 0; r < R; r++)
-      for (int m = 0; m < M; m++) {
-        float value = sums[r * M + m] + (w->bias ? whole(w->bias[n + r]) : 0), *at = y + m * step + n + r;
-        *at = add ? *at + value : value;
-      }
-  }
-}
-
-// Outputs `from` to `to` of M rows of s->half: y [M, step] is set to them, or has them added.
-FOR_BF16 static void product(long M, const matrix *w, const scratch *s, long from, long to, float *y, long step, int add) {
-  if (!w->values) in_order(s->half, s->ordered, M, w->K);
-  if (M == 1) rows_of(1, w, s, from, to, y, step, add);
-  else if (M == 2) rows_of(2, w, s, from, to, y, step, add);
-  else if (M == 3) rows_of(3, w, s, from, to, y, step, add);
-  else rows_of(4, w, s, from, to, y, step, add);
-}
-
-// ---- between products ----
 
 // A head [K]: normalised if there is a weight, turned by its position, in bf16.
 FOR_BF16 static void turn(const float *x, const uint16_t *norm, const uint16_t *cos, const uint16_t *sin, uint16_t *y,
@@ -232,36 +165,36 @@ FOR_BF16 int decoder_step(const decoder *d, const cache *c, uint16_t *x, const u
 #pragma omp parallel num_threads(threads)
   {
     int t = omp_get_thread_num(), of = omp_get_num_threads();
-    long floats_ = padded / 32 + 16 + d->H / d->G * rows + 2 * M * (I / of + 32);
+    long room = scales_room(padded), floats_ = room + d->H / d->G * rows + 2 * M * (I / of + 32);
     char *memory = aligned_alloc(64, (2 * M * padded * 2 + floats_ * 4 + 63) / 64 * 64);
-    scratch s = {.ordered = (uint16_t *)memory, .half = (uint16_t *)memory + M * padded};
-    s.scales = (float *)(memory + 2 * M * padded * 2);
-    s.scores = s.scales + padded / 32 + 16;
+    scratch s = {.in = {.ordered = (uint16_t *)memory, .half = (uint16_t *)memory + M * padded}};
+    s.in.scales = (float *)(memory + 2 * M * padded * 2);
+    s.scores = s.in.scales + room;
     s.gate = s.scores + d->H / d->G * rows;
 #define SHARE(n) (n) * t / of, (n) * (t + 1) / of
     for (long l = 0; l < d->L; l++) {
       const layer *w = d->layers + l;
-      for (long m = 0; m < M; m++) normalise(stream + m * D, w->attn_norm, s.half + m * D, D, d->eps);
-      product(M, &w->qkv, &s, SHARE(heads), qkv, heads, 0);
+      for (long m = 0; m < M; m++) normalise(stream + m * D, w->attn_norm, s.in.half + m * D, D, d->eps);
+      product(M, &w->qkv, &s.in, SHARE(heads), qkv, heads, 0);
 #pragma omp barrier
       attention(d, w, c, l, qkv, cos, sin, lengths, M, seen, s.scores, t, of);
 #pragma omp barrier
-      __builtin_memcpy(s.half, seen, M * d->H * d->K * 2);
-      product(M, &w->out, &s, SHARE(D), stream, D, 1);
+      __builtin_memcpy(s.in.half, seen, M * d->H * d->K * 2);
+      product(M, &w->out, &s.in, SHARE(D), stream, D, 1);
 #pragma omp barrier
-      for (long m = 0; m < M; m++) normalise(stream + m * D, w->mlp_norm, s.half + m * D, D, d->eps);
+      for (long m = 0; m < M; m++) normalise(stream + m * D, w->mlp_norm, s.in.half + m * D, D, d->eps);
       long from = I / 16 * t / of * 16, to = t + 1 == of ? I : I / 16 * (t + 1) / of * 16, mine = to - from;
       float *gate = s.gate - from, *up = gate + M * mine;
-      product(M, &w->gate_up, &s, from, to, gate, mine, 0);
-      product(M, &w->gate_up, &s, I + from, I + to, up - I, mine, 0);
+      product(M, &w->gate_up, &s.in, from, to, gate, mine, 0);
+      product(M, &w->gate_up, &s.in, I + from, I + to, up - I, mine, 0);
       for (long m = 0; m < M; m++)
         for (long i = from; i < to; i += 16) {
           floats g = V(loadu_ps)(gate + m * mine + i), u = V(loadu_ps)(up + m * mine + i);
           store_bf16(inner + m * I + i, V(mul_ps)(times_sigmoid(g, g), u));
         }
 #pragma omp barrier
-      __builtin_memcpy(s.half, inner, M * I * 2);
-      product(M, &w->down, &s, SHARE(D), stream, D, 1);
+      __builtin_memcpy(s.in.half, inner, M * I * 2);
+      product(M, &w->down, &s.in, SHARE(D), stream, D, 1);
 #pragma omp barrier
     }
     free(memory);

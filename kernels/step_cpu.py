@@ -14,7 +14,6 @@ from torch import Tensor
 
 from minillava.kernels import cpu
 
-FEW = 4  # rows
 _pointer, _long = ctypes.c_void_p, ctypes.c_long
 
 
@@ -43,14 +42,10 @@ class Layer:
     down: Product
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = [("N", _long), ("K", _long), ("bias", _pointer), ("values", _pointer), ("codes", cpu.Weight)]
-
-
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _pointer) for name in ("attn_norm", "q_norm", "k_norm", "mlp_norm")),
-        *((name, _Matrix) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, cpu.Matrix) for name in ("qkv", "out", "gate_up", "down")),
     ]
 
 
@@ -67,11 +62,10 @@ class _Cache(ctypes.Structure):
     _fields_ = [("k", _pointer), ("v", _pointer), ("slots", _long), ("capacity", _long)]
 
 
-def _address(part: Tensor | Product | None) -> _Matrix | int | None:
+def _address(part: Tensor | Product | None) -> cpu.Matrix | int | None:
     if not isinstance(part, Product):
         return None if part is None else part.data_ptr()
-    codes = cpu.Weight() if part.codes is None else cpu.Weight.of(*part.codes)
-    return _Matrix(*part.shape, _address(part.bias), _address(part.weight), codes)
+    return cpu.Matrix.of(part.shape, part.bias, part.weight, part.codes)
 
 
 class Step:
@@ -109,7 +103,7 @@ class Step:
         tokens of each row, which is a slot's, and get one more; cos and sin are those of its position."""
         if int(lengths_B.max()) >= k.shape[2]:
             raise IndexError(f"the cache has room for {k.shape[2]} tokens and holds {lengths_B.tolist()}")
-        assert len(x_BD) <= FEW and x_BD.dtype == k.dtype == cos_BK.dtype == torch.bfloat16
+        assert len(x_BD) <= cpu.FEW and x_BD.dtype == k.dtype == cos_BK.dtype == torch.bfloat16
         cache = _Cache(k.data_ptr(), v.data_ptr(), k.shape[1], k.shape[2])
         cpu.library().decoder_step(  # type: ignore[union-attr]
             ctypes.addressof(self.decoder), ctypes.addressof(cache), x_BD.data_ptr(), cos_BK.data_ptr(),

@@ -98,10 +98,13 @@ FEW = 64  # rows up to which a CPU reads bf16 weights fastest as weight @ x^T (b
 
 def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x weight^T + bias. For few bf16 rows on a CPU the weights are read once, by the product that reads them fastest:
-    torch.mv for one row, weight @ x^T for several (27 and 29 GB/s where F.linear reaches 22 on two cores)."""
+    our own up to four rows, else torch.mv for one, weight @ x^T for several (31, 27 and 29 GB/s where F.linear reaches
+    22 on two cores)."""
     bf16 = not torch.is_grad_enabled() and x_TD.is_cpu and x_TD.dtype == weight_OD.dtype == torch.bfloat16
     if not (bf16 and x_TD.ndim == 2 and 0 < len(x_TD) <= FEW):
         return F.linear(x_TD, weight_OD, bias_O)
+    if not torch.compiler.is_compiling() and (y_TO := cpu.few_rows(x_TD, weight_OD, bias_O)) is not None:
+        return y_TO
     y_TO = torch.mv(weight_OD, x_TD[0])[None] if len(x_TD) == 1 else torch.mm(weight_OD, x_TD.T).T
     return y_TO if bias_O is None else y_TO + bias_O
 
@@ -327,7 +330,7 @@ class Decoder(nn.Module):
 
     def _step_for(self, x_BD: Tensor, cache: KVCache) -> step_cpu.Step | Literal[False]:
         """All layers as one call, where this CPU, these weights and so many rows allow it."""
-        few = x_BD.is_cpu and len(x_BD) <= step_cpu.FEW and x_BD.dtype == cache.k_LBSGK.dtype == torch.bfloat16
+        few = x_BD.is_cpu and len(x_BD) <= cpu.FEW and x_BD.dtype == cache.k_LBSGK.dtype == torch.bfloat16
         if not few or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if self._step is None:
