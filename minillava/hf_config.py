@@ -106,9 +106,7 @@ def _read_onevision_15(raw: dict[str, Any], folder: Path) -> ModelConfig:
     routed = text.get("num_experts") or text.get("num_local_experts")
     decoder = read_decoder(text | {"model_type": "qwen3_moe" if routed else "qwen3"}, f"{where}: text_config")
     f = Fields(tower, f"{where}: vision_config")
-    f.one_of("model_type", "rice_vit", ["rice_vit"])
-    for key, only in (("in_channels", 3), ("temporal_patch_size", 1), ("layer_norm_eps", 1e-5)):
-        f.one_of(key, only, [only])
+    f.only(model_type="rice_vit", in_channels=3, temporal_patch_size=1, layer_norm_eps=1e-5)
     hidden, heads = f.integer("embed_dim", f.integer("hidden_size", 1024)), f.integer("num_heads", 16)
     depth, patch = f.integer("depth", 24, 1024), f.integer("patch_size", 14)
     merge = f.integer("spatial_merge_size", 2, 8)
@@ -195,7 +193,7 @@ def _read_original(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig
     where = str(folder / "config.json")
     top = Fields(raw, where)
     model_type = ORIGINAL_TYPES[top.one_of("model_type", None, ORIGINAL_TYPES)]
-    top.one_of("s2", False, [False])
+    top.only(s2=False)
     select = top.one_of("mm_vision_select_feature", "patch", ["patch", "cls_patch"])
     tower = tower_folder(raw, folder, find)
     where_tower, layer = str(tower / "config.json"), raw.get("mm_vision_select_layer", -2)

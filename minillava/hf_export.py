@@ -15,7 +15,7 @@ from minillava.chat import TEMPLATES, around
 from minillava.config import ChatConfig, ModelConfig, UserError, nearest, to_dict
 from minillava.hf_config import ONEVISION_15
 from minillava.hf_layout import HF_CLASSES, WITH_VIDEO, hf_class
-from minillava.hf_parts import ACTIVATIONS, optional_json
+from minillava.hf_parts import ACTIVATIONS, DECODER_SIZES, VISION_SIZES, optional_json
 from minillava.tokenizer import SPACE, Tokenizer, load_tokenizer
 
 
@@ -33,10 +33,10 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
     to_act = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     text, ids = _decoder(config, dtype)
     tower = dict(
-        model_type="clip_vision_model" if v.class_token else "siglip_vision_model", hidden_size=v.hidden_size,
-        intermediate_size=v.intermediate_size, num_hidden_layers=v.num_layers, num_attention_heads=v.num_heads,
-        image_size=v.image_size, patch_size=v.patch_size, num_channels=3, hidden_act=to_act[v.activation],
-        layer_norm_eps=v.norm_eps, dtype=dtype, **({} if v.class_token else {"vision_use_head": False}),
+        model_type="clip_vision_model" if v.class_token else "siglip_vision_model",
+        **{theirs: getattr(v, ours) for ours, theirs in VISION_SIZES.items()},
+        num_channels=3, hidden_act=to_act[v.activation], layer_norm_eps=v.norm_eps, dtype=dtype,
+        **({} if v.class_token else {"vision_use_head": False}),
     )  # fmt: skip
     select, strategy = list(v.select_layers), "full" if v.keep_class_token or not v.class_token else "default"
     kind, layout = hf_class(config), config.layout
@@ -106,9 +106,8 @@ def _decoder(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], dict[str,
     eos: Any = list(chat.eos_ids) if len(chat.eos_ids) > 1 else next(iter(chat.eos_ids), None)
     ids = {"bos_token_id": chat.bos_id, "eos_token_id": eos, "pad_token_id": chat.pad_id}
     text = dict(
-        model_type=d.model_type, vocab_size=d.vocab_size,
-        hidden_size=d.hidden_size, intermediate_size=d.intermediate_size,
-        num_hidden_layers=d.num_layers, num_attention_heads=d.num_heads, num_key_value_heads=d.num_kv_heads,
+        model_type=d.model_type, **{theirs: getattr(d, ours) for ours, theirs in DECODER_SIZES.items()},
+        num_key_value_heads=d.num_kv_heads,
         head_dim=d.head_dim, hidden_act="silu", rms_norm_eps=d.norm_eps, max_position_embeddings=d.max_positions,
         rope_theta=d.rope_theta, rope_parameters={"rope_theta": d.rope_theta, "rope_type": "default"},
         tie_word_embeddings=d.tie_embeddings, sliding_window=None, dtype=dtype, **ids,

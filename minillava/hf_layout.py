@@ -145,7 +145,7 @@ def original_layout(f: Fields, side: int, own: str) -> tuple[LayoutConfig, str]:
         )
     merge = f.one_of("mm_patch_merge_type", "flat", ["flat", "spatial", "spatial_unpad"])
     merge = "unpad" if merge == "spatial_unpad" else merge
-    f.one_of("add_faster_video", False, [False])
+    f.only(add_faster_video=False)
     resampler = f.values.get("mm_resampler_type")
     if resampler not in (None, "spatial_pool"):
         raise UserError(f"{f.where}: mm_resampler_type {resampler!r} is not supported (supported: spatial_pool)")

@@ -41,6 +41,11 @@ VISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "clip_vision_model": _TOWER | dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),
     "siglip_vision_model": _TOWER | dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
 }
+# Our integers of a decoder and of a tower, and what transformers calls them: read and written by these.
+SIZES = dict(hidden_size="hidden_size", intermediate_size="intermediate_size", num_layers="num_hidden_layers",
+             num_heads="num_attention_heads")  # fmt: skip
+DECODER_SIZES = SIZES | dict(vocab_size="vocab_size")
+VISION_SIZES = SIZES | dict(image_size="image_size", patch_size="patch_size")
 ACTIVATIONS: dict[str, Any] = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 TILED = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")  # a view is squashed; their do_pad pads batches
 PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor", "SiglipImageProcessor", *TILED)
@@ -79,6 +84,17 @@ class Fields:
             raise UserError(f"{self.where}: {key} is {value!r}, expected an integer from 1 to {most}")
         return value
 
+    def integers(self, names: dict[str, str]) -> dict[str, Any]:
+        """Those of a table such as DECODER_SIZES, by our names."""
+        return {
+            ours: self.integer(theirs, most=1024 if ours == "num_layers" else 1 << 24) for ours, theirs in names.items()
+        }
+
+    def only(self, **values: Any) -> None:
+        """Raises UserError for a key that is there with another value than this."""
+        for key, value in values.items():
+            self.one_of(key, value, [value])
+
     def number(self, key: str, default: float | None = None) -> float:
         """A positive, finite number."""
         value = self.values.get(key, default)
@@ -108,15 +124,13 @@ def _typed(values: Any, defaults: dict[str, dict[str, Any]], default_type: str, 
 def read_decoder(values: dict[str, Any], where: str, default_type: str = "llama") -> DecoderConfig:
     """A text_config (or the top level of an original config) -> DecoderConfig."""
     model_type, f = _typed(values, TEXT_DEFAULTS, default_type, where)
-    f.one_of("hidden_act", "silu", ["silu"])
-    f.one_of("attention_bias", False, [False])
-    f.one_of("mlp_bias", False, [False])
-    f.one_of("partial_rotary_factor", 1.0, [1.0])
+    f.only(hidden_act="silu", attention_bias=False, mlp_bias=False, partial_rotary_factor=1.0)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{where}: rope_parameters is {rope!r}, expected an object")
     scaling = _read_rope(Fields(rope, f"{where}: rope scaling"))
-    heads, hidden = f.integer("num_attention_heads"), f.integer("hidden_size")
+    sizes = f.integers(DECODER_SIZES)
+    heads, hidden = sizes["num_heads"], sizes["hidden_size"]
     kv_heads, head_dim = f.integer("num_key_value_heads", heads), f.integer("head_dim", max(1, hidden // heads))
     if heads % kv_heads or head_dim % 2 or (f.values.get("head_dim") is None and hidden % heads):
         raise UserError(f"{where}: {heads} heads, {kv_heads} key/value heads and width {hidden} do not divide evenly")
@@ -127,11 +141,7 @@ def read_decoder(values: dict[str, Any], where: str, default_type: str = "llama"
     if window is not None and (model_type == "mistral" or f.values.get("use_sliding_window")):
         max_positions = min(max_positions, f.integer("sliding_window"))  # within its window attention is full
     return DecoderConfig(
-        vocab_size=f.integer("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=f.integer("intermediate_size"),
-        num_layers=f.integer("num_hidden_layers", most=1024),
-        num_heads=heads,
+        **sizes,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         rope_theta=Fields({"rope_theta": rope.get("rope_theta", f.values["rope_theta"])}, where).number("rope_theta"),
@@ -161,7 +171,7 @@ def _read_rope(f: Fields) -> RopeScaling | None:
 
 def _read_experts(f: Fields, where: str) -> dict[str, Any]:
     """The routed experts of Qwen3-MoE; every block has them."""
-    f.one_of("decoder_sparse_step", 1, [1])
+    f.only(decoder_sparse_step=1)
     if f.values.get("mlp_only_layers"):
         raise UserError(f"{where}: mlp_only_layers {f.values['mlp_only_layers']} is not supported (supported: none)")
     experts = f.integer("num_local_experts", f.integer("num_experts"))  # the newer spelling first
@@ -178,25 +188,20 @@ def read_vision(values: dict[str, Any], where: str, select_layers: Any, keep_cla
     if isinstance(values, dict) and values.get("model_type") in ("clip", "siglip"):  # two towers, of which we need one
         values = {"model_type": f"{values['model_type']}_vision_model"} | (values.get("vision_config") or {})
     model_type, f = _typed(values, VISION_DEFAULTS, "clip_vision_model", where)
-    f.one_of("num_channels", 3, [3])
+    f.only(num_channels=3)
     layers = select_layers if isinstance(select_layers, list) else [select_layers]
-    hidden, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
-    depth = f.integer("num_hidden_layers", most=1024)
+    sizes = f.integers(VISION_SIZES)
+    depth, hidden, heads = sizes["num_layers"], sizes["hidden_size"], sizes["num_heads"]
     if not layers or not all(isinstance(i, int) and -depth - 1 <= i <= depth for i in layers):
         raise UserError(f"{where}: feature layer {select_layers!r} does not exist in a tower of {depth} layers")
-    image, patch = f.integer("image_size"), f.integer("patch_size")
+    image, patch = sizes["image_size"], sizes["patch_size"]
     if hidden % heads or image < patch:
         raise UserError(
             f"{where}: width {hidden} with {heads} heads, or image {image} with patch {patch}, does not fit"
         )
     is_clip = model_type == "clip_vision_model"
     return VisionConfig(
-        hidden_size=hidden,
-        intermediate_size=f.integer("intermediate_size"),
-        num_layers=depth,
-        num_heads=heads,
-        image_size=image,
-        patch_size=patch,
+        **sizes,
         activation=ACTIVATIONS[f.one_of("hidden_act", None, ACTIVATIONS)],
         norm_eps=f.number("layer_norm_eps"),
         class_token=is_clip,
@@ -209,9 +214,7 @@ def read_vision(values: dict[str, Any], where: str, select_layers: Any, keep_cla
 
 def _check_pixels(f: Fields) -> None:
     """What every image processor here has in common."""
-    for key in ("do_resize", "do_normalize", "do_rescale"):
-        f.one_of(key, True, [True])
-    f.one_of("resample", 3, [3])  # bicubic
+    f.only(do_resize=True, do_normalize=True, do_rescale=True, resample=3)  # 3: bicubic
     if abs(f.number("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise UserError(f"{f.where}: rescale_factor {f.values['rescale_factor']} is not supported (supported: 1/255)")
 
