@@ -35,7 +35,6 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
         self.group = parallel.host_group()
 
@@ -52,7 +51,9 @@ class Saver:
         stager = _dcp().staging.BlockingAsyncStager()
         tensors = {TRAINED: {name: t.detach() for name, t in trained.items()}, OPTIMIZER: optimizer}
         staged = {part: stager.stage(dict(values)) for part, values in tensors.items()}
-        self.pending = self.pool.submit(self._write, temporary, target, staged, state)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending = pool.submit(self._write, temporary, target, staged, state)
+        pool.shutdown(wait=False)  # the thread ends with the write, not with the interpreter (see parallel.leave)
 
     def wait(self) -> None:
         """Until the last one is on the disk. Raises what went wrong with it."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minillava.chat import TEMPLATES, around
-from minillava.config import ChatConfig, ModelConfig, UserError, nearest, to_dict
+from minillava.config import ChatConfig, ModelConfig, UserError, VisionConfig, nearest, to_dict
 from minillava.hf_config import ONEVISION_15
 from minillava.hf_layout import HF_CLASSES, WITH_VIDEO, hf_class
 from minillava.hf_parts import ACTIVATIONS, DECODER_SIZES, VISION_SIZES, optional_json
@@ -127,6 +127,27 @@ def _decoder(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], dict[str,
             moe_intermediate_size=d.expert_size, norm_topk_prob=d.norm_expert_weights,
         )  # fmt: skip
     return text, ids
+
+
+def to_original(config: ModelConfig, tower: str, language_model: str) -> dict[str, Any] | None:
+    """config.json of haotian-liu/LLaVA for a model like LLaVA-1.5, which loads its tower and language model by name.
+
+    None where it has no such name or no such model (tiles, SigLIP, other decoders).
+    """
+    v, d, p = config.vision, config.decoder, config.projector
+    tower = tower or ("openai/clip-vit-large-patch14-336" if v == VisionConfig() else "")
+    alike = v.class_token and len(v.select_layers) == 1 and d.model_type == "llama" and not config.layout.grids
+    if not tower or not alike or p.merge > 1 or p.activation != "gelu" or not p.bias:
+        return None
+    return _decoder(config, "bfloat16")[0] | dict(
+        model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"], _name_or_path=language_model,
+        mm_vision_tower=tower, mm_hidden_size=v.hidden_size, mm_vision_select_layer=v.select_layers[0],
+        mm_vision_select_feature="cls_patch" if v.keep_class_token else "patch", use_mm_proj=True,
+        mm_projector_type=f"mlp{p.layers}x_gelu" if p.layers > 1 else "linear", mm_use_im_patch_token=False,
+        mm_use_im_start_end=config.chat.image_start_end, tokenizer_padding_side="right",
+        image_aspect_ratio="pad" if config.image.fit == "pad" else "square",
+        tokenizer_model_max_length=min(2048, d.max_positions),
+    )  # fmt: skip
 
 
 def _onevision_15(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:

@@ -127,25 +127,44 @@ def detach(model: nn.Module) -> dict[str, Tensor]:
 # ---- PEFT's files ----
 
 
-def save_peft(folder: Path, trained: dict[str, Tensor], configs: dict[str, LoRAConfig], base: str) -> None:
+def save_peft(
+    folder: Path, trained: dict[str, Tensor], configs: dict[str, LoRAConfig], base: str,
+    original: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """What was trained as PEFT reads it over the exported transformers model: adapters, and whole parts beside them as
-    modules_to_save."""
+    modules_to_save. With `original`, a config.json of haotian-liu/LLaVA, also in folder/original as that repository has
+    it: adapters of the language model, and non_lora_trainables.bin.
+    """
+    adapters, wholes, config = _as_peft(trained, configs, base, "hf_new")
+    names = {".".join(name.removeprefix(PREFIX).split(".")[:2]) for name in wholes}
+    _write(folder, adapters | wholes, {"adapter_config.json": config | {"modules_to_save": sorted(names) or None}})
+    if original and configs.keys() == {"decoder"}:
+        base = base or original["_name_or_path"]
+        adapters, wholes, config = _as_peft(trained, configs, base, "original")
+        files = {"adapter_config.json": config | {"task_type": "CAUSAL_LM"}, "config.json": original}
+        _write(folder / "original", adapters, files)
+        torch.save(wholes, folder / "original" / "non_lora_trainables.bin")
 
-    def foreign(name: str) -> str:  # as modules are called; files still say vision_tower.vision_model
-        found = rename(name, "hf_new", to_ours=False) or name
-        return found.replace("vision_tower.vision_model.", "vision_tower.")
+
+def _as_peft(
+    trained: dict[str, Tensor], configs: dict[str, LoRAConfig], base: str, layout: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Adapters and whole tensors by PEFT's names over a model of that layout, and adapter_config.json."""
+
+    def foreign(name: str) -> str:
+        found = rename(name, layout, to_ours=False) or name
+        # as modules are called in transformers; its files still say vision_tower.vision_model
+        return found.replace("vision_tower.vision_model.", "vision_tower.") if layout == "hf_new" else found
 
     layers = [name.removesuffix(".lora_A") for name in trained if name.endswith(".lora_A")]
     modules = {name: foreign(f"{name}.weight").removesuffix(".weight") for name in layers}
-    tensors = {}
-    wholes = set()
+    adapters, wholes = {}, {}
     for name, tensor in trained.items():
         layer, _, key = name.rpartition(".")
         if key.startswith("lora_"):
-            tensors[f"{PREFIX}{modules[layer]}.{key}.weight"] = tensor.contiguous()
+            adapters[f"{PREFIX}{modules[layer]}.{key}.weight"] = tensor.contiguous()
         else:
-            tensors[f"{PREFIX}{foreign(name)}"] = tensor.contiguous()
-            wholes.add(".".join(foreign(name).split(".")[:2]))
+            wholes[f"{PREFIX}{foreign(name)}"] = tensor.contiguous()
     first = next(iter(configs.values()))
     differing = {modules[name]: configs[name.split(".")[0]] for name in layers if configs[name.split(".")[0]] != first}
     config = {
@@ -159,11 +178,15 @@ def save_peft(folder: Path, trained: dict[str, Tensor], configs: dict[str, LoRAC
         "rank_pattern": {name: c.rank for name, c in differing.items()},
         "alpha_pattern": {name: c.alpha for name, c in differing.items()},
         "target_modules": sorted(modules.values()),
-        "modules_to_save": sorted(wholes) or None,
     }
+    return adapters, wholes, config
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], files: dict[str, dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def merge_peft(model: nn.Module, folder: Path) -> None:

@@ -79,7 +79,9 @@ def stop() -> None:
 def leave() -> None:
     """End the process of a run that is done, all ranks together, without the interpreter's own end.
 
-    There, on a busy machine, a thread of PyTorch's aborted a rank ("terminate called") after everything was written.
+    There a thread that is still on its way out and frees a tensor aborts the process ("terminate called without an
+    active exception": pytorch issues 117762 and 190489, open), which on a busy machine a rank did that had written
+    everything. It was seen once, and not again in 160 ends on purpose.
     """
     if world() > 1:
         barrier()
@@ -260,6 +262,26 @@ def shared_out(work: Callable[[Tensor], Tensor], x_N: Tensor) -> Tensor:
 
 
 # ---- memory against time, block by block ----
+
+
+def passing_through(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Make a model on the host ready for one forward pass on the device: a block goes there when it is called, and is
+    gone afterwards."""
+
+    def bring(block: nn.Module, args: Any) -> None:
+        block.to(device, dtype)
+
+    def drop(block: nn.Module, args: Any, result: Any) -> None:
+        block.to("meta")
+
+    blocks = blocks_of(model)
+    for block in blocks:
+        block.register_forward_pre_hook(bring)
+        block.register_forward_hook(drop)
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in inside:
+            parameter.data = parameter.data.to(device, dtype)
 
 
 def wrap_blocks(model: nn.Module, checkpointing: str, compiled: bool) -> Callable[[], None]:

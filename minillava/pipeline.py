@@ -22,7 +22,7 @@ from minillava.device import describe_device, pick_device
 from minillava.llava import LLaVA
 from minillava.progress import Log, plot
 from minillava.recipe import Recipe, StageConfig, differences, read_recipe, stage_index, to_toml
-from minillava.tasks import LLaVATask, Run, export, make_task, task_class
+from minillava.tasks import LLaVATask, Run, export, export_adapters, make_task, task_class
 from minillava.trainer import Trainer
 
 ANSWERS = 8  # to held-out samples, written at a stage's end
@@ -93,6 +93,8 @@ def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str,
     print(f"  {trainer.describe()}", flush=True)
     measured = trainer.run()
     trainer.finish(measured)
+    skipped = trainer.skipped
+    del trainer  # with the optimizer's memory, which the answers may need
     run.finished.append(stage)
     if run.fill is None and stage is not run.recipe.stage[-1]:
         adapters = lora.detach(run.model)
@@ -110,7 +112,7 @@ def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str,
             print("  no sample answers: the exported model does not fit beside the training")
     parallel.barrier()
     summary = "; ".join(filter(None, (f"  {time.monotonic() - began_s:,.0f} s", task.summary())))
-    print(summary + (f"; {trainer.skipped} steps skipped" if trainer.skipped else ""), flush=True)
+    print(summary + (f"; {skipped} steps skipped" if skipped else ""), flush=True)
     return measured
 
 
@@ -157,7 +159,7 @@ def export_newest(folder: Path, only: str | None = None) -> Path:
     export(run, target)
     if stage.lora:
         trained = checkpoint.read(newest / checkpoint.TRAINED)
-        lora.save_peft(target.with_name(f"adapter-{newest.name}"), trained, stage.lora, recipe.model.base)
+        export_adapters(run, target.with_name(f"adapter-{newest.name}"), trained, stage.lora)
     return target
 
 

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from minillava import lora, parallel
 from minillava.config import ModelConfig, UserError, from_dict, nearest, to_dict
 from minillava.data import IGNORE, MARKER, Batch, Example, Sample, pack
+from minillava.hf_export import to_original
 from minillava.image import prepare_views
 from minillava.llava import LLaVA, next_labels
 from minillava.loader import Dataset, Loader, Tally, check_supervision
 from minillava.metrics import Work
 from minillava.packing import Order
-from minillava.recipe import Recipe, StageConfig
+from minillava.recipe import LoRAConfig, Recipe, StageConfig
 from minillava.samples import split_data, turns_of
 from minillava.tokenizer import Tokenizer
 from minillava.weights import save_model
@@ -152,6 +153,13 @@ def export(run: Run, folder: Path) -> None:
     if parallel.is_main():
         model.load_state_dict(state, assign=True)
         save_model(model, folder, run.tokenizer)
+
+
+def export_adapters(run: Run, folder: Path, trained: dict[str, Tensor], configs: dict[str, LoRAConfig]) -> None:
+    """What was trained beside the run's base in PEFT's files, and in the original repository's where that has them."""
+    wanted = run.recipe.model
+    original = to_original(run.config, wanted.vision_from, wanted.decoder_from)
+    lora.save_peft(folder, trained, configs, wanted.base, original)
 
 
 class LLaVATask(Task):

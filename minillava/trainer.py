@@ -31,7 +31,7 @@ from minillava.metrics import Clock
 from minillava.optim import make_optimizer
 from minillava.progress import Bar, Log
 from minillava.recipe import Recipe, StageConfig
-from minillava.tasks import LLaVATask, Task
+from minillava.tasks import LLaVATask, Task, export_adapters
 from minillava.weights import load_model
 
 MAX_NON_FINITE = 5  # steps in a row without a finite gradient before the run stops
@@ -313,12 +313,14 @@ class Trainer:
         if self.stage.lora:
             trained = {n: t.cpu() for n, t in ((n, parallel.whole(p.detach())) for n, p in self.trained.items())}
             if parallel.is_main():
-                lora.save_peft(self.folder / "adapter", trained, self.stage.lora, self.recipe.model.base)
+                assert isinstance(self.task, LLaVATask)  # no other has adapters
+                export_adapters(self.task.run, self.folder / "adapter", trained, self.stage.lora)
             self._compare(export)
         parallel.barrier()
 
     def _compare(self, export: Path) -> None:
-        """Say how far the merged model's logits are from the adapters': about what its dtype rounds off."""
+        """Say how far the merged model's logits are from the adapters': about what its dtype rounds off. Of the merged
+        model only one block at a time is on the device."""
         model: Any = self.task.model.eval()
         with torch.no_grad(), self.weights() as call:
             adapted = self.task.probe(call)
@@ -326,12 +328,12 @@ class Trainer:
             try:
                 merged = load_model(export)
                 coarse = max(torch.finfo(dtype).eps for dtype in (self.dtype, merged.decoder.embed.weight.dtype))
-                merged.to(self.device, self.dtype).eval()
+                parallel.passing_through(merged, self.device, self.dtype)
                 merged.config = model.config
                 with torch.no_grad():
                     apart = (self.task.probe(merged) - adapted).abs().max().item() / adapted.abs().max().item()
             except torch.OutOfMemoryError:
-                print("  the merged model was not compared: it does not fit beside the training")
+                print("  the merged model was not compared: not a block of it fits beside the training")
                 return
             doubt = "" if apart <= coarse**0.5 else "; THAT IS MUCH: use adapter/ over the base, and report this"
             print(f"  the merged model's logits are within {apart:.1e} of the adapters' (of their largest){doubt}")

@@ -4,7 +4,7 @@ Takes a JSON file with a list of jobs: recipe, sets, out, resume, and what happe
 stop_at: the last rank sends itself SIGTERM, on which all shall save and stop; kill_at: the last rank gets SIGKILL, in
 its first life; hang_at: the last rank stands still. With `record`, record.pt in `out` holds, for each step, which ranks
 drew pictures and the gradients that the optimizer was given; where blocks are compiled, graphs.json says into how many.
-`muon` is the dtype that Muon orthogonalises in, where it is not bfloat16.
+`backend` is torch.compile's, `muon` the dtype that Muon orthogonalises in, where it is not bfloat16.
 """
 
 import json
@@ -23,8 +23,8 @@ from minillava.recipe import read_recipe
 from minillava.trainer import Trainer
 
 train_step = Trainer.train_step
-compile_ = torch.compile
-torch.compile = lambda function, **options: compile_(function, backend="aot_eager", **options)  # seconds, not minutes
+compile_, backend = torch.compile, ""
+torch.compile = lambda function, **options: compile_(function, backend=backend, **options)
 
 
 def stand_still():
@@ -59,6 +59,7 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
         return values
 
     Trainer.train_step = step_of
+    backend = job.get("backend", "aot_eager")  # which takes seconds
     Muon.dtype = getattr(torch, job.get("muon", "bfloat16"))
     if "stage.a.compile=true" in job["sets"]:
         torch._dynamo.reset()
@@ -73,6 +74,7 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
         counters = torch._dynamo.utils.counters
         given_up = [key for key in counters["unimplemented"] if "limit" in key]
         graphs = {"graphs": counters["stats"]["unique_graphs"], "given_up": given_up}
+        graphs["inductor"] = counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"]
         (Path(job["out"]) / "graphs.json").write_text(json.dumps(graphs))
     parallel.barrier()
 parallel.leave()

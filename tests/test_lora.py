@@ -1,18 +1,20 @@
 """Adapters: nothing changes before they learn, merged they say the same, and PEFT's files go in and out."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from minillava import lora
-from minillava.config import UserError
+from minillava.config import LayoutConfig, UserError, VisionConfig
+from minillava.hf_export import to_hf, to_original
 from minillava.llava import LLaVA
+from minillava.names import rename
 from minillava.quantize import Scheme
 from minillava.recipe import LoRAConfig
-from minillava.weights import load_model, save_model
+from minillava.weights import load_model, read_config, save_model
 
 CONFIG = LoRAConfig(rank=4, alpha=8.0, dropout=0.05)
 
@@ -152,21 +154,49 @@ def test_we_read_pefts(tiny_model, tiny_tokenizer, tmp_path, prompt):
 
 
 def test_the_original_repositorys_files(tiny_model, tmp_path, prompt):
-    """haotian-liu/LLaVA's names, with the projector in a file of its own."""
+    """haotian-liu/LLaVA's: we read what we write, PEFT puts the adapters on transformers' lone language model, and
+    config.json says of tower, projector and decoder what they are."""
+    peft = pytest.importorskip("peft")
+    import transformers
+
     model, trained = learned(tiny_model, "decoder")
-    lora.save_peft(tmp_path, trained, {"decoder": CONFIG}, "vicuna")
-    adapters, others = {}, {}
-    for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
-        into = others if "projector" in name else adapters
-        name = name.replace("multi_modal_projector.linear_1", "mm_projector.0").replace("language_model.", "")
-        into[name.replace("multi_modal_projector.linear_2", "mm_projector.2")] = tensor
-    assert "base_model.model.model.mm_projector.2.weight" in others and len(others) == 4
-    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in adapters
-    save_file(adapters, tmp_path / "adapter_model.safetensors")
-    torch.save(others, tmp_path / "non_lora_trainables.bin")
+    config, files = tiny_model.config, to_hf(tiny_model.config, "float32")
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "config.json").write_text(json.dumps(files["config.json"]["vision_config"]))
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(files["preprocessor_config.json"]))
+    folder, original = tmp_path / "original", to_original(config, str(tmp_path / "tower"), "vicuna")
+    lora.save_peft(tmp_path, trained, {"decoder": CONFIG}, "", original)
+    others = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    projector = ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert others.keys() == {f"base_model.model.model.mm_projector.{name}" for name in projector}
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "vicuna"
     merged = copy.deepcopy(tiny_model)
-    lora.merge_peft(merged, tmp_path)
+    lora.merge_peft(merged, folder)
     assert close(logits(merged, prompt), logits(model, prompt))
+    read = read_config(folder)
+    assert (read.vision, read.projector, read.decoder) == (config.vision, config.projector, config.decoder)
+    assert read.image == config.image and not read.layout.grids
+
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**files["config.json"]["text_config"]))
+    weights = {n: t for n, t in tiny_model.state_dict().items() if n.startswith("decoder.")}
+    theirs.load_state_dict({rename(n, "original", to_ours=False): t for n, t in weights.items()})
+    theirs = peft.PeftModel.from_pretrained(theirs.float(), folder).eval()
+    text = prompt[0][prompt[0] != config.chat.image_token_id]
+    with torch.no_grad():
+        assert close(model(text), theirs(input_ids=text[None]).logits[0])
+        assert not close(tiny_model(text), theirs(input_ids=text[None]).logits[0])
+
+
+def test_what_the_original_has_no_name_for_is_not_written(tiny_model, tmp_path):
+    config = tiny_model.config
+    tiles = dataclasses.replace(config, layout=LayoutConfig(grids=((1, 2), (2, 1)), merge="unpad"))
+    assert to_original(config, "", "vicuna") is None and to_original(tiles, "tower", "vicuna") is None
+    clip = dataclasses.replace(config, vision=VisionConfig())
+    assert to_original(clip, "", "vicuna")["mm_vision_tower"] == "openai/clip-vit-large-patch14-336"
+    _, trained = learned(tiny_model, "decoder", "vision")
+    configs = {"decoder": CONFIG, "vision": CONFIG}
+    lora.save_peft(tmp_path, trained, configs, "", to_original(config, "tower", "vicuna"))
+    assert not (tmp_path / "original").exists()
 
 
 def test_other_files_are_refused(tiny_model, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from helpers import ROOT, talk, tiny_config, write_world
 from safetensors.torch import load_file
 
+from minillava import decoder, vit
 from minillava.config import (
     DecoderConfig,
     UserError,
@@ -55,6 +56,7 @@ MODES = {
 }
 FULL = MODES["full"]
 MIXED = ["stage.a.batch_size=2", "stage.a.steps=8"]  # a sample a rank: one may have text while the other has a picture
+HAS_CXX = shutil.which("g++") is not None
 WAYS = {  # to train the whole model: on how many ranks, and what is set
     "hsdp": ([4], [*FULL, "shard=2"]),  # two groups of two ranks, each with all of the model
     "offload": ([2], [*FULL, "offload=true"]),
@@ -62,12 +64,14 @@ WAYS = {  # to train the whole model: on how many ranks, and what is set
     "recomputed": ([2], [*FULL, "stage.a.checkpointing=full"]),
     "compiled": ([2], [*FULL, "stage.a.compile=true"]),
     "compiled-recomputed": ([2], [*FULL, "stage.a.checkpointing=full", "stage.a.compile=true"]),
+    "inductor": ([2] * HAS_CXX, [*FULL, "stage.a.checkpointing=full", "stage.a.compile=true"]),
     "muon": ([1, 2, 4], [*FULL, "stage.a.optimizer=muon"]),
-    "muon-float32": ([1, 2, 4], [*FULL, "stage.a.optimizer=muon"]),  # orthogonalised in float32, see ranks.py
+    "muon-float32": ([1, 2, 4], [*FULL, "stage.a.optimizer=muon"]),
     "adamw8bit": ([1, 2], [*FULL, "stage.a.optimizer=adamw8bit", "model.base={root}/even"]),
     "mixed": ([1, 2], [*FULL, *MIXED]),
     "mixed-projector": ([1, 2], [*MODES["projector"], *MIXED]),
 }
+MORE = {"muon-float32": {"muon": "float32"}, "inductor": {"backend": "inductor"}}  # what ranks.py is told of them
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,7 @@ def losses(world):
         for way, (on, sets) in WAYS.items():
             sets = [line.replace("{root}", str(world)) for line in sets]
             job = {"sets": sets, "out": f"{world}/{way}-{ranks}", "record": True}
-            jobs += [job | ({"muon": "float32"} if way == "muon-float32" else {})] * (ranks in on)
+            jobs += [job | MORE.get(way, {})] * (ranks in on)
         for mode, sets in MODES.items():
             if ranks == 4:
                 saves = [*sets, "stage.a.save_every=2"]
@@ -247,6 +251,32 @@ def test_optimizers_do_the_same_on_every_number_of_ranks(losses, way, ranks, bou
         assert apart[0] < bound[0] and apart[1] < bound[1], (number, apart)
 
 
+def test_the_merged_model_is_compared_block_by_block(world, tmp_path, capsys, monkeypatch):
+    """Of it, one block at a time is beside the training on the device; a merge that went wrong is told."""
+    trainer = trainer_of(world, tmp_path, MODES["lora"])
+    held, most, to = set(), [], torch.nn.Module.to
+
+    def spied(module, *where):
+        if isinstance(module, decoder.Block | vit.Block):
+            (held.discard if where == ("meta",) else held.add)(module)
+            most.append(len(held))
+        return to(module, *where)
+
+    def spoiled(folder):
+        model = load_model(folder)
+        model.decoder.blocks[0].mlp.down.weight.data *= 30
+        return model
+
+    monkeypatch.setattr(torch.nn.Module, "to", spied)
+    trainer.export()
+    config = trainer.task.model.config
+    assert most == [1, 0] * (config.vision.layers_run + config.decoder.num_layers)
+    assert "THAT IS MUCH" not in capsys.readouterr().out
+    monkeypatch.setattr("minillava.trainer.load_model", spoiled)
+    trainer.export()
+    assert "THAT IS MUCH" in capsys.readouterr().out
+
+
 def test_memory_and_time_are_saved_without_a_change(world, losses):
     """Activations computed again are those that were forgotten; two copies of the model are one, and so is its code."""
     assert losses[2, "selective"] == losses[2, "recomputed"] == losses[2, "offload"] == losses[2, "full"]
@@ -256,6 +286,15 @@ def test_memory_and_time_are_saved_without_a_change(world, losses):
     for way in ("compiled", "compiled-recomputed"):  # few graphs serve all lengths, and torch gave none up
         graphs = json.loads((world / f"{way}-2" / "graphs.json").read_text())
         assert 3 <= graphs["graphs"] <= 16 and not graphs["given_up"], graphs
+
+
+@pytest.mark.skipif(not HAS_CXX, reason="inductor needs g++ for code that runs on a CPU")
+def test_blocks_compiled_by_inductor(world, losses):
+    """The code that training with compile = true really runs, over two ranks' shards, and recomputed."""
+    found, full = (torch.tensor(losses[key], dtype=torch.float64) for key in ((2, "inductor"), (1, "full")))
+    assert (found - full).abs().max() < 1e-5
+    graphs = json.loads((world / "inductor-2" / "graphs.json").read_text())
+    assert 3 <= graphs["graphs"] <= 16 and graphs["inductor"] >= graphs["graphs"] and not graphs["given_up"], graphs
 
 
 @pytest.mark.parametrize("way", ["mixed", "mixed-projector"])
