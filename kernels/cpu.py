@@ -64,7 +64,7 @@ class Matrix(ctypes.Structure):
 
 
 def library() -> ctypes.CDLL | None:
-    """The code for this CPU; None where there is none, and then a line is logged, once."""
+    """The code for this CPU; None where there is none. If there could be some, a line is logged then, once."""
     return built_for(torch.backends.cpu.get_cpu_capability())
 
 
@@ -75,11 +75,11 @@ def built_for(capability: str) -> ctypes.CDLL | None:
     OpenMP's functions stay undefined: they are found in the process, where torch has loaded them. A second OpenMP
     would start a second team of threads, and both would wait for the same cores.
     """
+    if capability not in FLAGS:
+        return None  # another kind of CPU
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "cc"))), None)
-    if compiler is None or capability not in FLAGS:
-        reason = (
-            "there is no C compiler (gcc)" if capability in FLAGS else f"{SOURCES[0].name} has no {capability} code"
-        )
+    if compiler is None:
+        reason = "there is no C compiler (gcc)"
     else:
         options = ["-O3", "-ffp-contract=off", "-fPIC", *FLAGS[capability]]
         text = b"".join(path.read_bytes() for path in SOURCES) + " ".join([compiler, *options]).encode()

@@ -124,7 +124,7 @@ def test_without_a_compiler_a_line_says_so_and_the_values_are_the_same(monkeypat
     monkeypatch.setattr(shutil, "which", lambda name: None)
     library = cpu.built_for.__wrapped__("AVX2")
     assert library is None and "no C compiler (gcc)" in caplog.text and len(caplog.records) == 1
-    assert cpu.built_for.__wrapped__("DEFAULT") is None and "no DEFAULT code" in caplog.text
+    assert cpu.built_for.__wrapped__("DEFAULT") is None and len(caplog.records) == 1  # nothing that could be done
     x, parts, bias, exact = inputs(3, 40, 128, torch.bfloat16)
     monkeypatch.setattr(cpu, "library", lambda: None)
     assert_no_worse((nf4_matmul(x, *parts, bias, 40, "nf4", 64), x, bias, exact))
