@@ -5,16 +5,15 @@ from itertools import accumulate, pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import needs_c_code
 
 from minillava.kernels import attention_cpu, cpu
 from minillava.kernels.attention import attention
 
 
 @pytest.fixture(autouse=True)
-def tiles():
-    code = cpu.library()
-    if code is None or not code.can & cpu.TILES:
-        pytest.skip("no code for this CPU, which has no AMX tiles or no gcc")
+def c_code():
+    needs_c_code(cpu.TILES)
 
 
 def by_sdpa(q, k, v, starts, causal, scale):

@@ -3,15 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import needs_c_code
 
 from minillava.kernels import cpu, pointwise_cpu
 
 
 @pytest.fixture(autouse=True)
 def c_code():
-    code = cpu.library()
-    if code is None or not code.can & cpu.PRODUCTS:
-        pytest.skip("no code for this CPU, which has no products in bf16 or no gcc")
+    needs_c_code(cpu.PRODUCTS)
 
 
 def assert_as_good(got, plain, exact):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from checks import needs_c_code
 
 from minillava.cache import KVCache
 from minillava.config import DecoderConfig
@@ -16,9 +17,7 @@ HELD = [5, 37, 1, 18]  # tokens of each row in the cache
 
 @pytest.fixture(autouse=True)
 def c_code():
-    code = cpu.library()
-    if code is None or not code.can & cpu.PRODUCTS:
-        pytest.skip("no code for this CPU, which has no products in bf16 or no gcc")
+    needs_c_code(cpu.PRODUCTS)
 
 
 def decoder(heads: int, kv_heads: int, head_dim: int, scheme: Scheme | None, **more) -> Decoder:
