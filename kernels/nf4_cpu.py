@@ -30,6 +30,11 @@ def fill(out: Tensor, *weight: Any) -> Tensor:
     return out
 
 
+def values(N: int, K: int, dtype: torch.dtype, *weight: Any) -> Tensor:
+    """The weight's values [N, K], in memory that the next call overwrites."""
+    return fill(cpu.workspace("values", (N, K), dtype), *weight)
+
+
 def forward(x_MK: Tensor, bias_N: Tensor | None, N: int, *weight: Any) -> Tensor:
     """x W^T + bias: a few rows by codes, in bf16 where x is and the CPU multiplies bf16, else in fp32; more with the
     weight's values in x's type, of which AMX tiles hold some at a time, or else a buffer for all layers."""
@@ -52,4 +57,4 @@ def forward(x_MK: Tensor, bias_N: Tensor | None, N: int, *weight: Any) -> Tensor
         code.nf4_tiles(x.data_ptr(), w, y_NM.data_ptr(), blocks, N, K, threads)
         y_MN = y_NM[:, :M].T
         return (y_MN if bias_N is None else y_MN + bias_N).to(x_MK.dtype, memory_format=torch.contiguous_format)
-    return F.linear(x_MK, fill(cpu.workspace("values", (N, K), x_MK.dtype), *weight), bias_N)
+    return F.linear(x_MK, values(N, K, x_MK.dtype, *weight), bias_N)

@@ -54,6 +54,13 @@ def cpu_forward(x_MK, packed, absmax, nested, dynamic, bias_N, N: int, quant_typ
     return nf4_cpu.forward(x_MK, bias_N, N, *weight)
 
 
+def cpu_backward(dy_MN, packed, absmax, nested, dynamic, K: int, quant_type: str, blocksize: int) -> Tensor:
+    if not nf4_cpu.takes(dy_MN.dtype, packed, absmax, K):
+        return plain_backward(dy_MN, packed, absmax, nested, dynamic, K, quant_type, blocksize)
+    weight = packed, absmax, nested, dynamic, code(quant_type, packed.device), blocksize
+    return dy_MN @ nf4_cpu.values(dy_MN.shape[1], K, dy_MN.dtype, *weight)
+
+
 # -- Triton ------------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +251,7 @@ def _autograd(ctx, dy_MN: Tensor) -> tuple[Tensor | None, ...]:
 _backward = register(
     f"nf4_matmul_backward(Tensor dy, {WEIGHT}, int K, str quant_type, int blocksize) -> Tensor",
     plain=plain_backward,
+    cpu=cpu_backward,
     cuda=plain_backward,
     fake=_fake_backward,
 )
