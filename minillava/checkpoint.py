@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import warnings
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from minillava.config import UserError
 from minillava.optim import Together
 
 TRAINED, OPTIMIZER, STATE = "trained", "optimizer", "state.json"
+AT_ONCE = 1 << 28  # parameters whose moments are read together
 NAME = re.compile(r"step-(\d+)")
 
 
@@ -38,8 +40,11 @@ class Saver:
         self.pending: Future[None] | None = None
         self.group = parallel.host_group()
 
-    def save(self, step: int, trained: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Copy everything to the host's memory and write it in the background, as folder/step-N."""
+    def save(
+        self, step: int, trained: dict[str, Tensor], optimizer: Iterable[tuple[str, Tensor]], state: dict[str, Any]
+    ) -> None:
+        """Copy everything to the host's memory, one tensor after the other, and write it in the background, as
+        folder/step-N."""
         self.wait()
         target = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{target.name}.partial"
@@ -49,8 +54,11 @@ class Saver:
                     shutil.rmtree(stale)
                 temporary.mkdir(parents=True)
         stager = _dcp().staging.BlockingAsyncStager()
-        tensors = {TRAINED: {name: t.detach() for name, t in trained.items()}, OPTIMIZER: optimizer}
-        staged = {part: stager.stage(dict(values)) for part, values in tensors.items()}
+        tensors = {TRAINED: ((name, t.detach()) for name, t in trained.items()), OPTIMIZER: optimizer}
+        staged = {
+            part: {name: stager.stage({name: tensor})[name] for name, tensor in values}
+            for part, values in tensors.items()
+        }
         pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending = pool.submit(self._write, temporary, target, staged, state)
         pool.shutdown(wait=False)  # the thread ends with the write, not with the interpreter (see parallel.leave)
@@ -144,32 +152,42 @@ def read(folder: Path, names: list[str] | None = None) -> dict[str, Tensor]:
     return values
 
 
-def optimizer_tensors(optimizer: Together, named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The optimizer's state as 'moment/parameter' -> tensor."""
-    return {
-        f"{key}/{name}": value
-        for name, parameter in named.items()
-        for key, value in optimizer.moments(parameter).items()
-    }
+def optimizer_tensors(optimizer: Together, named: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's state as 'moment/parameter' and tensor; moments in 8 bits are made float32 one by one."""
+    for name, parameter in named.items():
+        for key, value in optimizer.moments(parameter).items():
+            yield f"{key}/{name}", value
 
 
 def load_optimizer(folder: Path, optimizer: Together, named: dict[str, Tensor]) -> None:
-    """Take back what `optimizer_tensors` gave, on any number of ranks. Raises UserError for what fits no parameter."""
-    values: dict[str, Tensor] = {}
-    of: dict[str, dict[str, Tensor]] = {}
+    """Some parameters at a time: moments that are held in 8 bits come in float32."""
+    stored: dict[str, list[tuple[str, torch.Size]]] = {}
     for key, shape in shapes(folder).items():
         moment, slash, name = key.partition("/")
         if slash and moment.partition("@")[2] in ("", str(parallel.rank())):  # X@2 is of the third rank alone
             if name not in named:
                 raise UserError(f"{folder}: does not fit this model: {key}")
-            parameter = named[name]
+            stored.setdefault(name, []).append((moment, shape))
+    values: dict[str, dict[str, Tensor]] = {}
+
+    def hand_over() -> None:
+        load(
+            folder, {f"{moment}/{n}": t for n, moments in values.items() for moment, t in moments.items()}, strict=False
+        )
+        for name, moments in values.items():
+            optimizer.load_moments(named[name], moments)
+        values.clear()
+
+    for name, moments in sorted(stored.items()):
+        parameter = named[name]
+        values[name] = {}
+        for moment, shape in moments:
             device = parameter.device if shape or optimizer.defaults.get("fused") else "cpu"
             whole = shape == parameter.shape and shape
-            values[key] = torch.zeros_like(parameter) if whole else torch.zeros(shape, device=device)
-            of.setdefault(name, {})[moment] = values[key]
-    load(folder, values, strict=False)
-    for name, moments in of.items():
-        optimizer.load_moments(named[name], moments)
+            values[name][moment] = torch.zeros_like(parameter) if whole else torch.zeros(shape, device=device)
+        if sum(named[n].numel() for n in values) >= AT_ONCE:
+            hand_over()
+    hand_over()
 
 
 def random_state() -> tuple[dict[str, Tensor], list[Any]]:

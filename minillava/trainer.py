@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -295,7 +296,7 @@ class Trainer:
         state = {"step": self.step, "skipped": self.skipped, "non_finite": self.non_finite, "random": python}
         state["task"] = parallel.gathered(self.task.state())
         optimizer = checkpoint.optimizer_tensors(self.optimizer, self.trained)
-        self.saver.save(self.step, self.trained, optimizer | tensors, state)
+        self.saver.save(self.step, self.trained, chain(optimizer, tensors.items()), state)
 
     def _load(self, path: Path) -> None:
         state = checkpoint.read_state(path)

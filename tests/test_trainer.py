@@ -504,7 +504,7 @@ def test_checkpoints_are_whole_and_the_last_few(tmp_path):
     saver = checkpoint.Saver(tmp_path, keep=2)
     for step in (1, 2, 30):
         (tmp_path / ".step-x.partial").mkdir()  # of a killed run
-        saver.save(step, {"x": x.fill_(step)}, {"m/x": x}, {"s": step})
+        saver.save(step, {"x": x.fill_(step)}, [("m/x", x)], {"s": step})
         x.fill_(-1)  # what the next step does while the files are still being written
     saver.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000030"]
@@ -525,7 +525,8 @@ def test_checkpoints_are_whole_and_the_last_few(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
-def test_a_checkpoint_holds_all_of_the_optimizer(world, tmp_path, optimizer):
+def test_a_checkpoint_holds_all_of_the_optimizer(world, tmp_path, optimizer, monkeypatch):
+    """And is written and read some parameters at a time, as 8-bit moments are four times as large in it."""
     sets = f"stage.finetune.optimizer={optimizer}", "stage.finetune.lr.vision=1e-2"
     trainer = trainer_of(world, tmp_path, *sets)
     batches = [next(trainer.task.batches(step, step + 1)) for step in range(6)]
@@ -534,7 +535,18 @@ def test_a_checkpoint_holds_all_of_the_optimizer(world, tmp_path, optimizer):
     trainer.step = 3
     trainer.save()
     trainer.saver.wait()
+    monkeypatch.setattr(checkpoint, "AT_ONCE", 1 << 12)
+    reads, load = [], checkpoint.load
+    monkeypatch.setattr(
+        checkpoint, "load", lambda path, tensors, **how: (reads.append(tensors), load(path, tensors, **how))
+    )
     resumed = trainer_of(world, tmp_path, *sets, resume=True)
+    assert sum(any("exp_avg/" in name for name in tensors) for tensors in reads) >= 3
+    made = iter(checkpoint.optimizer_tensors(trainer.optimizer, trainer.trained))
+    asked, moments = [], trainer.optimizer.moments
+    monkeypatch.setattr(trainer.optimizer, "moments", lambda p: (asked.append(p), moments(p))[1])
+    next(made)
+    assert len(asked) == 1
     assert resumed.step == 3 and len(resumed.optimizer.state) == len(trainer.optimizer.state) > 10
     for step in range(3, 6):
         trainer.step = resumed.step = step
