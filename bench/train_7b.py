@@ -71,8 +71,8 @@ WAYS_2: tuple[Way, ...] = (("off", 4, False), ("selective", 8, False), ("full", 
 MODES = {
     "lora": Mode("llava-1.5-7b-lora", "finetune", (), 32, WAYS_2, 0.45, 24.0),
     "full": Mode("llava-1.5-7b", "finetune", ("stage.*.optimizer=adamw8bit",), 32, WAYS_2, 0.45),
-    "pretrain": Mode("llava-1.5-7b", "pretrain", (), 64, (("off", 8, False), ("full", 32, False)), 0.40),
-    "qlora": Mode("llava-1.5-7b-qlora", "finetune", (), 16, (("off", 4, False), ("full", 2, False)), 0.0, 12.0),
+    "pretrain": Mode("llava-1.5-7b", "pretrain", (), 32, (("off", 8, False), ("full", 32, False)), 0.40),
+    "qlora": Mode("llava-1.5-7b-qlora", "finetune", (), 8, (("off", 4, False), ("full", 2, False)), 0.0, 12.0),
 }
 SIZES = {  # what the recipes' downloads would bring
     "7b": ["model.decoder.vocab_size=32000"],
