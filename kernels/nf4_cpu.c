@@ -153,17 +153,11 @@ static inline float whole(uint16_t half) {
   return value;
 }
 
-// The 32 values from e on, in bf16 and their order in memory; those below 2^-126 become zero.
-FOR_BF16 static inline ints values_bf16(const weight *w, table t, long e) {
-  ints pairs = bytes(w->codes + e / 2), order = V(set_epi16)(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  floats of = scale(w, e);
-  floats first = V(mul_ps)(look_up(t, V(srli_epi32)(pairs, 4)), of), second = V(mul_ps)(look_up(t, pairs), of);
-  return _mm512_permutexvar_epi16(order, (ints)_mm512_cvtne2ps_pbh(second, first));
-}
-
 #define BLOCK(i, ...) if (blocks > i) { __VA_ARGS__; }
 
-// y [N, 16 blocks] = W x^T with bf16 values; x is [K / 2, 16 blocks, 2], up to four blocks of 16 rows; N in whole 16s.
+// y [N, 16 blocks] = W x^T with values in bf16, up to four blocks of 16 rows; N in whole 16s, K in whole 64s with one
+// scale each. x is [K / 2, 16 blocks, 2], and of every 64 inputs it has 4 i + 1 first, then 4 i, 4 i + 3, 4 i + 2: a
+// 16-bit word holds four codes, and its low bits look up the values, times the scale, of 16 words at once.
 __attribute__((target("amx-tile,amx-bf16,avx512bw,avx512vl,avx512bf16"))) void nf4_tiles(
     const uint16_t *x, weight w, float *y, long blocks, long N, long K, int threads) {
 #pragma omp parallel num_threads(threads)
@@ -175,24 +169,28 @@ __attribute__((target("amx-tile,amx-bf16,avx512bw,avx512vl,avx512bf16"))) void n
     } shape = {.palette = 1};
     for (int i = 0; i < 6; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
     _tile_loadconfig(&shape);
-    table t = load_table(w.values);
-    ints some[4][16];
+    floats values = V(loadu_ps)(w.values);
+    ints four = V(set1_epi16)(4), eight = V(set1_epi16)(8), places = _mm512_inserti64x4(V(setzero_si512)(), _mm512_castsi512_si256(four), 1);
+    ints some[2][16];
 #pragma omp for schedule(static)
     for (long n = 0; n < N; n += 16) {
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      for (long from = 0; from < K; from += 128) {
-        int parts = K - from < 128 ? (K - from) / 32 : 4;
+      for (long k = 0; k < K; k += 64) {
         for (int r = 0; r < 16; r++) {
-          long e = (n + r) * K + from;
-          _mm_prefetch((const char *)w.codes + (e + 16 * K) / 2, _MM_HINT_T1);
-          for (int i = 0; i < parts; i++) some[i][r] = values_bf16(&w, t, e + 32 * i);
+          long e = (n + r) * K + k;
+          __m256i halves = (__m256i)_mm512_cvtneps_pbh(V(mul_ps)(values, scale(&w, e)));
+          ints table = _mm512_broadcast_i64x4(halves);
+          ints words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w.codes + e / 2)));
+          some[0][r] = _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, places), table);
+          some[1][r] = _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, _mm512_add_epi16(places, eight)), table);
+          if (k % 128 == 0) _mm_prefetch((const char *)w.codes + (e + 16 * K) / 2, _MM_HINT_T1);
         }
         __asm__ volatile("" ::: "memory"); // gcc does not know that _tile_loadd reads memory
-        for (int i = 0; i < parts; i++) {
-          const uint16_t *of = x + (from + 32 * i) * blocks * 16;
+        for (int i = 0; i < 2; i++) {
+          const uint16_t *of = x + (k + 32 * i) * blocks * 16;
           _tile_loadd(4, some[i], 64);
           BLOCK(0, _tile_loadd(5, of, 64 * blocks); _tile_dpbf16ps(0, 4, 5))
           BLOCK(1, _tile_loadd(5, of + 32, 64 * blocks); _tile_dpbf16ps(1, 4, 5))

@@ -12,7 +12,7 @@ from minillava.kernels import cpu
 from minillava.kernels.cpu import Weight
 
 FEW = 8  # rows up to which the product by codes is faster than what comes next (bench/LOG.md)
-FEW_FOR_TILES = 4  # the same where the CPU has AMX tiles, which then take up to TILED rows of bf16
+FEW_FOR_TILES = 3  # the same where the CPU has AMX tiles, which then take up to TILED rows of bf16
 TILED = 64
 
 
@@ -42,7 +42,7 @@ def forward(x_MK: Tensor, bias_N: Tensor | None, N: int, *weight: Any) -> Tensor
     assert code is not None
     x_MK, w = x_MK.contiguous(), Weight.of(*weight)
     can = code.can if x_MK.dtype == torch.bfloat16 else 0
-    tiles = can & cpu.TILES and N % 16 == 0
+    tiles = can & cpu.TILES and N % 16 == 0 and K % 64 == 0 and weight[-1] >= 64
     if len(x_MK) <= (FEW_FOR_TILES if tiles else FEW):
         if can & cpu.PRODUCTS and K % min(weight[-1], 128) == 0:
             bias = None if bias_N is None else bias_N.to(x_MK.dtype).contiguous()
@@ -52,7 +52,9 @@ def forward(x_MK: Tensor, bias_N: Tensor | None, N: int, *weight: Any) -> Tensor
         return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(x_MK.dtype)
     if tiles and M <= TILED:
         blocks = -(-M // 16)
-        x = F.pad(x_MK, (0, 0, 0, 16 * blocks - M)).view(torch.int32).T.contiguous()  # pairs of inputs, of all rows
+        x = F.pad(x_MK, (0, 0, 0, 16 * blocks - M)).view(16 * blocks, K // 64, 16, 2, 2)
+        x = x.flip(-1).permute(0, 1, 3, 4, 2).reshape(16 * blocks, K)  # in the order of the codes
+        x = x.view(torch.int32).T.contiguous()  # pairs of inputs, of all rows
         y_NM = torch.empty(N, 16 * blocks)
         code.nf4_tiles(x.data_ptr(), w, y_NM.data_ptr(), blocks, N, K, threads)
         y_MN = y_NM[:, :M].T

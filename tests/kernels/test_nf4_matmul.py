@@ -103,6 +103,7 @@ def c_code(request, monkeypatch):
         (70, 40, 96, "nf4", 64, False),
         (1, 37, 320, "nf4", 64, True),  # a row ends in half a group of 128 inputs
         (4, 64, 160, "fp4", 32, False),
+        (20, 32, 320, "fp4", 64, False),
         (9, 48, 256, "nf4", 2048, True),  # several rows in a block
     ),
 )
