@@ -5,7 +5,7 @@ same prompt: time to the first token, of it the picture's, and the median time o
 NF4, with --compiled also with the step under torch.compile; the peers are transformers in bf16, transformers with
 bitsandbytes NF4, on a GPU transformers with its static cache under torch.compile, and on a CPU, for a LLaMA and one
 row, llama.cpp in bf16 and Q4_0, whose prompt is as long but has no picture. The copy bandwidth is measured first. JSON
-goes to bench/results/<device>/decode.json.
+and a table go to bench/results/<device>, as decode.json and decode.md.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ SHAPES: dict[str, tuple[DecoderConfig, VisionConfig, int, tuple[int, ...]]] = {
     "a": (TINYLLAMA, CLIP_L, 64, (1,)),  # TinyLlama behind CLIP-L/336: 640 tokens
     "b": (QWEN2, CLIP_L, 64, (1,)),  # Qwen2-0.5B behind CLIP-L/336
     "7b": (DecoderConfig(), CLIP_L, 64, (1, 8, 32)),  # LLaVA-1.5-7B
+}
+NAMES = {
+    "a": "TinyLlama's decoder behind CLIP-L/336",
+    "b": "Qwen2-0.5B behind CLIP-L/336",
+    "7b": "LLaVA-1.5-7B",
 }
 ROUND = dict[str, float]  # vision_s, first_s (vision included), token_s
 
@@ -234,7 +239,11 @@ def _summary(found: list[ROUND], prompt: int, batch: int) -> dict[str, Any]:
     """Median and quartiles of every time, and the rates that follow."""
     times = {key: [result[key] for result in found] for key in found[0]}
     out: dict[str, Any] = {
-        key: dict(zip(("low", "median", "high"), quantiles(values, n=4, method="inclusive")))
+        key: dict(
+            zip(
+                ("low", "median", "high"), quantiles(values if len(values) > 1 else values * 2, n=4, method="inclusive")
+            )
+        )
         for key, values in times.items()
     }
     out["decode_tok_per_s"] = batch / out["token_s"]["median"]
@@ -259,6 +268,27 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """A table for each shape and batch size."""
+    facts, limits = report["facts"], report["limits"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    lines = [
+        f"# Answers about a picture on {facts['device']}, {facts['threads']} threads",
+        "",
+        f"{versions}; commit {facts['commit']}; random weights; medians of {report['rounds']} rounds, all in turn.",
+        f"Measured: copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {limits['matmul_flop_per_s'] / 1e12:.2f} "
+        "TFLOP/s.",
+    ]
+    for row in report["rows"]:
+        shape, several = NAMES.get(row["shape"], row["shape"]), f"{row['batch']} rows of " if row["batch"] > 1 else ""
+        lines += ["", f"{shape}, {several}{row['prompt']} tokens of prompt and {row['new']} new ones:", ""]
+        lines += ["| | tokens/s | s to the first token | tokens/s of the prompt |", "|---|---|---|---|"]
+        for peer, s in row["peers"].items():
+            first = f"{s['first_s']['median']:.2f}" if s["vision_s"]["median"] else "no picture"
+            lines.append(f"| {peer} | {s['decode_tok_per_s']:.1f} | {first} | {s['prefill_tok_per_s']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -278,7 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     report = {"facts": machine.facts(device), "limits": limits, "rounds": chosen.rounds, "rows": rows}
     (folder / "decode.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"wrote {folder}/decode.json")
+    (folder / "decode.md").write_text(markdown(report))
+    print(f"wrote {folder}/decode.json and decode.md")
     return 0
 
 
