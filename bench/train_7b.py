@@ -41,6 +41,7 @@ from bench import machine
 from bench.train_peer import Peer, Spec, absent
 from minillava import parallel
 from minillava.build import read_config
+from minillava.chat import TEMPLATES
 from minillava.config import ModelConfig
 from minillava.data import Batch
 from minillava.decoder import Unallocated
@@ -78,7 +79,7 @@ SIZES = {  # what the recipes' downloads would bring
     "7b": ["model.decoder.vocab_size=32000"],
     "tiny": [
         "model.vision={hidden_size=32, intermediate_size=64, num_layers=3, num_heads=2, image_size=28, patch_size=14}",
-        "model.decoder={vocab_size=640, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, "
+        "model.decoder={vocab_size=1000, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, "
         "num_kv_heads=2, head_dim=32, max_positions=2048}",
         "model.image.size=28",
     ],
@@ -118,9 +119,9 @@ def make_data(folder: Path, count: int, scale: int) -> None:
         Image.fromarray(noise).resize((640, 480)).save(folder / "images" / f"{i}.jpg")
 
     def sample(number: int, tokens: int, picture: bool, turn: int) -> dict[str, Any]:
-        """Half of the words are answers, in turns of `turn` words."""
+        """Half of the words are answers, in turns of `turn` words and 5 tokens of the template."""
         turns = []
-        for at in range(0, max(tokens // scale, 2), 2 * turn):
+        for at in range(0, max(tokens // scale, 2), 2 * turn + 5):
             half = max(1, min(turn, (tokens // scale - at) // 2))
             asked, told = (" ".join(rng.choices(words, k=half)) for _ in range(2))
             mark = "<image>\n" if picture and not at else ""
@@ -135,8 +136,8 @@ def make_data(folder: Path, count: int, scale: int) -> None:
     }
     for name, samples in files.items():
         (folder / f"{name}.json").write_text(json.dumps(samples), encoding="utf-8")
-    texts = [f"USER: {w} {w}\n{w} ASSISTANT: {w}</s>" for w in words]
-    train_small_tokenizer(texts * 2, folder / "tokenizer", vocab_size=600)
+    texts = [f"{TEMPLATES['vicuna_v1'].system} USER: {w} {w}\n{w} ASSISTANT: {w}</s>" for w in words]
+    train_small_tokenizer(texts * 2, folder / "tokenizer", vocab_size=960)
 
 
 # ---- the model ----
