@@ -3,8 +3,6 @@
 #ifdef FOR_BF16
 #include <string.h>
 
-#define FOR_TILES __attribute__((target("amx-tile,amx-bf16,avx512bw,avx512vl,avx512bf16")))
-
 #define WIDEST 128 // numbers of a head
 
 typedef struct {
@@ -144,13 +142,7 @@ FOR_TILES void attention_tiles(const queries *a, int threads) {
   }
 #pragma omp parallel num_threads(threads)
   {
-    struct {
-      uint8_t palette, start, none[14];
-      uint16_t bytes[16];
-      uint8_t rows[16];
-    } shape = {.palette = 1};
-    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
-    _tile_loadconfig(&shape);
+    take_tiles();
     long keys = up_to(longest, 32);
     char *memory = aligned_alloc(64, 32 * keys * 6 + 32 * wide * 2);
     float *scores = (float *)memory;

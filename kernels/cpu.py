@@ -4,6 +4,7 @@ What was compiled is kept in the user's cache folder."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -98,12 +99,12 @@ def built_for(capability: str) -> ctypes.CDLL | None:
             pointer, long, int_ = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
             found.nf4_product.argtypes = pointer, Weight, pointer, long, long, long, int_
             found.nf4_values.argtypes = Weight, pointer, long, int_, int_
-            found.nf4_tiles.argtypes = pointer, Weight, pointer, long, long, long, int_
-            found.decoder_step.argtypes = *[pointer] * 6, long, int_
-            if hasattr(found, "rms_norm"):
+            if hasattr(found, "decoder_step"):  # compiled with bf16
+                found.nf4_tiles.argtypes = pointer, Weight, pointer, long, long, long, int_
+                found.few_rows.argtypes = pointer, pointer, pointer, long, int_
+                found.decoder_step.argtypes = *[pointer] * 6, long, int_
                 found.rms_norm.argtypes = pointer, pointer, pointer, long, long, ctypes.c_float, int_
                 found.swiglu.argtypes = pointer, pointer, pointer, long, long, long, int_
-                found.few_rows.argtypes = pointer, pointer, pointer, long, int_
                 found.quick_gelu.argtypes = pointer, pointer, long, int_
                 found.attention_tiles.argtypes = pointer, int_
                 found.attention_room.argtypes, found.attention_room.restype = (pointer, long, long, long), long
@@ -121,12 +122,15 @@ def built_for(capability: str) -> ctypes.CDLL | None:
 def few_rows(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor | None:
     """x weight^T + bias, all in bf16, for up to FEW rows; None where this CPU has no code for it."""
     (M, K), code = x_MK.shape, library()
-    if code is None or M > FEW or K % 32 or not int(code.can) & PRODUCTS or not weight_NK.is_contiguous():
+    if code is None or M > FEW or K % 32 or not int(code.can) & PRODUCTS:
+        return None
+    if not all(t.dtype == torch.bfloat16 and t.is_contiguous() for t in (weight_NK, bias_N) if t is not None):
         return None
     return matrix_rows(x_MK, Matrix.of((len(weight_NK), K), bias_N, weight_NK, None))
 
 
 def matrix_rows(x_MK: Tensor, matrix: Matrix) -> Tensor:
+    """x [M, K] through a layer whose tensors are alive, FEW rows at a time; all in bf16."""
     x_MK, y_MN = x_MK.contiguous(), x_MK.new_empty(len(x_MK), matrix.N)
     for m in range(0, len(x_MK), FEW):
         some = min(FEW, len(x_MK) - m)
@@ -154,7 +158,8 @@ def to_huge_pages(module: nn.Module) -> None:
     found = [(m, name) for m, name in owners if getattr(m, name) is not None]
     room, page = sum(-(-getattr(*owner).nbytes // 64) * 64 for owner in found), 1 << 21
     memory = mmap.mmap(-1, room + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     at = -whole.data_ptr() % page
     for m, name in found:

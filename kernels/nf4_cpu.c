@@ -153,24 +153,29 @@ static inline float whole(uint16_t half) {
   return value;
 }
 
+#define FOR_TILES __attribute__((target("amx-tile,amx-bf16,avx512bw,avx512vl,avx512bf16")))
+
+FOR_TILES static void take_tiles(void) { // eight of 16 rows of 64 bytes, for this thread
+  struct {
+    uint8_t palette, start, none[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } shape = {.palette = 1};
+  for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+  _tile_loadconfig(&shape);
+}
+
 #define BLOCK(i, ...) if (blocks > i) { __VA_ARGS__; }
 
 // y [N, 16 blocks] = W x^T with values in bf16, up to four blocks of 16 rows; N in whole 16s, K in whole 64s with one
 // scale each. x is [K / 2, 16 blocks, 2], and of every 64 inputs it has 4 i + 1 first, then 4 i, 4 i + 3, 4 i + 2: a
 // 16-bit word holds four codes, and its low bits look up the values, times the scale, of 16 words at once.
-__attribute__((target("amx-tile,amx-bf16,avx512bw,avx512vl,avx512bf16"))) void nf4_tiles(
-    const uint16_t *x, weight w, float *y, long blocks, long N, long K, int threads) {
+FOR_TILES void nf4_tiles(const uint16_t *x, weight w, float *y, long blocks, long N, long K, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    struct {
-      uint8_t palette, start, none[14];
-      uint16_t bytes[16];
-      uint8_t rows[16];
-    } shape = {.palette = 1};
-    for (int i = 0; i < 6; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
-    _tile_loadconfig(&shape);
+    take_tiles();
     floats values = V(loadu_ps)(w.values);
-    ints four = V(set1_epi16)(4), eight = V(set1_epi16)(8), places = _mm512_inserti64x4(V(setzero_si512)(), _mm512_castsi512_si256(four), 1);
+    ints eight = V(set1_epi16)(8), places = _mm512_inserti64x4(V(setzero_si512)(), _mm256_set1_epi16(4), 1);
     ints some[2][16];
 #pragma omp for schedule(static)
     for (long n = 0; n < N; n += 16) {
@@ -208,5 +213,4 @@ __attribute__((target("amx-tile,amx-bf16,avx512bw,avx512vl,avx512bf16"))) void n
 }
 #else
 int cpu_can(void) { return 0; }
-void nf4_tiles(const uint16_t *x, weight w, float *y, long blocks, long N, long K, int threads) {}
 #endif

@@ -1,6 +1,6 @@
 """Norms and activations in bf16 on CPUs that multiply it, where no gradient is wanted: pointwise_cpu.c.
 
-PyTorch's own take several passes over tensors that do not fit the cache: a third of the time of a prefill
+PyTorch's own take several passes over tensors that do not fit the cache, a tenth of the time of a prefill
 (bench/LOG.md). Each function returns None where the caller has to use those.
 """
 
@@ -18,7 +18,7 @@ def _code(*tensors: Tensor) -> Any:
     """The C code, if it takes these tensors."""
     if not all(t.is_cpu and t.dtype == torch.bfloat16 for t in tensors) or torch.compiler.is_compiling():
         return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if not tensors[0].numel() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return None
     code = cpu.library()
     return code if code is not None and code.can & cpu.PRODUCTS and tensors[0].shape[-1] % 16 == 0 else None
@@ -26,7 +26,7 @@ def _code(*tensors: Tensor) -> Any:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor | None:
     """x [..., D] / rms(x) * weight."""
-    if (code := _code(x, weight_D)) is None or not x.is_contiguous():
+    if (code := _code(x, weight_D)) is None or not (x.is_contiguous() and weight_D.is_contiguous()):
         return None
     y, D = torch.empty_like(x), x.shape[-1]
     code.rms_norm(x.data_ptr(), weight_D.data_ptr(), y.data_ptr(), x.numel() // D, D, eps, torch.get_num_threads())

@@ -1,6 +1,6 @@
 // A token for each of up to four sequences through all layers of a decoder, in bf16 with 16-bit or 4-bit weights, on
 // x86 CPUs that multiply bf16. One team of threads goes through all of it and meets after every product; a thread
-// reads its share of each weight in one piece. step_cpu.py describes what it is given.
+// reads its share of each weight in two streams. step_cpu.py describes what it is given.
 #include "nf4_cpu.c"
 #include "pointwise_cpu.c"
 #include "attention_cpu.c"
@@ -153,7 +153,7 @@ FOR_BF16 static void attention(const decoder *d, const layer *w, const cache *c,
 
 // x [M, D] in bf16 becomes what leaves the last norm. cos and sin [M, K] are those of the new tokens' positions,
 // `lengths` [M] the tokens held before; the new keys and values are put behind them.
-FOR_BF16 int decoder_step(const decoder *d, const cache *c, uint16_t *x, const uint16_t *cos, const uint16_t *sin,
+FOR_BF16 void decoder_step(const decoder *d, const cache *c, uint16_t *x, const uint16_t *cos, const uint16_t *sin,
                           const long *lengths, long M, int threads) {
   long D = d->D, I = d->layers->down.K, most = 0, longest = 0, heads = (d->H + 2 * d->G) * d->K;
   for (long m = 0; m < M; m++) longest = lengths[m] > longest ? lengths[m] : longest;
@@ -202,11 +202,5 @@ FOR_BF16 int decoder_step(const decoder *d, const cache *c, uint16_t *x, const u
   for (long m = 0; m < M; m++) normalise(stream + m * D, d->norm, x + m * D, D, d->eps);
   free(stream);
   free(seen);
-  return 1;
-}
-#else
-int decoder_step(const void *d, const void *c, uint16_t *x, const uint16_t *cos, const uint16_t *sin,
-                 const long *lengths, long M, int threads) {
-  return 0;
 }
 #endif
