@@ -271,11 +271,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def markdown(report: dict[str, Any]) -> str:
     """A table for each shape and batch size."""
     facts, limits = report["facts"], report["limits"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     lines = [
         f"# Answers about a picture on {facts['device']}, {facts['threads']} threads",
         "",
-        f"{versions}; commit {facts['commit']}; random weights; medians of {report['rounds']} rounds, all in turn.",
+        f"{machine.made_of(facts)}; random weights; medians of {report['rounds']} rounds, all in turn.",
         f"Measured: copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {limits['matmul_flop_per_s'] / 1e12:.2f} "
         "TFLOP/s.",
     ]

@@ -43,6 +43,12 @@ def facts(device: str) -> dict[str, Any]:
     }
 
 
+def made_of(facts: dict[str, Any]) -> str:
+    """Versions and commit, as the tables begin."""
+    versions = [f"{name} {version}" for name, version in facts["versions"].items() if version]
+    return f"{', '.join(versions)}; commit {facts['commit']}"
+
+
 def time_s(function: Callable, device: str, flush: torch.Tensor | None = None) -> float:
     """Seconds of one call; on a GPU by events, after overwriting `flush` so that nothing is left in the L2 cache."""
     if device != "cuda":

@@ -68,11 +68,10 @@ def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     facts, limits = report["facts"], report["limits"]
     peers = list(dict.fromkeys(name for row in report["rows"] for name in row["peers"] if name != "ours"))
-    versions = ", ".join(f"{name} {v}" for name, v in facts["versions"].items() if v)
     lines = [
         f"# Kernels on {facts['device']}",
         "",
-        f"{versions}; commit {facts['commit']}; {report['dtype']}; medians of {report['rounds']} interleaved rounds.",
+        f"{machine.made_of(facts)}; {report['dtype']}; medians of {report['rounds']} interleaved rounds.",
         f"Measured first: copy {limits['copy_bytes_per_s'] / 1e12:.3f} TB/s, "
         f"matmul {limits['matmul_flop_per_s'] / 1e12:.3f} TFLOP/s.",
         *report["notes"],

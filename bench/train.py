@@ -138,11 +138,10 @@ def same_loss(task: ShapesTask, model: Any) -> float:
 def table(result: dict[str, Any], names: list[str]) -> str:
     """The result as Markdown."""
     facts, limits = result["facts"], result["limits"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     lines = [
         f"# A training step of recipe nano's last stage on {facts['device']}, {facts['threads']} threads",
         "",
-        f"{versions}; commit {facts['commit']}; {result['dtype'].removeprefix('torch.')}; "
+        f"{machine.made_of(facts)}; {result['dtype'].removeprefix('torch.')}; "
         f"{result['batch_size']} samples a step; the two models' first losses are {result['loss_apart']:.1e} apart.",
         f"Measured: copy {limits['copy_bytes_per_s'] / 1e12:.3f} TB/s, "
         f"matmul {limits['matmul_flop_per_s'] / 1e12:.3f} TFLOP/s.",

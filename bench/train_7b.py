@@ -19,11 +19,9 @@ import gc
 import io
 import json
 import math
-import random
 import tempfile
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -32,25 +30,18 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from bench import machine
+from bench.train_made import build, draw, make_data
 from bench.train_peer import Peer, Spec, absent
 from minillava import parallel
 from minillava.build import read_config
-from minillava.chat import TEMPLATES
-from minillava.config import ModelConfig
 from minillava.data import Batch
-from minillava.decoder import Unallocated
-from minillava.llava import LLaVA
 from minillava.progress import Log
-from minillava.quantize import Linear4bit, Scheme
+from minillava.quantize import Scheme
 from minillava.recipe import DataConfig, read_recipe, stage_index
 from minillava.tasks import LLaVATask, Run
-from minillava.train_tokenizer import train_small_tokenizer
 from minillava.trainer import Trainer
 
 EXACT = 1e-5  # how far apart float32's losses may be, relatively
@@ -84,90 +75,6 @@ SIZES = {  # what the recipes' downloads would bring
         "model.image.size=28",
     ],
 }
-
-# ---- data ----
-
-# LLaVA-1.5's 665K (table 7 of arXiv 2310.03744): thousands of samples; mean and deviation of their texts' tokens
-SHARES = {
-    "conversation": (58, 250, 110), "detail": (23, 170, 50), "complex": (77, 200, 80), "vqav2": (83, 90, 40),
-    "gqa": (72, 150, 90), "okvqa": (9, 40, 15), "ocrvqa": (80, 130, 50), "aokvqa": (66, 70, 15),
-    "textcaps": (22, 40, 8), "refcoco": (48, 180, 60), "vg": (86, 350, 120), "sharegpt": (40, 1400, 900),
-}  # fmt: skip
-
-
-def text_tokens(count: int, seed: int = 0) -> list[tuple[int, bool]]:
-    """Tokens of the texts of so many samples as in LLaVA-1.5's 665K, template apart, and whether there is a picture.
-
-    The shares are the paper's, means and spreads of the texts are rough; 6 % are text alone, and long.
-    """
-    rng = np.random.default_rng(seed)
-    names, weights = list(SHARES), np.array([share for share, _, _ in SHARES.values()], float)
-    found = []
-    for name in rng.choice(names, count, p=weights / weights.sum()):
-        _, mean, spread = SHARES[name]
-        spread = np.log(1 + (spread / mean) ** 2)
-        found.append((int(rng.lognormal(np.log(mean) - spread / 2, spread**0.5)) + 10, name != "sharegpt"))
-    return found
-
-
-def make_data(folder: Path, count: int, scale: int) -> None:
-    """Conversations, captions and texts that are too long, 16 pictures, and a tokenizer; texts are 1/scale as long."""
-    rng, words = random.Random(0), [a + b + c for a in "bdgklmnp" for b in "aeo" for c in "rs"]
-    (folder / "images").mkdir(parents=True)
-    for i in range(16):
-        noise = np.random.default_rng(i).integers(0, 255, (30, 40, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((640, 480)).save(folder / "images" / f"{i}.jpg")
-
-    def sample(number: int, tokens: int, picture: bool, turn: int) -> dict[str, Any]:
-        """Half of the words are answers, in turns of `turn` words and 5 tokens of the template."""
-        turns = []
-        for at in range(0, max(tokens // scale, 2), 2 * turn + 5):
-            half = max(1, min(turn, (tokens // scale - at) // 2))
-            asked, told = (" ".join(rng.choices(words, k=half)) for _ in range(2))
-            mark = "<image>\n" if picture and not at else ""
-            turns += [{"from": "human", "value": mark + asked}, {"from": "gpt", "value": told}]
-        return {"id": str(number), "conversations": turns} | ({"image": f"{number % 16}.jpg"} if picture else {})
-
-    captions = [max(12, int(rng.lognormvariate(3.7, 0.4))) for _ in range(count)]
-    files = {
-        "mix": [sample(i, n, seen, 12) for i, (n, seen) in enumerate(text_tokens(count))],
-        "captions": [sample(i, 2 * n, True, 4096) for i, n in enumerate(captions)],
-        "long": [sample(i, 2400 * scale, True, 12) for i in range(8)],
-    }
-    for name, samples in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(samples), encoding="utf-8")
-    texts = [f"{TEMPLATES['vicuna_v1'].system} USER: {w} {w}\n{w} ASSISTANT: {w}</s>" for w in words]
-    train_small_tokenizer(texts * 2, folder / "tokenizer", vocab_size=960)
-
-
-# ---- the model ----
-
-
-def draw(name: str, tensor: Tensor) -> None:
-    """Random weights by name, the same in any dtype: bf16's numbers."""
-    if "norm" in name or name.endswith("bias"):
-        tensor.fill_(float("norm" in name and name.endswith("weight")))
-        return
-    generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()))
-    std = (tensor[0].numel() if tensor.ndim > 1 else tensor.numel()) ** -0.5
-    values = torch.empty(tensor.shape, dtype=torch.bfloat16, device=tensor.device)
-    tensor.copy_(values.normal_(0.0, std, generator=generator))
-
-
-def build(config: ModelConfig, scheme: Scheme | None, device: torch.device, dtype: torch.dtype) -> LLaVA:
-    """Made on the device, one tensor after the other."""
-    with Unallocated():
-        model = LLaVA(config)
-    small, state = scheme.layers(model) if scheme else set(), {}
-    for name, parameter in list(model.named_parameters()):
-        values = torch.empty(parameter.shape, dtype=dtype, device=device)
-        draw(name, values)
-        if name.removesuffix(".weight") in small:
-            model.set_submodule(name.removesuffix(".weight"), Linear4bit.from_weight(values, None, scheme))
-        else:
-            state[name] = values
-    model.load_state_dict(state, strict=False, assign=True)
-    return model
 
 
 class Ours:
@@ -425,11 +332,10 @@ def goals(result: dict[str, Any]) -> list[str]:
 
 def table(result: dict[str, Any]) -> str:
     facts, limits = result["facts"], result["limits"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     rehearsal = " (a rehearsal: tiny sizes)" if result["size"] == "tiny" else ""
     lines = [
         f"# Training LLaVA-1.5 {result['size'].upper()} on {facts['device']}{rehearsal}", "",
-        f"{versions}; commit {facts['commit']}; {result['dtype']}; {result['steps']} steps timed. Measured: "
+        f"{machine.made_of(facts)}; {result['dtype']}; {result['steps']} steps timed. Measured: "
         f"matmul {limits['matmul_flop_per_s'] / 1e12:.3f} TFLOP/s, copy {limits['copy_bytes_per_s'] / 1e12:.3f} TB/s. "
         "Ours with data, the peer's batches are ready.", "",
         "| | activations | samples a pass | s a step | samples/s | supervised tokens/s | MFU | peak GB |",

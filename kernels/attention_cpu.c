@@ -7,7 +7,7 @@
 
 typedef struct {
   const uint16_t *q, *k, *v;               // [T, H, K], [T, G, K] twice, heads end to end
-  uint16_t *o, *room;                      // [T, H, K]; for keys and values as tiles want them, `attention_room` of them
+  uint16_t *o, *room;                      // [T, H, K]; room for keys and values as tiles want them
   const long *starts;                      // [B + 1]
   long B, H, G, K, q_next, k_next, v_next; // numbers from a token to the next
   float scale;
@@ -19,7 +19,8 @@ static __mmask16 some_of(long n) { return n >= 16 ? 0xffff : n > 0 ? (1 << n) - 
 
 // Keys of a head: a tile [16, 16, 2] holds pairs of inputs, one below the other, of 16 keys.
 FOR_TILES static void put_keys(const queries *a, const uint16_t *k, long S, uint16_t *to) {
-  ints next = V(mullo_epi32)(V(set1_epi32)(a->k_next * 2), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+  ints lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  ints next = V(mullo_epi32)(V(set1_epi32)(a->k_next * 2), lane);
   for (long s = 0; s < up_to(S, 32); s += 16) {
     __mmask16 there = some_of(S - s);
     for (long i = 0; i < up_to(a->K, 32); i += 2, to += 32)
@@ -41,7 +42,7 @@ FOR_TILES static void put_values(const queries *a, const uint16_t *v, long S, ui
       }
 }
 
-// c [32, 32] = a [32, 32 * number] b, whose tiles for 16 columns and the other 16 are at b0 and b1, `step` between them.
+// c [32, 32] = a [32, 32 * number] b, whose tiles for 16 columns are at b0, for the others at b1, `step` between them.
 FOR_TILES static inline void square(const uint16_t *a, long a_next, const uint16_t *b0, const uint16_t *b1, long step,
                                     long number, float *c, long c_next) {
   _tile_zero(0);
@@ -74,8 +75,8 @@ FOR_TILES INLINE floats probability(floats x) {
   return _mm512_scalef_ps(V(fmadd_ps)(p, r, V(set1_ps)(1)), n);
 }
 
-// Scores [rows, keys] to probabilities in bf16 that are not yet divided by their sums; the first query sees `seen` keys,
-// each next one `more`.
+// Scores [rows, keys] to probabilities in bf16 that are not yet divided by their sums; the first query sees `seen`
+// keys, each next one `more`.
 FOR_TILES static void probabilities(const float *scores, uint16_t *p, long keys, long rows, long seen, long more,
                                     float scale, float *sums) {
   floats by = V(set1_ps)(scale), none = V(set1_ps)(-INFINITY);
@@ -158,7 +159,7 @@ FOR_TILES void attention_tiles(const queries *a, int threads) {
       }
     }
 #pragma omp for schedule(dynamic, 4)
-    for (long task = 0; task < blocks * a->H; task++) { // queries of a head after each other: its keys stay in the cache
+    for (long task = 0; task < blocks * a->H; task++) { // a head's queries together: its keys stay cached
       long left = task, b = 0, S, size;
       uint16_t *of = a->room;
       for (;; b++) {
@@ -169,7 +170,8 @@ FOR_TILES void attention_tiles(const queries *a, int threads) {
       }
       long n = (S + 31) / 32, h = left / n, t = left % n * 32, at = a->starts[b] + t;
       const uint16_t *k = of + h / heads * size * each;
-      some_queries(a, a->q + at * a->q_next + h * K, a->o + (at * a->H + h) * K, k, k + size * wide, t, S, rows, scores, p);
+      const uint16_t *q = a->q + at * a->q_next + h * K;
+      some_queries(a, q, a->o + (at * a->H + h) * K, k, k + size * wide, t, S, rows, scores, p);
     }
     free(memory);
     _tile_release();

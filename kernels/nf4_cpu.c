@@ -145,7 +145,9 @@ int cpu_can(void) {
   return bf16 + (bf16 && syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? 2 : 0);
 }
 
-FOR_BF16 static inline uint16_t half(float value) { return _mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)), 0); }
+FOR_BF16 static inline uint16_t half(float value) {
+  return _mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)), 0);
+}
 static inline float whole(uint16_t half) {
   uint32_t bits = (uint32_t)half << 16;
   float value;

@@ -1,5 +1,5 @@
-// Products of up to four rows with a weight in bf16 or in 4-bit codes, on x86 CPUs with AVX512_BF16: each weight is read
-// once, and how fast it is read is all that counts.
+// Products of up to four rows with a weight in bf16 or in 4-bit codes, on x86 CPUs with AVX512_BF16: each weight is
+// read once, and how fast it is read is all that counts.
 #ifdef FOR_BF16
 #include <omp.h>
 #include <stdlib.h>
@@ -47,8 +47,8 @@ FOR_BF16 static inline lookup lookup_for(const weight *w) {
   return (lookup){_mm512_loadu_si512(values), _mm512_loadu_si512(lanes)};
 }
 
-// x [M, K] as `by_codes` wants it, K filled up with zeros to whole 128s. Of a word's codes the second comes first: a byte
-// begins with its high half.
+// x [M, K] as `by_codes` wants it, K filled up with zeros to whole 128s. Of a word's codes the second comes first: its
+// first byte begins with its high half.
 FOR_BF16 static void in_order(const uint16_t *x, uint16_t *y, long M, long K) {
   long whole = K / 128 * 128, padded = (K + 127) / 128 * 128;
   for (long m = 0; m < M; m++, x += K, y += padded)
@@ -159,9 +159,10 @@ FOR_BF16 INLINE void outputs(const int M, const matrix *w, const inputs *in, lon
   }
 }
 
-// Outputs `from` to `to` of M rows: y [M, step] is set to them, or has them added. Two outputs at a time, far apart, are
-// read faster than one or two neighbours (bench/LOG.md).
-FOR_BF16 static void product(long M, const matrix *w, const inputs *in, long from, long to, float *y, long step, int add) {
+// Outputs `from` to `to` of M rows: y [M, step] is set to them, or has them added. Two outputs at a time, far apart,
+// are read faster than one or two neighbours (bench/LOG.md).
+FOR_BF16 static void product(long M, const matrix *w, const inputs *in, long from, long to, float *y, long step,
+                             int add) {
   if (!w->values) in_order(in->half, in->ordered, M, w->K);
   if (M == 1) outputs(1, w, in, from, to, y, step, add);
   else if (M == 2) outputs(2, w, in, from, to, y, step, add);

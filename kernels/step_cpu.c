@@ -118,7 +118,8 @@ FOR_BF16 static void attend(const decoder *d, const uint16_t *q, const uint16_t 
     }
     total[h] = sum(sums);
   }
-#define VALUES(heads, parts) values_of(heads, parts, v + i, new_v + i, stride, held, p, room, total + h, o + h * K + i, K)
+#define VALUES(heads, parts) \
+  values_of(heads, parts, v + i, new_v + i, stride, held, p, room, total + h, o + h * K + i, K)
   for (long h = 0, some; h < heads; h += some) {
     const float *p = scores + h * room;
     some = heads - h < 4 ? 1 : 4;

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.train_7b import text_tokens
+from bench.train_made import text_tokens
 from minillava.config import UserError
 from minillava.packing import Order, fill_rows
 

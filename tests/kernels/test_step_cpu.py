@@ -1,6 +1,7 @@
 """The decode step in C: every row as in float32, no further off than the plain step in bf16."""
 
 import copy
+import mmap
 
 import pytest
 import torch
@@ -115,3 +116,22 @@ def test_a_full_cache_is_refused():
         model(torch.randn(8, 224).bfloat16(), [0, 8], cache)
         with pytest.raises(IndexError, match=r"room for 8 tokens and holds \[8\]"):
             model(torch.randn(1, 224).bfloat16(), None, cache)
+
+
+def test_few_rows_take_tensors_of_one_type():
+    x, weight, bias = torch.randn(2, 64).bfloat16(), torch.randn(8, 64).bfloat16(), torch.randn(8).bfloat16()
+    exact = x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(cpu.few_rows(x, weight, bias).double(), exact, atol=0.1, rtol=0.01)
+    assert cpu.few_rows(x, weight, bias.float()) is None and cpu.few_rows(x, weight[:, ::2], None) is None
+
+
+def test_a_system_without_large_pages_keeps_the_weights(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(cpu.mmap, "mmap", Refusing)
+    layer = torch.nn.Linear(8, 4)
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    cpu.to_huge_pages(layer)
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
