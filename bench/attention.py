@@ -8,6 +8,7 @@ transformers, whose rows are the proof that tower and prefill lose nothing to it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -121,13 +122,16 @@ def _taken(functions: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], An
 def _rows(label, B, T, H, G, K, causal, direction, device, dtype, compiled) -> Case:
     q, k, v = _random((B, T, H, K), (B, T, G, K), (B, T, G, K), device=device, dtype=dtype, grad=direction == BOTH)
     (dy,) = _random((B, T, H, K), device=device, dtype=dtype)
-    peers: dict[str, Callable[..., Tensor]] = {"ours": lambda q, k, v: attention(q, k, v, causal=causal)}
+    cu = range(0, B * T + 1, T)
+    peers: dict[str, Callable[..., Tensor]] = {
+        "ours": lambda *qkv: attention(*(x.flatten(0, 1) for x in qkv), cu, causal).unflatten(0, (B, T))
+    }
     peers["eager"] = lambda q, k, v: _sdpa(q, k, v, causal)
     if device == "cuda":
         peers |= {f"SDPA {name}": _with_backend(backend, causal) for name, backend in BACKENDS.items()}
         if compiled and direction == FORWARD and (T == 4096 or B == 16):  # each is a minute of compiling
             peers["FlexAttention"] = _flex(T, causal, device)
-    else:
+    elif find_spec("transformers"):
         peers["transformers"] = _transformers(causal, H // G)
 
     def step(function: Callable[..., Tensor]) -> Callable[[], Any]:
@@ -167,7 +171,7 @@ def _decode(label, B, S, H, G, K, device, dtype) -> Case:
         return _sdpa(q[:, None], k, v, False)
 
     functions: dict[str, Callable[[], Any]] = {"ours": lambda: decode_attention(q, k, v, lengths), "eager": eager}
-    if device == "cpu":
+    if device == "cpu" and find_spec("transformers"):
         theirs = _transformers(False, H // G)
         functions["transformers"] = lambda: theirs(q[:, None], k, v)
     flops, traffic = 4.0 * B * H * K * S, float(k.nbytes + v.nbytes)

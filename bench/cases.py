@@ -15,6 +15,7 @@ from minillava.kernels import linear_cross_entropy as loss
 from minillava.kernels import rms_norm as norm
 from minillava.kernels import swiglu as glu
 
+KERNELS = ("fused_mlp", "linear_cross_entropy", "rms_norm", "swiglu", "attention", "decode_attention", "nf4_matmul")
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 
 # label, K, H, O, rows: the table of projector shapes (rows are tokens of 1 to 64 pictures)

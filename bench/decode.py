@@ -3,19 +3,21 @@
 A checkpoint of the shape is written once and every peer loads it. Each round asks every peer once, in turn, for the
 same prompt: time to the first token, of it the picture's, and the median time of a later token. Ours runs in bf16 and
 NF4, with --compiled also with the step under torch.compile; the peers are transformers in bf16, transformers with
-bitsandbytes NF4, on a GPU transformers with its static cache under torch.compile, and on a CPU, for a LLaMA and one
-row, llama.cpp in bf16 and Q4_0, whose prompt is as long but has no picture. The copy bandwidth is measured first. JSON
-and a table go to bench/results/<device>, as decode.json and decode.md.
+bitsandbytes NF4, on a GPU transformers with its static cache under torch.compile, and on a CPU, for a LLaMA, the
+engines of cpu_peers.py and for one row llama.cpp in bf16 and Q4_0, whose prompt is as long but has no picture. On a CPU
+ours runs in int8 too, and in NF4 without rounding inputs. The copy bandwidth is measured first. JSON and a table go to
+bench/results/<device>, as decode.json and decode.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -24,14 +26,17 @@ from typing import Any
 
 import torch
 
-from bench import ggml, machine
+from bench import cpu_peers, ggml, machine
+from minillava.checkpoints.checkpoint import Checkpoint
+from minillava.checkpoints.save import save_model
 from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig, VisionConfig
-from minillava.engine import Engine, Request
-from minillava.layout import image_tokens
-from minillava.llava import LLaVA
-from minillava.quantize import Scheme
-from minillava.slots import Slots
-from minillava.weights import load_model, save_model
+from minillava.decoder import Decoder
+from minillava.generation.engine import Engine, Request
+from minillava.generation.slots import Slots
+from minillava.layers.quantize import Scheme
+from minillava.llava import LLaVAModel
+from minillava.media.visual import Media
+from minillava.visual_tokens import image_span
 
 TINYLLAMA = DecoderConfig(32000, 2048, 5632, 22, 32, 4, 64, max_positions=2048)
 QWEN2 = DecoderConfig(
@@ -75,13 +80,13 @@ class NoText:
         return None
 
 
-def build(name: str) -> LLaVA:
+def build(name: str) -> LLaVAModel:
     """Random weights of a shape, in bf16."""
     decoder, vision, _, _ = SHAPES[name]
     chat = ChatConfig(image_token_id=decoder.vocab_size - 1, bos_id=1, eos_ids=(2,))
     config = ModelConfig(vision=vision, decoder=decoder, image=ImageConfig(vision.image_size), chat=chat)
     with torch.device("meta"):
-        model = LLaVA(config).to(torch.bfloat16)
+        model = LLaVAModel(config).to(torch.bfloat16)
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for weight_name, p in model.named_parameters():
@@ -95,7 +100,7 @@ def build(name: str) -> LLaVA:
 def prompt(config: ModelConfig, words: int) -> tuple[list[int], torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     size = config.vision.image_size
-    visual = [config.chat.image_token_id] * image_tokens(config, size, size)
+    visual = [config.chat.image_token_id] * image_span(config, size, size).tokens
     text = torch.randint(3, config.decoder.vocab_size - 1, (words,), generator=generator).tolist()
     return text[:5] + visual + text[5:], torch.randn(3, size, size, generator=generator)
 
@@ -103,7 +108,7 @@ def prompt(config: ModelConfig, words: int) -> tuple[list[int], torch.Tensor]:
 def ours(
     folder: Path, device: str, quantize: Scheme | None = None, compiled: bool = False
 ) -> tuple[Engine, Callable[..., ROUND]]:
-    model = load_model(folder, torch.bfloat16, torch.device(device), quantize=quantize)
+    model = Checkpoint.open(folder).load(torch.bfloat16, torch.device(device), quantize)
     model.decoder.fuse()
     engine = Engine(model, NoText())  # type: ignore[arg-type]
     engine.eos_ids = frozenset()
@@ -120,7 +125,7 @@ def ours(
     def ask(ids: list[int], pixels: torch.Tensor, batch: int, tokens: int) -> ROUND:
         pictures = [pixels.clone() for _ in range(batch)]  # each its own, as in a real batch
         began = time.perf_counter()
-        answers = engine.generate([Request(prompt_ids=ids, images=[p], max_new_tokens=tokens) for p in pictures])
+        answers = engine.generate([Request(prompt_ids=ids, media=[Media(p)], max_new_tokens=tokens) for p in pictures])
         total_s, answer = time.perf_counter() - began, answers[0]
         assert answer.token_s is not None and all(len(a.token_ids) == tokens for a in answers)
         return {"vision_s": answer.vision_s, "first_s": total_s - answer.decode_s, "token_s": answer.token_s}
@@ -187,8 +192,43 @@ def theirs(folder: Path, device: str, kind: str) -> Callable[..., ROUND]:
     return ask
 
 
+def text_peers(decoder: Decoder, text: Path, ours: Decoder) -> dict[str, Callable[..., ROUND]]:
+    """The engines of cpu_peers that are installed, asked for ids that no cache of theirs has seen. Their first token
+    has to be one that `ours`, the same decoder, finds likely: a peer that computes something else is not measured."""
+    found: dict[str, Callable[..., ROUND]] = {}
+    for name in cpu_peers.PEERS:
+        if reason := cpu_peers.absent(name):
+            print(reason)
+            continue
+        if not text.exists():
+            cpu_peers.write_text(decoder, text)
+        found[name] = functools.partial(_ask_text, name, cpu_peers.open_peer(name, text), ours, itertools.count())
+    return found
+
+
+@torch.inference_mode()
+def _ask_text(name: str, peer: cpu_peers.Ask, ours: Decoder, calls: Any, ids: list[int], _: Any, rows: int, new: int):
+    turn = next(calls) % len(ids)
+    ids = ids[turn:] + ids[:turn]
+    times = peer(ids, rows, new)
+    token = int(times.pop("first_id"))
+    if turn == 0:
+        hidden = ours(ours.embed.weight[ids], [0, len(ids)], keep_S=torch.tensor([len(ids) - 1]))
+        logits_V = ours.logits(hidden)[0].float()
+        rank = int((logits_V > logits_V[token]).sum())
+        if rank > len(logits_V) / 50:
+            raise RuntimeError(f"{name} answers with a token that is {rank} of {len(logits_V)} here")
+    return {"vision_s": 0.0, **times}
+
+
 def measure(
-    name: str, device: str, rounds: int, tokens: int, limits: dict[str, float], compiled: bool = False
+    name: str,
+    device: str,
+    rounds: int,
+    tokens: int,
+    limits: dict[str, float],
+    compiled: bool = False,
+    batches: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
     """Rows of one shape, one for each batch size."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -197,6 +237,8 @@ def measure(
         save_model(built, folder)
         engines, peers = {}, {}
         kinds = {"ours bf16": (None, False), "ours NF4": (Scheme(), False)}
+        if device == "cpu":
+            kinds |= {"ours NF4, exact": (Scheme(exact=True), False), "ours int8": (Scheme("int8"), False)}
         if compiled:
             kinds["ours bf16, compiled"] = (None, True)
         for kind, how in kinds.items():
@@ -215,9 +257,10 @@ def measure(
                 path = folder / f"{kind}.gguf"
                 ggml.write(built.decoder, path, kind)
                 peers[f"llama.cpp {kind}"] = ggml.Model(path, len(ids) + tokens).ask
+            peers |= text_peers(built.decoder, folder / "text", engines["ours bf16"].model.decoder)
         del built
     rows = []
-    for batch in SHAPES[name][3]:
+    for batch in batches or SHAPES[name][3]:
         results: dict[str, list[ROUND]] = {peer: [] for peer in peers}
         for round in range(rounds + 1):  # the first warms up
             for peer, ask in peers.items():
@@ -295,16 +338,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--compiled", action="store_true", help="also ours with the step compiled (a minute)")
-    parser.add_argument("--out", type=Path, help="folder for the results (bench/results/<device>)")
+    parser.add_argument("--rows", type=int, action="append", default=[], help="batch sizes (those of the shape)")
+    machine.add_out(parser)
     chosen = parser.parse_args(arguments)
+    machine.need("transformers")
     device, shapes = chosen.device, chosen.shape or (["a", "b", "7b"] if chosen.device == "cuda" else ["a", "b"])
     limits = machine.limits(device, torch.bfloat16, shapes == ["tiny"])
     print(f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {limits['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s")
     rows = [
-        row for name in shapes for row in measure(name, device, chosen.rounds, chosen.tokens, limits, chosen.compiled)
+        row
+        for name in shapes
+        for row in measure(name, device, chosen.rounds, chosen.tokens, limits, chosen.compiled, chosen.rows)
     ]
-    folder = chosen.out or machine.folder(device)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = machine.out(chosen, device)
     report = {"facts": machine.facts(device), "limits": limits, "rounds": chosen.rounds, "rows": rows}
     (folder / "decode.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "decode.md").write_text(markdown(report))

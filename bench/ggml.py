@@ -7,6 +7,7 @@ this CPU. A decoder is written as a GGUF file and run by the library: the same w
 from __future__ import annotations
 
 import ctypes
+import functools
 import time
 from collections.abc import Callable
 from ctypes import c_bool, c_int, c_int64, c_size_t, c_void_p
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor
 
 from minillava.decoder import Decoder
+from minillava.llava import LLaVAModel
 
 F32, Q4_0 = 0, 2  # enum ggml_type
+MARKER = "<__media__>"  # where a picture is in a text
 
 
 def absent(*packages: str) -> str | None:
@@ -91,79 +94,143 @@ def product(weight_NK: Tensor, x_1K: Tensor) -> tuple[Callable[[], Any], Tensor]
     return call, result_1N
 
 
-def write(decoder: Decoder, path: Path, kind: str) -> None:
-    """A LLaMA as GGUF, matrices in "BF16" or "Q4_0"; no vocabulary. llama.cpp turns neighbouring numbers together in
-    its rotary embedding, so the rows of q and k are put in that order."""
-    import gguf
+def write(decoder: Decoder, path: Path, form: str) -> None:
+    """A decoder as GGUF, matrices in "BF16" or another of gguf's types; no vocabulary."""
+    from minillava.checkpoints import gguf
 
-    c, form = decoder.config, gguf.GGMLQuantizationType[kind]
-    file = gguf.GGUFWriter(path, "llama")
-    file.add_context_length(c.max_positions)
-    file.add_embedding_length(c.hidden_size)
-    file.add_block_count(c.num_layers)
-    file.add_feed_forward_length(c.intermediate_size)
-    file.add_head_count(c.num_heads)
-    file.add_head_count_kv(c.num_kv_heads)
-    file.add_rope_dimension_count(c.head_dim)
-    file.add_rope_freq_base(c.rope_theta)
-    file.add_layer_norm_rms_eps(c.norm_eps)
-    file.add_vocab_size(c.vocab_size)
-    file.add_tokenizer_model("no_vocab")
+    def describe(file: Any) -> None:
+        gguf.describe_decoder(file, decoder.config)
+        file.add_tokenizer_model("no_vocab")
 
-    def add(name: str, p: Tensor) -> None:
-        values = p.detach().float()
-        if name.endswith(("attn_q.weight", "attn_k.weight")):
-            values = values.view(-1, 2, c.head_dim // 2, c.hidden_size).transpose(1, 2).reshape(p.shape)
-        if p.ndim == 1:
-            file.add_tensor(name, values.numpy())
-        else:
-            file.add_tensor(name, gguf.quantize(values.numpy(), form), raw_dtype=form)
+    parts = list(gguf.decoder_parts(decoder, form))
+    gguf.write(path, gguf.architecture(decoder.config), path.stem, 0, describe, parts)
 
-    add("token_embd.weight", decoder.embed.weight)
-    for i, block in enumerate(decoder.blocks):
-        attn, mlp = block.attn, block.mlp
-        parts = {"attn_norm": block.attn_norm, "attn_q": attn.q, "attn_k": attn.k, "attn_v": attn.v}
-        parts |= {"attn_output": attn.out, "ffn_norm": block.mlp_norm}
-        parts |= {"ffn_gate": mlp.gate, "ffn_up": mlp.up, "ffn_down": mlp.down}
-        for name, module in parts.items():
-            add(f"blk.{i}.{name}.weight", module.weight)
-    add("output_norm.weight", decoder.norm.weight)
-    add("output.weight", decoder.head_weight)
-    file.write_header_to_file()
-    file.write_kv_data_to_file()
-    file.write_tensors_to_file()
-    file.close()
+
+def write_tower(model: LLaVAModel, path: Path) -> None:
+    """Tower and projector as GGUF."""
+    from minillava.checkpoints import gguf
+
+    describe = functools.partial(gguf.describe_tower, config=model.config)
+    gguf.write(path, "clip", path.stem, 1, describe, list(gguf.tower_parts(model)))
+
+
+@functools.cache
+def quiet() -> Any:
+    """A log that keeps nothing; llama.cpp calls it as long as the process lives."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda *_: None)
 
 
 class Model:
-    """A GGUF file, run greedily on as many threads as torch has."""
+    """A GGUF file, run greedily on as many threads as torch has; `mmproj` is the tower beside it."""
 
-    def __init__(self, path: Path, capacity: int):
+    def __init__(self, path: Path, capacity: int, mmproj: Path | None = None, sequences: int = 1):
         import llama_cpp
 
         self.api: Any = llama_cpp
-        self.log = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(self.log, None)
+        llama_cpp.llama_log_set(quiet(), None)
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise RuntimeError(f"llama.cpp does not load {path}")
         options = llama_cpp.llama_context_default_params()
-        options.n_ctx = options.n_batch = capacity
+        options.n_ctx, options.n_seq_max = capacity * sequences, sequences
+        options.n_batch = min(capacity, 2048)
         options.n_threads = options.n_threads_batch = torch.get_num_threads()
         self.context = llama_cpp.llama_init_from_model(self.model, options)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.tower, self.visual_tokens = self._open_tower(mmproj) if mmproj else None, 0
 
-    def read(self, ids: list[int]) -> np.ndarray:
-        """Go on with some tokens; the logits [V] behind the last."""
-        tokens = (self.api.llama_token * len(ids))(*ids)
-        if self.api.llama_decode(self.context, self.api.llama_batch_get_one(tokens, len(ids))):
+    def _open_tower(self, mmproj: Path) -> Any:
+        from llama_cpp import mtmd_cpp as mtmd
+
+        self.mtmd: Any = mtmd
+        mtmd.mtmd_log_set(quiet(), None)
+        mtmd.mtmd_helper_log_set(quiet(), None)
+        options = mtmd.mtmd_context_params_default()
+        options.print_timings, options.n_threads = False, torch.get_num_threads()
+        if not (tower := mtmd.mtmd_init_from_file(str(mmproj).encode(), self.model, options)):
+            raise RuntimeError(f"llama.cpp does not load {mmproj}")
+        return tower
+
+    def forget(self) -> None:
+        """Empty all sequences."""
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+
+    def read(self, ids: list[int], sequences: list[int] | None = None, at: list[int] | None = None) -> list[int]:
+        """Likeliest next token behind some tokens of sequence 0; or behind the last of each of several sequences, whose
+        tokens follow each other and stand `at`."""
+        if sequences is None:
+            tokens = (self.api.llama_token * len(ids))(*ids)
+            batch, rows = self.api.llama_batch_get_one(tokens, len(ids)), [-1]
+        else:
+            assert at is not None
+            batch, ends = self.api.llama_batch_init(len(ids), 0, 1), [*sequences[1:], -1]
+            batch.n_tokens, rows = len(ids), [i for i, (a, b) in enumerate(zip(sequences, ends)) if a != b]
+            for i, (id, sequence, position) in enumerate(zip(ids, sequences, at)):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = id, position, 1
+                batch.seq_id[i][0], batch.logits[i] = sequence, i in rows
+        if self.api.llama_decode(self.context, batch):
             raise RuntimeError("llama.cpp did not decode")
-        return np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, -1), (self.vocab_size,))
+        if sequences is not None:
+            self.api.llama_batch_free(batch)
+        return [int(self._logits(row).argmax()) for row in rows]
+
+    def _logits(self, row: int) -> np.ndarray:
+        return np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, row), (self.vocab_size,))
+
+    def see(self, text: str, picture: np.ndarray, sequence: int = 0, past: int = 0) -> int:
+        """Read a text with one MARKER, where the picture [H, W, 3] is; how many positions the sequence then has."""
+        mtmd, context = self.mtmd, self.tower
+        height, width = picture.shape[:2]
+        pixels = (ctypes.c_uint8 * picture.size).from_buffer_copy(picture.tobytes())
+        bitmap, chunks = mtmd.mtmd_bitmap_init(width, height, pixels), mtmd.mtmd_input_chunks_init()
+        written = mtmd.mtmd_input_text()
+        written.text, written.text_len = text.encode(), len(text.encode())
+        written.add_special, written.parse_special = past == 0 and text != MARKER, True
+        bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+        if mtmd.mtmd_tokenize(context, chunks, ctypes.byref(written), bitmaps, 1):
+            raise RuntimeError("llama.cpp did not take the picture")
+        end = self.api.llama_pos(past)
+        for i in range(count := mtmd.mtmd_input_chunks_size(chunks)):
+            chunk = mtmd.mtmd_input_chunks_get(chunks, i)
+            if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+                self.visual_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+            arguments = (context, self.context, chunk, end, sequence, 2048, i == count - 1, ctypes.byref(end))
+            if mtmd.mtmd_helper_eval_chunk_single(*arguments):
+                raise RuntimeError("llama.cpp did not decode")
+        mtmd.mtmd_input_chunks_free(chunks)
+        mtmd.mtmd_bitmap_free(bitmap)
+        return end.value
+
+    def answer(self, text: str, picture: np.ndarray, new: int) -> list[int]:
+        """Greedy tokens behind a text with one MARKER."""
+        self.forget()
+        self.see(text, picture)
+        ids = [int(self._logits(-1).argmax())]
+        while len(ids) < new:
+            ids += self.read(ids[-1:])
+        return ids
+
+    def crowd(self, requests: list[tuple[list[int], np.ndarray, list[int]]], new: int) -> float:
+        """Seconds for requests that come together: tokens, a picture, tokens, and so many new ones of each."""
+        self.forget()
+        began, ids, ends = time.perf_counter(), list[int](), list[int]()
+        for number, (before, picture, behind) in enumerate(requests):
+            self.read(before, [number] * len(before), list(range(len(before))))
+            end = self.see(MARKER, picture, number, len(before))
+            ids += self.read(behind, [number] * len(behind), list(range(end, end + len(behind))))
+            ends.append(end + len(behind))
+        for step in range(new - 1):
+            ids = self.read(ids, list(range(len(ids))), [end + step for end in ends])
+        return time.perf_counter() - began
 
     def ask(self, ids: list[int], pixels: Tensor, batch: int, tokens: int) -> dict[str, float]:
         """The prompt's tokens, of which none is a picture's here, and greedy ones behind them; seconds."""
-        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        self.forget()
         began, times = time.perf_counter(), []
         for _ in range(tokens):
-            ids = [int(self.read(ids).argmax())]
+            ids = self.read(ids)
             times.append(time.perf_counter())
         return {"vision_s": 0.0, "first_s": times[0] - began, "token_s": median(np.diff(times).tolist())}

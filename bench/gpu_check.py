@@ -26,7 +26,7 @@ def run(command: list[str], seconds: float) -> str:
     return "failed" if done.returncode else "ok"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--tests", default="tests" if device == "cuda" else "tests/kernels", help="which tests")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--training", action="store_true", help="only bench.train_7b")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     chosen.out.mkdir(parents=True, exist_ok=True)
     if device == "cpu":
         print("no GPU: a rehearsal at tiny sizes", flush=True)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
+from minillava.checkpoints.config_json import write_config
+from minillava.checkpoints.names import to_files
+from minillava.checkpoints.tensor_files import save
 from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig, VisionConfig
-from minillava.decoder import Unallocated
-from minillava.hf_export import to_hf
-from minillava.llava import LLaVA
-from minillava.names import to_files
-from minillava.tensor_files import _save
+from minillava.layers.linear import Unallocated
+from minillava.llava import LLaVAModel
 
 QWEN = DecoderConfig(151936, 896, 4864, 24, 14, 2, 64, 1e6, qkv_bias=True, tie_embeddings=True, model_type="qwen2")
 MODELS = {
@@ -31,9 +31,9 @@ MODELS = {
 }
 FRESH = """
 import json, re, sys, time, torch
-from minillava.weights import load_model
+from minillava.checkpoints.checkpoint import Checkpoint
 started = time.perf_counter()
-model = load_model(sys.argv[1], dtype=torch.bfloat16)
+model = Checkpoint.open(sys.argv[1]).load(torch.bfloat16)
 load_s = time.perf_counter() - started
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 weights = sum(p.nbytes for p in model.parameters())
@@ -43,11 +43,11 @@ print(json.dumps({"load_s": round(load_s, 2), "peak_bytes": peak, "weights": wei
 
 def write(config: ModelConfig, folder: Path, shard_bytes: int) -> None:
     """Random weights, one shard in memory at a time."""
-    for name, values in to_hf(config, "bfloat16").items():
+    for name, values in write_config(config, "bfloat16").items():
         (folder / name).write_text(json.dumps(values))
     (folder / "chat_template.jinja").write_text("")
     with Unallocated():
-        shapes = {name: t.shape for name, t in to_files(LLaVA(config).state_dict(), "hf").items()}
+        shapes = {name: t.shape for name, t in to_files(LLaVAModel(config).state_dict(), "hf").items()}
     shards: list[dict[str, torch.Tensor]] = [{}]
     weight_map: dict[str, str] = {}
     number = 1
@@ -55,11 +55,11 @@ def write(config: ModelConfig, folder: Path, shard_bytes: int) -> None:
         shards[-1][name] = torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02)
         weight_map[name] = f"model-{number:05d}.safetensors"
         if sum(t.nbytes for t in shards[-1].values()) > shard_bytes:
-            _save(shards.pop(), folder / f"model-{number:05d}.safetensors")
+            save(shards.pop(), folder / f"model-{number:05d}.safetensors")
             shards.append({})
             number += 1
     if shards[-1]:
-        _save(shards[-1], folder / f"model-{number:05d}.safetensors")
+        save(shards[-1], folder / f"model-{number:05d}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -70,12 +70,12 @@ def scaled(config: ModelConfig, by: int) -> ModelConfig:
     return dataclasses.replace(config, image=ImageConfig(336), decoder=dataclasses.replace(d, **smaller, **heads))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="7b")
     parser.add_argument("--scale", type=int, default=1)
     parser.add_argument("--dir", type=Path, help="where the checkpoint is written (default: the temporary folder)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
         started = time.perf_counter()
         write(scaled(MODELS[args.model], args.scale), Path(name), (2 << 30) // args.scale)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -21,10 +24,31 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
 
 
-def folder(device: str) -> Path:
-    """bench/results/<device>: "nvidia-h200", "cpu"."""
+def folder(device: str, keep: bool = True) -> Path:
+    """bench/results/<device> ("nvidia-h200", "cpu"), which the repository keeps, or runs/bench/<device>."""
     name = device_name(device).lower().replace(" ", "-") if device == "cuda" else "cpu"
-    return ROOT / "bench" / "results" / name
+    return (ROOT / "bench" / "results" if keep else Path("runs") / "bench") / name
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """Where results go: a folder that git ignores, until somebody wants them kept."""
+    parser.add_argument("--out", type=Path, help="folder for the results (default: runs/bench/<device>)")
+    parser.add_argument("--keep", action="store_true", help="results go to bench/results/<device>, to be committed")
+
+
+def out(chosen: argparse.Namespace, device: str) -> Path:
+    """The folder that `add_out`'s options name, which is there."""
+    found = chosen.out or folder(device, chosen.keep)
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def need(*packages: str) -> None:
+    """Ends with a line where the peers of a bench are not installed."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        print(f"error: this bench needs {', '.join(missing)}; pip install {' '.join(missing)}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def facts(device: str) -> dict[str, Any]:

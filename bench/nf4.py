@@ -9,9 +9,9 @@ CUDA graph and the L2 cache is overwritten in between. `python -m bench.nf4` mea
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from bench import ggml, machine
 from bench.cases import Case
-from minillava import decoder
-from minillava.quantize import Linear4bit, Scheme
+from minillava.layers import linear as layers
+from minillava.layers.quantize import Linear4bit, Scheme
 
 # label, N, K: q, k and v as one, output, gate and up as one, down; Vicuna-7B and Qwen2-7B
 LAYERS = [("7B", 12288, 4096), ("7B", 4096, 4096), ("7B", 22016, 4096), ("7B", 4096, 11008), ("7B", 11008, 4096)]
@@ -86,7 +86,7 @@ def _peers(weight: torch.Tensor, x: torch.Tensor, device: str) -> dict[str, Call
         theirs = theirs.to(device).eval()
         found["bitsandbytes"] = lambda: theirs(x)
     if device == "cpu":
-        found["16 bits"] = lambda: decoder.linear(x, weight)
+        found["16 bits"] = lambda: layers.linear(x, weight)
     if device == "cpu" and len(x) == 1 and not ggml.absent():
         found["llama.cpp Q4_0"], theirs_1N = ggml.product(weight, x)
         want_1N = F.linear(x, weight).float()
@@ -136,8 +136,13 @@ def _without_launches(function: Callable, device: str) -> Callable:
     return graph.replay
 
 
-def main(chosen: list[int]) -> int:
-    """Measure the cases of `chosen` numbers of rows, or all."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measure the cases of some numbers of rows, or all."""
+    parser = argparse.ArgumentParser(prog="python -m bench.nf4", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("rows", nargs="*", type=int, help="only cases of so many rows (default: all)")
+    machine.add_out(parser)
+    args = parser.parse_args(arguments)
+    chosen = args.rows
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
     rows = []
     if device == "cpu" and (reason := ggml.absent()):
@@ -152,11 +157,10 @@ def main(chosen: list[int]) -> int:
         for peer, t in timed.items():
             s, ours = t["median_s"], timed["ours"]["median_s"]
             print(f"{one.shape:>18} {peer:>14} {s * 1e3:9.3f} {s / ours:12.2f} {N * K / s / 1e9:11.2f}", flush=True)
-    folder = machine.folder(device)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = machine.out(args, device)
     (folder / "nf4.json").write_text(json.dumps({"facts": machine.facts(device), "rows": rows}, indent=1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main([int(rows) for rows in sys.argv[1:]]))
+    raise SystemExit(main())

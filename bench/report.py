@@ -9,13 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import attention, machine, nf4
-from bench.cases import HAS_LIGER, Case, cases
+from bench.cases import KERNELS, Case, cases
+from minillava.errors import nearest
+
+PEERS = {"liger_kernel": "Liger-Kernel", "transformers": "transformers", "bitsandbytes": "bitsandbytes"}
 
 # The goals for an H200: (kernel, direction, peer) -> least ratio of the peer's time to ours.
 GOALS = {
@@ -120,20 +124,23 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="folder for the results (bench/results/<device>)")
+    parser.add_argument("kernel", nargs="*", help=f"only these (of {', '.join(KERNELS)})")
+    machine.add_out(parser)
     parser.add_argument("--full", action="store_true", help="real shapes on a CPU too (slow)")
-    parser.add_argument("--kernel", action="append", help="only this kernel (may be given again)")
     parser.add_argument("--rounds", type=int, help="calls of every peer (30 on a GPU, 5 on a CPU)")
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile peer out")
     parser.add_argument("--seconds", type=float, default=300.0, help="stop taking new rows after this long")
     chosen = parser.parse_args(arguments)
+    for name in set(chosen.kernel) - set(KERNELS):
+        parser.error(f"there is no kernel '{name}'{nearest(name, KERNELS)}; there are {', '.join(KERNELS)}")
     device, tiny = chosen.device, chosen.device != "cuda" and not chosen.full
     dtype, rounds = torch.bfloat16, chosen.rounds or (30 if device == "cuda" else 5)
     started, notes = time.perf_counter(), []
     if tiny:
         notes.append("Tiny sizes on a CPU: a rehearsal of the report, no statement about any GPU.")
-    if not HAS_LIGER:
-        notes.append("Liger-Kernel is not installed: its column is missing.")
+    absent = [name for package, name in PEERS.items() if find_spec(package) is None]
+    if absent:
+        notes.append(f"Not installed, so without a column: {', '.join(absent)}.")
     limits = machine.limits(device, dtype, tiny)
     rows = []
     for case in cases(device, dtype, tiny, not chosen.no_compile):
@@ -150,12 +157,14 @@ def main(arguments: list[str] | None = None) -> int:
     if "H200" in report["facts"]["device"]:
         report["missed"] = [f"{r['kernel']} {r['shape']} {r['direction']}: {m}" for r in rows for m in missed(r)]
         print("goals missed:", *(report["missed"] or ["none"]), sep="\n  ")
-    folder = chosen.out or machine.folder(device)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = machine.out(chosen, device)
     (folder / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "kernels.md").write_text(table(report))
-    plot(report, folder / "roofline.png")
-    print(f"wrote {folder}/kernels.json, kernels.md, roofline.png")
+    drawn = find_spec("matplotlib") is not None
+    if drawn:
+        plot(report, folder / "roofline.png")
+    print(*notes, sep="\n")
+    print(f"wrote {folder}/kernels.json, kernels.md{', roofline.png' if drawn else ' (a plot needs matplotlib)'}")
     return 0
 
 

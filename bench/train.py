@@ -24,12 +24,12 @@ import torch
 from torch.utils.data import Dataset
 
 from bench import machine
-from minillava.pipeline import make_run, pick_device
-from minillava.progress import Log
+from minillava.checkpoints.save import save_model
 from minillava.recipe import read_recipe
-from minillava.shapes_task import ShapesTask
-from minillava.trainer import Trainer
-from minillava.weights import save_model
+from minillava.synthetic.task import ShapesTask
+from minillava.training.pipeline import make_run, pick_device
+from minillava.training.progress import Log
+from minillava.training.trainer import Trainer
 
 NANO = machine.ROOT / "recipes" / "nano.toml"
 
@@ -120,7 +120,7 @@ def theirs(task: ShapesTask, checkpoint: Path, folder: Path) -> tuple[Any, Calla
 
 
 def task_dtype(task: ShapesTask) -> torch.dtype:
-    from minillava.trainer import compute_dtype
+    from minillava.training.trainer import compute_dtype
 
     return compute_dtype(task.stage.dtype, task.run.device)
 
@@ -156,13 +156,13 @@ def table(result: dict[str, Any], names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=8, help="steps of a turn, the first of which is dropped")
     parser.add_argument("--batch-size", type=int, default=192)
-    parser.add_argument("--out", type=Path)
-    chosen = parser.parse_args()
+    machine.add_out(parser)
+    chosen = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     total = chosen.rounds * chosen.steps
     sets = [f"stage.*.steps={total}", f"stage.*.batch_size={chosen.batch_size}"]
@@ -194,8 +194,7 @@ def main() -> int:
         result[name]["times_transformers"] = result["transformers Trainer"]["median_s"] / result[name]["median_s"]
     text = table(result, list(turns))
     print(text, end="")
-    out = chosen.out or machine.folder(device)
-    out.mkdir(parents=True, exist_ok=True)
+    out = machine.out(chosen, device)
     (out / "train.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (out / "train.md").write_text(text, encoding="utf-8")
     print(f"wrote {out}/train.json, train.md")

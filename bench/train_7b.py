@@ -35,14 +35,15 @@ import torch
 from bench import machine
 from bench.train_made import build, draw, make_data
 from bench.train_peer import Peer, Spec, absent
-from minillava import parallel
-from minillava.build import read_config
-from minillava.data import Batch
-from minillava.progress import Log
-from minillava.quantize import Scheme
+from minillava.data.batch import Batch
+from minillava.layers.quantize import Scheme
 from minillava.recipe import DataConfig, read_recipe, stage_index
-from minillava.tasks import LLaVATask, Run
-from minillava.trainer import Trainer
+from minillava.training import parallel
+from minillava.training.build import read_config
+from minillava.training.llava_task import LLaVATask
+from minillava.training.progress import Log
+from minillava.training.task import Run
+from minillava.training.trainer import Trainer
 
 EXACT = 1e-5  # how far apart float32's losses may be, relatively
 Way = tuple[str, int, bool]  # activations (off, selective, full), samples a forward pass, compiled
@@ -91,7 +92,7 @@ class Ours:
             *([] if bench.device.type == "cuda" else ["stage.*.workers=0"]), *mode.sets, *sets,
         ]  # fmt: skip
         recipe = read_recipe(machine.ROOT / "recipes" / f"{mode.recipe}.toml", changes, str(bench.folder))
-        config, tokenizer = read_config(recipe, bench.folder)
+        config, tokenizer = read_config(recipe, bench.folder, None)
         scheme = Scheme.parse(recipe.model.quantize) if recipe.model.quantize else None
         model = build(config, scheme, bench.device, bench.dtype)
         self.run = Run(recipe, bench.folder, model, tokenizer, bench.device, torch.bfloat16)
@@ -372,7 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=540.0, help="no part begins that would end later")
     parser.add_argument("--no-peers", action="store_true", help="ours alone: no peer's speed, no losses")
     parser.add_argument("--compile", action="store_true", help="ours with compiled blocks too")
-    parser.add_argument("--out", type=Path, help="where results go (bench/results/<device>; none for a rehearsal)")
+    machine.add_out(parser)
     chosen = parser.parse_args(arguments)
     began, device = time.perf_counter(), torch.device("cuda" if cuda else "cpu")
     if not cuda:
@@ -380,7 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif not find_spec("liger_kernel"):
         print("liger_kernel is not installed: the peer goes without", flush=True)
     dtype = getattr(torch, chosen.dtype)
-    out = chosen.out or (machine.folder("cuda") if cuda else None)
+    out = machine.out(chosen, device.type)
     result: dict[str, Any] = {
         "facts": machine.facts(device.type), "limits": machine.limits(device.type, dtype, tiny=False),
         "size": chosen.size, "dtype": chosen.dtype, "steps": chosen.steps, "speed": [], "losses": [], "not run": [],
@@ -410,12 +411,10 @@ def main(arguments: list[str] | None = None) -> int:
                 traceback.print_exc()
             bench.clean()
             longest[kind] = max(longest.get(kind, 0.0), time.perf_counter() - started)
-            if out is not None:
-                out.mkdir(parents=True, exist_ok=True)
-                (out / "train_7b.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-                (out / "train_7b.md").write_text(table(result), encoding="utf-8")
+            (out / "train_7b.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            (out / "train_7b.md").write_text(table(result), encoding="utf-8")
     print(*goals(result), *(f"not run: {what}" for what in result["not run"]), sep="\n")
-    print(f"{time.perf_counter() - began:.0f} s" + (f"; wrote {out}/train_7b.json, train_7b.md" if out else ""))
+    print(f"{time.perf_counter() - began:.0f} s; wrote {out}/train_7b.json, train_7b.md")
     return int(bool(result["not run"]) or not all(found["holds"] for found in result["losses"]))
 
 

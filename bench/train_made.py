@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minillava.chat import TEMPLATES
+from minillava.chat.templates import TEMPLATES
 from minillava.config import ModelConfig
-from minillava.decoder import Unallocated
-from minillava.llava import LLaVA
-from minillava.quantize import Linear4bit, Scheme
-from minillava.train_tokenizer import train_small_tokenizer
+from minillava.layers.linear import Unallocated
+from minillava.layers.quantize import Linear4bit, Scheme
+from minillava.llava import LLaVAModel
+from minillava.synthetic.train_tokenizer import train_small_tokenizer
 
 # LLaVA-1.5's 665K (table 7 of arXiv 2310.03744): thousands of samples; mean and deviation of their texts' tokens
 SHARES = {
@@ -87,10 +87,10 @@ def draw(name: str, tensor: Tensor) -> None:
     tensor.copy_(values.normal_(0.0, std, generator=generator))
 
 
-def build(config: ModelConfig, scheme: Scheme | None, device: torch.device, dtype: torch.dtype) -> LLaVA:
+def build(config: ModelConfig, scheme: Scheme | None, device: torch.device, dtype: torch.dtype) -> LLaVAModel:
     """Made on the device, one tensor after the other."""
     with Unallocated():
-        model = LLaVA(config)
+        model = LLaVAModel(config)
     small, state = scheme.layers(model) if scheme else set(), {}
     for name, parameter in list(model.named_parameters()):
         values = torch.empty(parameter.shape, dtype=dtype, device=device)

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.train import padded
-from minillava import lora
-from minillava.config import ModelConfig
-from minillava.data import IGNORE, Batch
-from minillava.hf_export import to_hf
-from minillava.names import rename
-from minillava.quantize import Scheme
+from minillava.checkpoints.config_json import write_config
+from minillava.checkpoints.names import rename
+from minillava.config import IGNORE, ModelConfig
+from minillava.data.batch import Batch
+from minillava.layers import lora
+from minillava.layers.quantize import Scheme
 from minillava.recipe import StageConfig
-from minillava.trainer import schedule
+from minillava.training.trainer import schedule
 
 
 class Spec(NamedTuple):
@@ -68,7 +68,7 @@ class Peer:
         self.plain_rope = transformers.models.llama.modeling_llama.apply_rotary_pos_emb
         with torch.device(device):
             model: Any = transformers.AutoModelForImageTextToText.from_config(
-                transformers.LlavaConfig.from_dict(to_hf(config, "bfloat16")["config.json"]),
+                transformers.LlavaConfig.from_dict(write_config(config, "bfloat16")["config.json"]),
                 dtype=dtype, attn_implementation="sdpa",
             )  # fmt: skip
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 A file holds, for each part of a kernel ("forward", "backward") and each card (its full name, else its architecture), a
 list of buckets; the first one whose bounds on `rows`, `width` and `outputs` (rows x width) hold is taken.
-`python -m minillava.kernels.tune` writes the entries of the card that it runs on.
+`python -m minillava.kernels.tools.tune` writes the entries of the card that it runs on.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Attention of one new query a row over a long cache of keys and values, rows of different lengths.
 
+`decode_attention` takes queries, and a cache that holds the new keys. `decode_step_attention` takes the joined product
+as it is: norms of heads, rotary embedding and the write to the cache are the start of the same kernel.
 Letters: B rows, S room in the cache, H heads, G key/value heads, R = H / G queries that share one, K head size.
 """
 
@@ -9,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillava.kernels.decode_tile import wait
 from minillava.kernels.flash import LOG2_E, _put, _tile, aligned, choose, parts, takes, unit
 from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl
+from minillava.kernels.rms_norm import rms_norm
 
 # On a CPU rows of different lengths go through SDPA in one masked call, unless the keys and values that it reads in
 # vain are more than this many numbers a row: then a call a row is faster (about 12 us of calling, two cores).
@@ -19,15 +23,15 @@ READ_IN_VAIN = 120_000
 # -- reference ---------------------------------------------------------------------------------------------------------
 
 
-def reference(q_BHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, lengths_B: Tensor, scale: float, window: int):
-    """o [B, H, K] and each key's share of the attention, the mean over the heads [B, S], in plain PyTorch."""
+def reference(q_BHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, lengths_B: Tensor, scale: float, window: int) -> Tensor:
+    """The formula in plain PyTorch."""
     q_BGRK = q_BHK.unflatten(1, (k_BSGK.shape[2], -1)) * scale
     hidden_BS = _hidden(lengths_B, 0, k_BSGK.shape[1], window)[:, None, None]
     scores = torch.einsum("bgrk,bsgk->bgrs", q_BGRK, k_BSGK)
     p_BGRS = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(hidden_BS, float("-inf"))
     p_BGRS = p_BGRS.softmax(-1).masked_fill(hidden_BS, 0.0)  # not NaN for a row without keys
     o_BGRK = torch.einsum("bgrs,bsgk->bgrk", p_BGRS.to(v_BSGK.dtype), v_BSGK)
-    return o_BGRK.flatten(1, 2), p_BGRS.mean((1, 2)).float()
+    return o_BGRK.flatten(1, 2)
 
 
 def _hidden(lengths_B: Tensor, start: int, end: int, window: int) -> Tensor:
@@ -37,12 +41,10 @@ def _hidden(lengths_B: Tensor, start: int, end: int, window: int) -> Tensor:
     return hidden_BS | (keys_S < lengths_B1 - window) if window else hidden_BS
 
 
-def plain(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window, mass) -> tuple[Tensor, Tensor]:
+def plain(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window) -> Tensor:
     """SDPA. The query heads of a key/value head go through as its queries, so no key is repeated: on a CPU 2.4 times as
     fast as SDPA's own grouping (8 heads a group, 700 tokens)."""
-    if mass:
-        return reference(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window)
-    lengths, none = lengths_B.tolist(), q_BHK.new_empty(0)
+    lengths = lengths_B.tolist()
     starts = [max(0, length - window) if window else 0 for length in lengths]
     B, _, G, K = k_BSGK.shape
     first, last = min(starts), max(lengths)
@@ -54,16 +56,70 @@ def plain(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window, mass) -> tuple[Tensor
             if end:
                 k, v = (x[b : b + 1, :, start:end] for x in (k_BGSK, v_BGSK))
                 o_BGRK[b] = F.scaled_dot_product_attention(q_BGRK[b : b + 1], k, v, scale=scale)[0]
-        return o_BGRK.flatten(1, 2), none
+        return o_BGRK.flatten(1, 2)
     mask = None
     if in_vain:
         hidden_BS = _hidden(lengths_B, first, last, window)
         mask = torch.zeros_like(hidden_BS, dtype=q_BHK.dtype).masked_fill_(hidden_BS, float("-inf"))[:, None, None]
     k, v = k_BGSK[:, :, first:last], v_BGSK[:, :, first:last]
-    return F.scaled_dot_product_attention(q_BGRK, k, v, attn_mask=mask, scale=scale).flatten(1, 2).contiguous(), none
+    return F.scaled_dot_product_attention(q_BGRK, k, v, attn_mask=mask, scale=scale).flatten(1, 2).contiguous()
+
+
+def step_reference(
+    qkv_BN, cos_BK, sin_BK, q_norm_K, k_norm_K, eps: float, k_BSGK, v_BSGK, positions_B, scale: float
+) -> Tensor:
+    """One step after the other: norms, rotary embedding, the write at `positions_B`, attention [B, H K]."""
+    G, K = k_BSGK.shape[2:]
+    q_BHK, k_BGK, v_BGK = qkv_BN.unflatten(1, (-1, K)).split((qkv_BN.shape[1] // K - 2 * G, G, G), 1)
+    q_BHK, k_BGK = (x if norm is None else rms_norm(x, norm, eps) for x, norm in ((q_BHK, q_norm_K), (k_BGK, k_norm_K)))
+    q_BHK, k_BGK = (torch.addcmul(x * cos_BK[:, None], x.roll(K // 2, -1), sin_BK[:, None]) for x in (q_BHK, k_BGK))
+    rows_B = torch.arange(len(positions_B), device=positions_B.device)
+    for cache, new in ((k_BSGK, k_BGK), (v_BSGK, v_BGK)):
+        cache.index_put_((rows_B, positions_B), new)
+    return _decode(q_BHK, k_BSGK, v_BSGK, positions_B + 1, scale, 0).flatten(1)
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _turned(x_ptr, norm_ptr, cos_ptr, sin_ptr, eps, rows, K: tl.constexpr, COLUMN: tl.constexpr, ROWS: tl.constexpr,
+            WIDTH: tl.constexpr, HEAD: tl.constexpr):  # fmt: skip
+    """Columns COLUMN on of heads [rows, K], normed and turned, in fp32: x cos + partner sin, half a head apart, where
+    the first half of sin is negated."""
+    r, column, whole = tl.arange(0, ROWS)[:, None], (COLUMN + tl.arange(0, WIDTH))[None, :], tl.arange(0, HEAD)[None, :]
+    partner = (column + K // 2) % K
+    keep = (r < rows) & (column < K)
+    x = tl.load(x_ptr + r * K + column, mask=keep, other=0.0).to(tl.float32)
+    y = tl.load(x_ptr + r * K + partner, mask=keep, other=0.0).to(tl.float32)
+    if norm_ptr is not None:
+        all = tl.load(x_ptr + r * K + whole, mask=(r < rows) & (whole < K), other=0.0).to(tl.float32)
+        rstd = (1.0 / tl.sqrt_rn(tl.sum(all * all, 1) / K + eps))[:, None]
+        x *= rstd * tl.load(norm_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+        y *= rstd * tl.load(norm_ptr + partner).to(tl.float32)
+    cos = tl.load(cos_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+    return x * cos + y * tl.load(sin_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+
+
+@jit
+def _new_part(
+    qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, eps, k_ptr, v_ptr, g, G, R, K: tl.constexpr,
+    COLUMN: tl.constexpr, BLOCK_R: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    """Columns COLUMN on of the queries; of the new key and value, which share 0 writes to the cache; their scores."""
+    TYPE: tl.constexpr = k_ptr.dtype.element_ty
+    q = _turned(qkv_ptr + g * R * K, q_norm_ptr, cos_ptr, sin_ptr, eps, R, K, COLUMN, BLOCK_R, WIDTH, HEAD).to(TYPE)
+    key_ptr = qkv_ptr + (G * R + g) * K
+    k = _turned(key_ptr, k_norm_ptr, cos_ptr, sin_ptr, eps, 1, K, COLUMN, 1, WIDTH, HEAD).to(TYPE)
+    column = (COLUMN + tl.arange(0, WIDTH))[None, :]
+    v = tl.load(key_ptr + G * K + column, mask=column < K, other=0.0)
+    mine = column < tl.where(tl.program_id(1) == 0, K, 0)
+    tl.store(k_ptr + column, k, mask=mine)
+    tl.store(v_ptr + column, v, mask=mine)
+    return q, v.to(tl.float32), tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+
+
+# ---- the loop over the cache ----
 
 
 @jit
@@ -88,14 +144,30 @@ def _scores(q0, q1, k_ptr, row, length, k_s, K: tl.constexpr, MAIN: tl.constexpr
 
 
 @jit
+def _put_share(out_ptr, lse_ptr, acc0, acc1, m, l, R, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+               BLOCK_R: tl.constexpr):  # fmt: skip
+    """Write what R queries saw in a share of the keys, and the base 2 log sum exp: 0 and -inf where there was none."""
+    keyless = l == 0.0
+    inverse = (1.0 / tl.where(keyless, 1.0, l))[:, None]
+    heads = tl.arange(0, BLOCK_R)
+    lse = tl.where(keyless, -float("inf"), m + tl.log2(tl.where(keyless, 1.0, l)))
+    tl.store(lse_ptr + heads, lse, mask=heads < R)
+    _put(out_ptr, acc0 * inverse, 0, R, 0, 1, K, 0, K, 0, BLOCK_R, MAIN, False)
+    if TAIL:
+        _put(out_ptr, acc1 * inverse, 0, R, 0, 1, K, 0, K, MAIN, BLOCK_R, TAIL, False)
+
+
+@jit
 def _decode_split(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, partial_ptr, lse_ptr, G, R, scale, window, k_b, k_s, k_g, v_b, v_s, v_g,
-    K: tl.constexpr, UNIT: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr, SPLITS: tl.constexpr,
+    q_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, partial_ptr, lse_ptr,
+    G, R, eps, scale, window, k_b, k_s, k_g, v_b, v_s, v_g, K: tl.constexpr, UNIT: tl.constexpr, MAIN: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of the R queries that share a key/value head over a share of a row's keys: a program for each
     (row, head, share). Reads every key and value once, 4 R FLOPs for each two numbers. With one share writes o,
-    otherwise partial [B, G, SPLITS, R, K] in fp32; the base 2 log sum exp [B, G, SPLITS, R] always."""
+    otherwise partial [B, G, SPLITS, R, K] in fp32; the base 2 log sum exp [B, G, SPLITS, R] always. With tables of
+    cosines q is the joined product [B, (H + 2 G) K], lengths are without the new token, and share 0 begins with it."""
+    wait(PDL)
     program = tl.program_id(0)
     b, g = (program // G).to(tl.int64), program % G
     length = tl.load(lengths_ptr + b).to(tl.int32)
@@ -103,15 +175,32 @@ def _decode_split(
     k_s, v_s = k_s * UNIT, v_s * UNIT
     k_ptr += b * (k_b * UNIT) + g * (k_g * UNIT)
     v_ptr += b * (v_b * UNIT) + g * (v_g * UNIT)
-    q_ptr += (b * G + g) * R * K
-    q0 = _tile(q_ptr, 0, R, 0, K, 0, K, 0, BLOCK_R, MAIN, False)
-    q1 = q0
-    acc0 = tl.zeros((BLOCK_R, MAIN), tl.float32)
-    acc1 = tl.zeros((BLOCK_R, TAIL if TAIL else 16), tl.float32)
-    if TAIL:
-        q1 = _tile(q_ptr, 0, R, 0, K, 0, K, MAIN, BLOCK_R, TAIL, False)
     m = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_R,), tl.float32)
+    acc0 = tl.zeros((BLOCK_R, MAIN), tl.float32)
+    acc1 = tl.zeros((BLOCK_R, TAIL if TAIL else 16), tl.float32)
+    if cos_ptr is None:
+        q_ptr += (b * G + g) * R * K
+        q0 = _tile(q_ptr, 0, R, 0, K, 0, K, 0, BLOCK_R, MAIN, False)
+        q1 = q0
+        if TAIL:
+            q1 = _tile(q_ptr, 0, R, 0, K, 0, K, MAIN, BLOCK_R, TAIL, False)
+    else:
+        HEAD: tl.constexpr = MAIN if TAIL == 0 else 2 * MAIN
+        q_ptr += b * (G * (R + 2) * K)
+        new_k, new_v = k_ptr + length.to(tl.int64) * k_s, v_ptr + length.to(tl.int64) * v_s
+        q0, new0, score = _new_part(q_ptr, q_norm_ptr, k_norm_ptr, cos_ptr + b * K, sin_ptr + b * K, eps, new_k,
+                                new_v, g, G, R, K, 0, BLOCK_R, MAIN, HEAD)  # fmt: skip
+        q1 = q0
+        here = tl.where(tl.program_id(1) == 0, 1.0, 0.0)
+        acc0 += new0 * here
+        if TAIL:
+            q1, new1, more = _new_part(q_ptr, q_norm_ptr, k_norm_ptr, cos_ptr + b * K, sin_ptr + b * K, eps,
+                                       new_k, new_v, g, G, R, K, MAIN, BLOCK_R, TAIL, HEAD)  # fmt: skip
+            acc1 += new1 * here
+            score += more
+        m = tl.where(here > 0.0, score * scale, -float("inf"))
+        l += here
     for row in tl.range(start, end, BLOCK_S):
         s = _scores(q0, q1, k_ptr, row, length, k_s, K, MAIN, TAIL, BLOCK_S) * scale
         s = tl.where((row + tl.arange(0, BLOCK_S) < end)[None, :], s, -float("inf"))
@@ -125,24 +214,16 @@ def _decode_split(
         if TAIL:
             v1 = _tile(v_ptr, row, end, 0, v_s, 0, K, MAIN, BLOCK_S, TAIL, False)
             acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * fade[:, None], input_precision="ieee")
-    keyless = l == 0.0
-    inverse = (1.0 / tl.where(keyless, 1.0, l))[:, None]
-    heads = tl.arange(0, BLOCK_R)
     share = (b * G + g) * SPLITS + tl.program_id(1)
-    tl.store(
-        lse_ptr + share * R + heads,
-        tl.where(keyless, -float("inf"), m + tl.log2(tl.where(keyless, 1.0, l))),
-        mask=heads < R,
-    )
     out_ptr = o_ptr + (b * G + g) * R * K if SPLITS == 1 else partial_ptr + share * R * K
-    _put(out_ptr, acc0 * inverse, 0, R, 0, 1, K, 0, K, 0, BLOCK_R, MAIN, False)
-    if TAIL:
-        _put(out_ptr, acc1 * inverse, 0, R, 0, 1, K, 0, K, MAIN, BLOCK_R, TAIL, False)
+    _put_share(out_ptr, lse_ptr + share * R, acc0, acc1, m, l, R, K, MAIN, TAIL, BLOCK_R)
 
 
 @jit
-def _decode_combine(partial_ptr, lse_ptr, o_ptr, R, K: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
-    """o of a query from its shares, weighted by their sums of exponentials; leaves their log sum exp in share 0."""
+def _decode_combine(partial_ptr, lse_ptr, o_ptr, R, K: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                    PDL: tl.constexpr):  # fmt: skip
+    """o of a query from its shares, weighted by their sums of exponentials."""
+    wait(PDL)
     group, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     shares, columns = tl.arange(0, SPLITS), tl.arange(0, BLOCK_K)
     at = (group * SPLITS + shares) * R + head
@@ -151,39 +232,10 @@ def _decode_combine(partial_ptr, lse_ptr, o_ptr, R, K: tl.constexpr, BLOCK_K: tl
     highest = tl.where(highest == -float("inf"), 0.0, highest)
     weight = tl.exp2(lse - highest)
     total = tl.sum(weight, 0)
-    keyless = total == 0.0
-    total = tl.where(keyless, 1.0, total)
+    total = tl.where(total == 0.0, 1.0, total)
     part = tl.load(partial_ptr + at[:, None] * K + columns[None, :], mask=(columns < K)[None, :], other=0.0)
     o = tl.sum(part * weight[:, None], 0) / total
     tl.store(o_ptr + (group * R + head) * K + columns, o.to(o_ptr.dtype.element_ty), mask=columns < K)
-    tl.store(lse_ptr + group * SPLITS * R + head, tl.where(keyless, -float("inf"), highest + tl.log2(total)))
-
-
-@jit
-def _decode_mass(
-    q_ptr, k_ptr, lengths_ptr, lse_ptr, mass_ptr, S, G, R, scale, window, k_b, k_s, k_g,
-    K: tl.constexpr, UNIT: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Each key's probability, the mean over the heads, for BLOCK_S keys of a row: reads the keys once more."""
-    b = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * BLOCK_S
-    length = tl.load(lengths_ptr + b).to(tl.int32)
-    keys, heads = row + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_R)
-    seen = (keys < length) & ((window == 0) | (keys >= length - window))
-    k_ptr += b * (k_b * UNIT)
-    total = tl.zeros((BLOCK_S,), tl.float32)
-    for g in range(0, G):
-        group = b * G + g
-        q0 = _tile(q_ptr + group * R * K, 0, R, 0, K, 0, K, 0, BLOCK_R, MAIN, False)
-        q1 = q0
-        if TAIL:
-            q1 = _tile(q_ptr + group * R * K, 0, R, 0, K, 0, K, MAIN, BLOCK_R, TAIL, False)
-        s = _scores(q0, q1, k_ptr + g * (k_g * UNIT), row, length, k_s * UNIT, K, MAIN, TAIL, BLOCK_S) * scale
-        lse = tl.load(lse_ptr + group * SPLITS * R + heads, mask=heads < R, other=float("inf"))
-        p = tl.where(seen[None, :] & (heads < R)[:, None], tl.exp2(s - lse[:, None]), 0.0)
-        total += tl.sum(p, 0)
-    tl.store(mass_ptr + b * S + keys, total / (G * R), mask=keys < S)
 
 
 # -- wrapper -----------------------------------------------------------------------------------------------------------
@@ -196,14 +248,12 @@ def decode_attention(
     lengths_B: Tensor,
     scale: float | None = None,
     window: int | None = None,
-    mass: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """softmax(q k^T * scale) v of one query a row over the first `lengths_B[b]` keys of row b: [B, H, K].
 
     The cache k, v [B, S, G, K] may have any strides (a transposed [B, G, S, K] too); what it holds after a row's length
     does not count if it is finite. `lengths_B` is an integer tensor on q's device and includes the new token; a row of
-    length 0 gets 0. `window` leaves the last so many keys. With `mass` also each key's share of the attention, the mean
-    over heads, [B, S] in fp32. No gradient. Raises ValueError when shapes do not fit.
+    length 0 gets 0. `window` leaves the last so many keys. No gradient. Raises ValueError when shapes do not fit.
     """
     B, H, K = q_BHK.shape if q_BHK.dim() == 3 else (-1, -1, -1)
     fits = k_BSGK.dim() == 4 and k_BSGK.shape == v_BSGK.shape and (k_BSGK.shape[0], k_BSGK.shape[3]) == (B, K)
@@ -213,57 +263,104 @@ def decode_attention(
             f"got {shapes(q=q_BHK, k=k_BSGK, v=v_BSGK, lengths=lengths_B)}"
         )
     scale = K**-0.5 if scale is None else scale
-    o_BHK, mass_BS = _decode(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window or 0, mass)
-    return (o_BHK, mass_BS) if mass else o_BHK
+    return _decode(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window or 0)
 
 
-def triton_decode(
-    q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window, mass, config: dict | None = None
-) -> tuple[Tensor, Tensor]:
+def decode_step_attention(
+    qkv_BN: Tensor, rotary: tuple[Tensor, Tensor], k_BSGK: Tensor, v_BSGK: Tensor, positions_B: Tensor,
+    q_norm_K: Tensor | None = None, k_norm_K: Tensor | None = None, eps: float = 0.0, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention [B, H K] of a decode step from the joined product of q, k and v [B, (H + 2 G) K].
+
+    Queries and new keys are normed where there are weights [K], turned by `rotary` (cos and sin [B, 1, K], sin's first
+    half negated), and keys and values written to the cache [B, S, G, K] at `positions_B`, which is also how many keys
+    each row had before. No gradient. Raises ValueError when shapes do not fit.
+    """
+    B, _, G, K = k_BSGK.shape
+    heads = qkv_BN.shape[-1] / K - 2 * G
+    cos_BK, sin_BK = (x.view(-1, K) for x in rotary)
+    fits = k_BSGK.shape == v_BSGK.shape and len(qkv_BN) == len(positions_B) == len(cos_BK) == B
+    if not fits or heads < 1 or heads % G:
+        got = shapes(qkv=qkv_BN, k=k_BSGK, v=v_BSGK, positions=positions_B, cos=cos_BK)
+        raise ValueError(f"decode_step_attention: want qkv [B, (H + 2 G) K], k and v [B, S, G, K], got {got}")
+    scale = K**-0.5 if scale is None else scale
+    return _step(qkv_BN, cos_BK, sin_BK, q_norm_K, k_norm_K, eps, k_BSGK, v_BSGK, positions_B, scale)
+
+
+def triton_decode(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window, config: dict | None = None) -> Tensor:
     """`plain` by the kernels. How many programs share a row follows from rows, heads and room, not from lengths."""
     if not takes(q_BHK, scale) or not q_BHK.numel() or not k_BSGK.shape[1]:
         if q_BHK.is_cuda:  # asks nothing of the host, so that a decode step can be captured in fp32 too
             return reference(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window)
-        return plain(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window, mass)
-    (B, H, K), (S, G), none = q_BHK.shape, k_BSGK.shape[1:3], q_BHK.new_empty(0)
-    R, config = H // G, config or choose("decode", q_BHK, S)
-    q_BHK, k_BSGK, v_BSGK = q_BHK.contiguous(), aligned(k_BSGK), aligned(v_BSGK)
-    splits = shares(B * G, S, config, card_of(q_BHK).multiprocessors)
-    o_BHK = torch.empty_like(q_BHK)
-    partial = q_BHK.new_empty(B, G, splits, R, K, dtype=torch.float32) if splits > 1 else none
-    lse = q_BHK.new_empty(B, G, splits, R, dtype=torch.float32)
-    k_strides, v_strides = ([stride // unit(x) for stride in x.stride()[:3]] for x in (k_BSGK, v_BSGK))
-    sizes = {"K": K, "UNIT": unit(q_BHK), **parts(K), "BLOCK_R": max(16, 1 << (R - 1).bit_length())}
+        return plain(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window)
+    start = q_BHK.contiguous(), None, None, None, None
+    o_BHK = torch.empty_like(start[0])
+    _launch(start, 0.0, aligned(k_BSGK), aligned(v_BSGK), lengths_B, o_BHK, scale, window, config)
+    return o_BHK
+
+
+def triton_step(
+    qkv_BN, cos_BK, sin_BK, q_norm_K, k_norm_K, eps: float, k_BSGK, v_BSGK, positions_B, scale: float,
+    config: dict | None = None,
+) -> Tensor:  # fmt: skip
+    """`step_reference` in one kernel, two where several programs share a row."""
+    G, K = k_BSGK.shape[2:]
+    q_BHK = qkv_BN[:, : qkv_BN.shape[1] - 2 * G * K].unflatten(1, (-1, K))
+    written = aligned(k_BSGK) is k_BSGK and aligned(v_BSGK) is v_BSGK  # a copy would not be the cache
+    if not takes(q_BHK, scale) or not q_BHK.numel() or not written or qkv_BN.dtype != k_BSGK.dtype:
+        return step_reference(qkv_BN, cos_BK, sin_BK, q_norm_K, k_norm_K, eps, k_BSGK, v_BSGK, positions_B, scale)
+    o_BHK = q_BHK.new_empty(q_BHK.shape)
+    start = qkv_BN.contiguous(), q_norm_K, k_norm_K, cos_BK.contiguous(), sin_BK.contiguous()
+    _launch(start, eps, k_BSGK, v_BSGK, positions_B, o_BHK, scale, 0, config)
+    return o_BHK.flatten(1)
+
+
+def _launch(start: tuple, eps: float, k_BSGK, v_BSGK, lengths_B, o_BHK, scale, window, config: dict | None) -> None:
+    """The kernels, from what queries are made of."""
+    (B, H, K), (S, G) = o_BHK.shape, k_BSGK.shape[1:3]
+    R, config = H // G, config or choose("decode", o_BHK, S)
+    splits = shares(B * G, S, config, card_of(o_BHK).multiprocessors)
+    partial = o_BHK.new_empty((B, G, splits, R, K) if splits > 1 else 0, dtype=torch.float32)
+    lse = o_BHK.new_empty(B, G, splits, R, dtype=torch.float32)
+    strides = [stride // unit(x) for x in (k_BSGK, v_BSGK) for stride in x.stride()[:3]]
+    sizes = {"K": K, "UNIT": unit(o_BHK), **parts(K), "BLOCK_R": max(16, 1 << (R - 1).bit_length())}
     sizes |= {"BLOCK_S": config["block_n"], "SPLITS": splits}
-    common = (G, R, scale * LOG2_E, window, *k_strides)
-    args = (q_BHK, k_BSGK, v_BSGK, lengths_B, o_BHK, partial, lse, *common, *v_strides)
+    args = *start, k_BSGK, v_BSGK, lengths_B, o_BHK, partial, lse, G, R, eps, scale * LOG2_E, window, *strides
     launch(_decode_split, (B * G, splits), *args, config=config, **sizes)
     if splits > 1:
         block = 1 << (K - 1).bit_length()
         launch(_decode_combine, (B * G, R), partial, lse, o_BHK, R, K=K, BLOCK_K=block, SPLITS=splits)
-    if not mass:
-        return o_BHK, none
-    mass_BS = q_BHK.new_empty(B, S, dtype=torch.float32)
-    grid = (B, -(-S // config["block_n"]))
-    launch(_decode_mass, grid, q_BHK, k_BSGK, lengths_B, lse, mass_BS, S, *common, config=config, **sizes)
-    return o_BHK, mass_BS
 
 
 def shares(rows: int, S: int, config: dict, multiprocessors: int) -> int:
-    """A power of two: enough programs for the card, but at least four blocks of keys in each of a full row's."""
+    """A power of two: enough programs for the card, but at least four blocks of keys in each of a full row's; one where
+    there are rows for every multiprocessor, as a second kernel costs more than it gains."""
+    if rows >= multiprocessors:
+        return 1
     wanted = min(config["programs"] * multiprocessors // rows, S // (4 * config["block_n"]), 128)
     return 1 << max(0, wanted.bit_length() - 1)
 
 
-def _fake(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window, mass):
-    share = q_BHK.new_empty(k_BSGK.shape[:2], dtype=torch.float32) if mass else q_BHK.new_empty(0)
-    return q_BHK.new_empty(q_BHK.shape), share
+def _fake(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window):
+    return q_BHK.new_empty(q_BHK.shape)
 
 
 _decode = register(
-    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, float scale, SymInt window, bool mass)"
-    " -> (Tensor, Tensor)",
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, float scale, SymInt window) -> Tensor",
     plain=plain,
     cuda=triton_decode,
     fake=_fake,
+)
+
+
+def _fake_step(qkv_BN, cos_BK, sin_BK, q_norm_K, k_norm_K, eps, k_BSGK, v_BSGK, positions_B, scale):
+    return qkv_BN.new_empty(qkv_BN.shape[0], qkv_BN.shape[1] - 2 * k_BSGK.shape[2] * k_BSGK.shape[3])
+
+
+_step = register(
+    "decode_step_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps,"
+    " Tensor(a!) k, Tensor(b!) v, Tensor positions, float scale) -> Tensor",
+    plain=step_reference,
+    cuda=triton_step,
+    fake=_fake_step,
 )

@@ -17,18 +17,20 @@ from minillava.kernels.flash import (
     _at,
     _entry,
     _inside,
+    _keys_seen,
     _once,
-    _put,
+    _put_both,
     _seen,
     _tile,
-    _view,
+    _times,
+    _views,
     aligned,
     choose,
     constants,
     strides,
     tiles,
 )
-from minillava.kernels.frame import jit, launch, tl
+from minillava.kernels.frame import coordinate, jit, launch, tl
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
 
@@ -61,10 +63,22 @@ def _probabilities(exponents):
 
 
 @jit
+def _queries_that_see(first, q_len, level, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr,
+                      BLOCK_N: tl.constexpr):  # fmt: skip
+    """The first query that sees some key of the tile at `first`, in whole tiles, and how many tiles there are."""
+    start, stop = 0, q_len
+    if CAUSAL:
+        start = tl.maximum(first - level, 0) // BLOCK_M * BLOCK_M
+        if WINDOW:
+            stop = tl.minimum(q_len, first + BLOCK_N - 1 + window - level)
+    return start, tl.maximum(tl.cdiv(stop - start, BLOCK_M), 0)
+
+
+@jit
 def _flash_backward_keys(
     k_ptr, v_ptr, q_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dq_ptr, table_ptr, T, H, R, scale, window,
     q_t, q_h, k_s, k_g, v_s, v_g,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr,
     SPECIALIZE: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
@@ -76,132 +90,92 @@ def _flash_backward_keys(
     """
     G = H // R
     group = tl.program_id(0) % G
-    q_start, q_len, k_start, k_len, first, prefix = _entry(table_ptr, tl.program_id(0) // G)
+    q_start, q_len, k_start, k_len, first = _entry(table_ptr, tl.program_id(0) // G)
     q_t, q_h, k_s, k_g, v_s, v_g = q_t * UNIT, q_h * UNIT, k_s * UNIT, k_g * UNIT, v_s * UNIT, v_g * UNIT
     k_ptr += k_start * k_s + group * k_g
     v_ptr += k_start * v_s + group * v_g
     q_ptr += q_start * q_t + group * R * q_h
     do_ptr += (q_start * H + group * R) * K
     dq_ptr += (q_start * H + group * R) * K
-    lse_ptr += group * R * T + q_start
-    delta_ptr += group * R * T + q_start
+    at = group * R * T + q_start
     o_t = H * K
-    k0 = _once(k_ptr, first, k_len, k_s, k_g, K, 0, BLOCK_N, MAIN, TMA)
-    v0 = _once(v_ptr, first, k_len, v_s, v_g, K, 0, BLOCK_N, MAIN, TMA)
-    q0_view = _view(q_ptr, q_len, R, q_t, q_h, K, BLOCK_M, MAIN, TMA)
-    do0_view = _view(do_ptr, q_len, R, o_t, K, K, BLOCK_M, MAIN, TMA)
-    dk0 = tl.zeros((BLOCK_N, MAIN), tl.float32)
-    dv0 = tl.zeros((BLOCK_N, MAIN), tl.float32)
+    k0, k1 = _once(k_ptr, first, k_len, k_s, k_g, K, BLOCK_N, MAIN, TAIL, TMA)
+    v0, v1 = _once(v_ptr, first, k_len, v_s, v_g, K, BLOCK_N, MAIN, TAIL, TMA)
+    q0_view, q1_view = _views(q_ptr, q_len, R, q_t, q_h, K, BLOCK_M, MAIN, TAIL, TMA)
+    do0_view, do1_view = _views(do_ptr, q_len, R, o_t, K, K, BLOCK_M, MAIN, TAIL, TMA)
     if REDUCE:
-        dq0_view = _view(dq_ptr, q_len, R, o_t, K, K, BLOCK_M, MAIN, TMA)
-    if TAIL:
-        k1 = _once(k_ptr, first, k_len, k_s, k_g, K, MAIN, BLOCK_N, TAIL, TMA)
-        v1 = _once(v_ptr, first, k_len, v_s, v_g, K, MAIN, BLOCK_N, TAIL, TMA)
-        q1_view = _view(q_ptr, q_len, R, q_t, q_h, K, BLOCK_M, TAIL, TMA)
-        do1_view = _view(do_ptr, q_len, R, o_t, K, K, BLOCK_M, TAIL, TMA)
-        dk1 = tl.zeros((BLOCK_N, TAIL), tl.float32)
-        dv1 = tl.zeros((BLOCK_N, TAIL), tl.float32)
-        if REDUCE:
-            dq1_view = _view(dq_ptr, q_len, R, o_t, K, K, BLOCK_M, TAIL, TMA)
+        dq0_view, dq1_view = _views(dq_ptr, q_len, R, o_t, K, K, BLOCK_M, MAIN, TAIL, TMA)
+    dk0, dv0 = tl.zeros((BLOCK_N, MAIN), tl.float32), tl.zeros((BLOCK_N, MAIN), tl.float32)
+    WIDTH1: tl.constexpr = TAIL if TAIL else 16
+    dk1, dv1 = tl.zeros((BLOCK_N, WIDTH1), tl.float32), tl.zeros((BLOCK_N, WIDTH1), tl.float32)
     columns = (first + tl.arange(0, BLOCK_N))[:, None]
     level = k_len - q_len
-    start, stop = 0, q_len
-    if CAUSAL:
-        start = tl.maximum(first - level, 0) // BLOCK_M * BLOCK_M
-        if PREFIX:
-            start = tl.where(first < prefix, 0, start)
-        if WINDOW:
-            stop = tl.minimum(q_len, first + BLOCK_N - 1 + window - level)
-    tiles = tl.maximum(tl.cdiv(stop - start, BLOCK_M), 0)
+    start, tiles = _queries_that_see(first, q_len, level, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     for i in tl.range(0, R * tiles, warp_specialize=SPECIALIZE):
         head = i // tiles
         row = start + (i % tiles) * BLOCK_M
         rows = row + tl.arange(0, BLOCK_M)
-        q0 = _tile(q0_view, row, q_len, head, q_t, q_h, K, 0, BLOCK_M, MAIN, TMA)
-        s = tl.dot(k0, q0.T, input_precision="ieee")
-        if TAIL:
-            q1 = _tile(q1_view, row, q_len, head, q_t, q_h, K, MAIN, BLOCK_M, TAIL, TMA)
-            s = tl.dot(k1, q1.T, s, input_precision="ieee")
-        lse, delta = _lse_and_delta(lse_ptr, delta_ptr, head * T + rows, rows < q_len)
+        s, q0, q1 = _times(k0, k1, q0_view, q1_view, row, q_len, head, q_t, q_h, K, BLOCK_M, MAIN, TAIL, TMA)
+        lse, delta = _lse_and_delta(lse_ptr, delta_ptr, at + head * T + rows, rows < q_len)
         p = _probabilities(s * (scale * 1.4426950408889634) - lse[None, :])
         if CAUSAL:
-            seen = _seen(rows[None, :], columns, level, k_len, window, prefix, CAUSAL, WINDOW, PREFIX)
-            p = tl.where(seen, p, 0.0)
-        do0 = _tile(do0_view, row, q_len, head, o_t, K, K, 0, BLOCK_M, MAIN, TMA)
-        dp = tl.dot(v0, do0.T, input_precision="ieee")
+            p = tl.where(_seen(rows[None, :], columns, level, k_len, window, CAUSAL, WINDOW), p, 0.0)
+        dp, do0, do1 = _times(v0, v1, do0_view, do1_view, row, q_len, head, o_t, K, K, BLOCK_M, MAIN, TAIL, TMA)
         dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision="ieee")
         if TAIL:
-            do1 = _tile(do1_view, row, q_len, head, o_t, K, K, MAIN, BLOCK_M, TAIL, TMA)
-            dp = tl.dot(v1, do1.T, dp, input_precision="ieee")
             dv1 = tl.dot(p.to(do0.dtype), do1, dv1, input_precision="ieee")
         ds = (p * (dp - delta[None, :])).to(q0.dtype)
         dk0 = tl.dot(ds, q0, dk0, input_precision="ieee")
         if TAIL:
             dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
         if REDUCE:
-            dq0 = tl.dot(ds.T, k0, input_precision="ieee") * scale
-            _add(dq0_view, dq0, row, q_len, head, o_t, K, 0, BLOCK_M, MAIN, TMA)
+            _add(dq0_view, ds, k0, scale, row, q_len, head, o_t, K, 0, BLOCK_M, MAIN, TMA)
             if TAIL:
-                dq1 = tl.dot(ds.T, k1, input_precision="ieee") * scale
-                _add(dq1_view, dq1, row, q_len, head, o_t, K, MAIN, BLOCK_M, TAIL, TMA)
-    dk_ptr += (k_start * G + group) * K
-    dv_ptr += (k_start * G + group) * K
-    _put(dk_ptr, dk0 * scale, first, k_len, 0, 1, G * K, K, K, 0, BLOCK_N, MAIN, TMA)
-    _put(dv_ptr, dv0, first, k_len, 0, 1, G * K, K, K, 0, BLOCK_N, MAIN, TMA)
-    if TAIL:
-        _put(dk_ptr, dk1 * scale, first, k_len, 0, 1, G * K, K, K, MAIN, BLOCK_N, TAIL, TMA)
-        _put(dv_ptr, dv1, first, k_len, 0, 1, G * K, K, K, MAIN, BLOCK_N, TAIL, TMA)
+                _add(dq1_view, ds, k1, scale, row, q_len, head, o_t, K, MAIN, BLOCK_M, TAIL, TMA)
+    own = (k_start * G + group) * K
+    _put_both(dk_ptr + own, dk0 * scale, dk1 * scale, first, k_len, G * K, K, BLOCK_N, MAIN, TAIL, TMA)
+    _put_both(dv_ptr + own, dv0, dv1, first, k_len, G * K, K, BLOCK_N, MAIN, TAIL, TMA)
 
 
 @jit
-def _add(view, tile, row, rows, head, stride_t, K: tl.constexpr, COLUMN: tl.constexpr, ROWS: tl.constexpr,
+def _add(view, ds, k, scale, row, rows, head, stride_t, K: tl.constexpr, COLUMN: tl.constexpr, ROWS: tl.constexpr,
          WIDTH: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """Add a tile to memory, whoever else does."""
+    """Add a share of dq to memory, whoever else does."""
+    tile = tl.dot(ds.T, k, input_precision="ieee") * scale
     if TMA:
-        view.atomic_add([row, head * K + COLUMN], tile)
+        view.atomic_add([coordinate(row), coordinate(head * K + COLUMN)], tile)
     else:
-        at = _at(row, head, stride_t, K, COLUMN, ROWS, WIDTH)
-        tl.atomic_add(view + at, tile, mask=_inside(row, rows, K, COLUMN, ROWS, WIDTH), sem="relaxed")
+        at = _at(view, row, head, stride_t, K, COLUMN, ROWS, WIDTH)
+        tl.atomic_add(at, tile, mask=_inside(row, rows, K, COLUMN, ROWS, WIDTH), sem="relaxed")
 
 
 @jit
 def _flash_backward_queries(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, table_ptr, T, H, R, scale, window,
     q_t, q_h, k_s, k_g, v_s, v_g,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dq = ds k scale of one tile of queries: the same to the bit in every run. 6 FLOPs a query, key and number."""
     program = tl.program_id(0)
     head = program % H
-    q_start, q_len, k_start, k_len, first, prefix = _entry(table_ptr, program // H)
+    q_start, q_len, k_start, k_len, first = _entry(table_ptr, program // H)
     q_t, q_h, k_s, k_g, v_s, v_g = q_t * UNIT, q_h * UNIT, k_s * UNIT, k_g * UNIT, v_s * UNIT, v_g * UNIT
     q_ptr += q_start * q_t + head * q_h
     k_ptr += k_start * k_s + (head // R) * k_g
     v_ptr += k_start * v_s + (head // R) * v_g
     do_ptr += (q_start * H + head) * K
     o_t = H * K
-    q0 = _once(q_ptr, first, q_len, q_t, q_h, K, 0, BLOCK_M, MAIN, TMA)
-    do0 = _once(do_ptr, first, q_len, o_t, K, K, 0, BLOCK_M, MAIN, TMA)
-    k0_view = _view(k_ptr, k_len, 1, k_s, k_g, K, BLOCK_N, MAIN, TMA)
-    v0_view = _view(v_ptr, k_len, 1, v_s, v_g, K, BLOCK_N, MAIN, TMA)
+    q0, q1 = _once(q_ptr, first, q_len, q_t, q_h, K, BLOCK_M, MAIN, TAIL, TMA)
+    do0, do1 = _once(do_ptr, first, q_len, o_t, K, K, BLOCK_M, MAIN, TAIL, TMA)
+    k0_view, k1_view = _views(k_ptr, k_len, 1, k_s, k_g, K, BLOCK_N, MAIN, TAIL, TMA)
+    v0_view, v1_view = _views(v_ptr, k_len, 1, v_s, v_g, K, BLOCK_N, MAIN, TAIL, TMA)
     dq0 = tl.zeros((BLOCK_M, MAIN), tl.float32)
-    if TAIL:
-        q1 = _once(q_ptr, first, q_len, q_t, q_h, K, MAIN, BLOCK_M, TAIL, TMA)
-        do1 = _once(do_ptr, first, q_len, o_t, K, K, MAIN, BLOCK_M, TAIL, TMA)
-        k1_view = _view(k_ptr, k_len, 1, k_s, k_g, K, BLOCK_N, TAIL, TMA)
-        v1_view = _view(v_ptr, k_len, 1, v_s, v_g, K, BLOCK_N, TAIL, TMA)
-        dq1 = tl.zeros((BLOCK_M, TAIL), tl.float32)
+    dq1 = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
     rows = first + tl.arange(0, BLOCK_M)
     lse, delta = _lse_and_delta(lse_ptr, delta_ptr, head * T + q_start + rows, rows < q_len)
     level = k_len - q_len
-    start, end = 0, k_len
-    if CAUSAL:
-        end = tl.minimum(k_len, first + BLOCK_M + level)
-        if PREFIX:
-            end = tl.maximum(end, tl.minimum(prefix, k_len))
-        if WINDOW:
-            start = tl.maximum(first + level - window + 1, 0) // BLOCK_N * BLOCK_N
+    start, end, _by_all = _keys_seen(first, k_len, level, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     for n in tl.range(start, end, BLOCK_N):
         columns = (n + tl.arange(0, BLOCK_N))[None, :]
         k0 = _tile(k0_view, n, k_len, 0, k_s, k_g, K, 0, BLOCK_N, MAIN, TMA)
@@ -215,23 +189,20 @@ def _flash_backward_queries(
             dp = tl.dot(do1, v1.T, dp, input_precision="ieee")
         p = _probabilities(s * (scale * 1.4426950408889634) - lse[:, None])
         if CAUSAL:
-            seen = _seen(rows[:, None], columns, level, k_len, window, prefix, CAUSAL, WINDOW, PREFIX)
-            p = tl.where(seen, p, 0.0)
+            p = tl.where(_seen(rows[:, None], columns, level, k_len, window, CAUSAL, WINDOW), p, 0.0)
         ds = (p * (dp - delta[:, None])).to(k0.dtype)
         dq0 = tl.dot(ds, k0, dq0, input_precision="ieee")
         if TAIL:
             dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
     dq_ptr += (q_start * H + head) * K
-    _put(dq_ptr, dq0 * scale, first, q_len, 0, 1, o_t, K, K, 0, BLOCK_M, MAIN, TMA)
-    if TAIL:
-        _put(dq_ptr, dq1 * scale, first, q_len, 0, 1, o_t, K, K, MAIN, BLOCK_M, TAIL, TMA)
+    _put_both(dq_ptr, dq0 * scale, dq1 * scale, first, q_len, o_t, K, BLOCK_M, MAIN, TAIL, TMA)
 
 
 # -- wrapper -----------------------------------------------------------------------------------------------------------
 
 
 def backward(
-    do, q, k, v, o, lse, cu_q, cu_k, prefix, causal, window, scale, found: dict[str, dict] | None = None
+    do, q, k, v, o, lse, cu_q, cu_k, causal, window, scale, found: dict[str, dict] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """attention.plain_backward by the kernels: one, which adds to dq in memory, or two, the same to the bit every time.
 
@@ -250,11 +221,11 @@ def backward(
     delta = torch.empty_like(lse)
     launch(_delta, (-(-T // 32), H), o, do, delta, T, H, K=K, BLOCK_T=32, BLOCK_K=1 << (K - 1).bit_length())
     common = (T, H, H // k.shape[1], scale, window, *strides(q, k, v))
-    shape = (tuple(cu_q), tuple(cu_k), tuple(prefix))
+    shape = (tuple(cu_q), tuple(cu_k))
     for name, config in found.items():
         keys = name != "backward_queries"
         table = tiles(*shape, keys, config["block_n" if keys else "block_m"], causal, q.device)
-        settings = constants(q, causal, window, prefix, config)
+        settings = constants(q, causal, window, config)
         if not keys:
             args = (q, k, v, do, lse, delta, dq, table, *common)
             launch(_flash_backward_queries, (len(table) * H,), *args, config=config, **settings)

@@ -1,10 +1,10 @@
 """What every kernel file shares: registration with torch, Triton where it is installed, and one way to launch.
 
-An operation is registered once with a plain PyTorch implementation (Apple GPUs, and CPUs unless they have one of their
-own), a CUDA one (Triton and library products), a fake one (shapes only) and a backward formula; which runs is torch's
-dispatch by device. A launch follows its tensors too: on CUDA it runs, on the CPU it goes through Triton's interpreter
-(tests), on meta tensors it is only compiled, for the card that `minillava.kernels.aot` pretends is there. Whatever
-depends on Triton's version is in this file, in aot and in interpreter.
+An operation is registered once with a plain PyTorch implementation (any device without one of its own), a CUDA one
+(Triton and library products), a fake one (shapes only) and a backward formula; which runs is torch's dispatch by
+device. A launch follows its tensors too: on CUDA it runs, on the CPU it goes through Triton's interpreter (tests), on
+meta tensors it is only compiled, for the card that `tools.aot` pretends is there. Whatever depends on Triton's version
+is in this file, in aot and in interpreter.
 """
 
 from __future__ import annotations
@@ -35,6 +35,16 @@ class Card:
     def has_descriptors(self) -> bool:
         """Tensor memory accelerator: Hopper and data-centre Blackwell."""
         return self.arch in ("sm_90", "sm_100", "sm_103")
+
+    @property
+    def has_dependent_launch(self) -> bool:
+        """Programmatic dependent launch: a kernel starts while the one in front of it still runs."""
+        return self.arch.startswith("sm_") and int(self.arch.removeprefix("sm_")) >= 90
+
+    @property
+    def runs_kernels(self) -> bool:
+        """Compute capability 8.0 and later: before, there is no cp.async and no bf16, and PyTorch is as good."""
+        return not self.arch.startswith("sm_") or int(self.arch.removeprefix("sm_")) >= 80
 
 
 # What is compiled for without a card. Shared memory per program: CUDA C++ programming guide, compute capabilities.
@@ -82,6 +92,17 @@ else:  # the definitions are still read, and nothing launches them: `register` l
         return fn
 
 
+@jit
+def coordinate(x):
+    """`x`, at least 0, as a place in a descriptor: a value apart from the `x` that rows and columns count from.
+
+    Where a specialised loop splits a tile between two consumers, Triton 3.6 to 3.9 adds half a tile to the coordinate
+    for the second of them, and to whatever else it computes from the very same value: rows counted from it would be
+    half a tile off. Every coordinate of a descriptor goes through here, and aot looks that it does.
+    """
+    return tl.maximum(x, 0)
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, config: dict[str, Any] | None = None, **constants: Any
 ) -> Any:
@@ -93,6 +114,9 @@ def launch(
     config = config or {}
     options = {"num_warps": config.get("warps", 4), "num_stages": config.get("stages", 3), "enable_fp_fusion": True}
     constants = {n.upper(): value for n, value in config.items() if n.upper() in kernel.arg_names} | constants
+    if "PDL" in kernel.arg_names:  # the kernel waits itself for those in front of it
+        constants["PDL"] = not args[0].is_cpu and card_of(args[0]).has_dependent_launch
+        options |= {"launch_pdl": True} if constants["PDL"] else {}
     if args[0].is_cuda:
         # The allocator is a context variable, and autograd's backward runs in another thread's context.
         triton.set_allocator(_allocate)
@@ -119,6 +143,10 @@ on_compiled: Callable = _forget  # set by aot.compiling
 # -- registration ------------------------------------------------------------------------------------------------------
 
 
+ON_CUDA: dict[str, Callable] = {}  # operation -> what a GPU runs, for those who count launches
+PLAIN: dict[str, Callable] = {}  # operation -> its plain PyTorch, for those who count memory
+
+
 def register(
     schema: str,
     *,
@@ -131,18 +159,28 @@ def register(
 ) -> Any:
     """Register `schema` as torch.ops.minillava.<name> and return the operation.
 
+    `plain` is for every device that has no implementation of its own, those that are not known here included.
     Library.define and impl rather than custom_op or triton_op: a third of custom_op's cost per call, and triton_op
     breaks torch.compile on CPU tensors (measured in torch 2.13).
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, cpu or plain, "CPU")
-    LIBRARY.impl(name, plain, "MPS")
-    LIBRARY.impl(name, cuda if HAS_TRITON else plain, "CUDA")
     torch.library.register_fake(f"minillava::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+    if cpu is not None:
+        LIBRARY.impl(name, cpu, "CPU")
+    ON_CUDA[name], PLAIN[name] = cuda, plain
+    if HAS_TRITON:
+        LIBRARY.impl(name, functools.partial(_on_cuda, cuda, plain), "CUDA")
     if backward is not None:
         torch.library.register_autograd(f"minillava::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.minillava, name).default
+
+
+def _on_cuda(kernel: Callable, plain: Callable, *args: Any) -> Any:
+    """The kernel, or PyTorch on a card that is too old for it."""
+    card = next(card_of(x) for x in args if isinstance(x, Tensor))
+    return (kernel if card.runs_kernels else plain)(*args)
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.kernels import configs
-from minillava.kernels.frame import aligned, card_of, jit, launch, register, shapes, tl
+from minillava.kernels.cpu import product
+from minillava.kernels.frame import aligned, card_of, coordinate, jit, launch, register, shapes, tl
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -33,6 +34,15 @@ def plain_forward(x_NK, w1_HK, b1_H, w2_OH, b2_O, activation: str, save: bool) -
         return F.linear(act_NH, w2_OH, b2_O), pre_NH
     act_NH = torch.ops.aten.gelu_(pre_NH, approximate=APPROXIMATE[activation])
     return F.linear(act_NH, w2_OH, b2_O), x_NK.new_empty(0)
+
+
+def cpu_forward(x_NK, w1_HK, b1_H, w2_OH, b2_O, activation: str, save: bool) -> tuple[Tensor, Tensor]:
+    """By our own products where the CPU emulates bf16."""
+    if save or (pre_NH := product.linear(x_NK, w1_HK, b1_H)) is None:
+        return plain_forward(x_NK, w1_HK, b1_H, w2_OH, b2_O, activation, save)
+    act_NH = torch.ops.aten.gelu_(pre_NH, approximate=APPROXIMATE[activation])
+    y_NO = product.linear(act_NH, w2_OH, b2_O)
+    return F.linear(act_NH, w2_OH, b2_O) if y_NO is None else y_NO, x_NK.new_empty(0)
 
 
 def plain_backward(dy_NO, x_NK, w1_HK, w2_OH, pre_NH, activation: str, needs: list[bool]) -> tuple[Tensor, ...]:
@@ -128,11 +138,11 @@ def _descriptor(
         row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
-            a = a_desc.load([row, k])
+            a = a_desc.load([coordinate(row), coordinate(k)])
             if BACKWARD:
-                acc = tl.dot(a, b_desc.load([k, column]), acc)
+                acc = tl.dot(a, b_desc.load([coordinate(k), coordinate(column)]), acc)
             else:
-                acc = tl.dot(a, b_desc.load([column, k]).T, acc)
+                acc = tl.dot(a, b_desc.load([coordinate(column), coordinate(k)]).T, acc)
         if PARTS == 1:
             _descriptor_epilogue(
                 acc, bias_ptr, pre_desc, act_desc, dpre_desc, sums_ptr, tile_m, row, column, N, BACKWARD, ERF, SAVE, SUB
@@ -152,6 +162,7 @@ def _descriptor_epilogue(
     BACKWARD: tl.constexpr, ERF: tl.constexpr, SAVE: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     columns = column + tl.arange(0, SUB)
+    row, column = coordinate(row), coordinate(column)
     if BACKWARD:
         act, slope = _gelu_and_slope(pre_desc.load([row, column]).to(tl.float32), ERF)
         act_desc.store([row, column], act.to(act_desc.dtype))
@@ -365,6 +376,7 @@ def _product(a, b, bias, pre, act, dpre, sums, activation: str, backward: bool, 
 _forward = register(
     "fused_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, bool save) -> (Tensor, Tensor)",
     plain=plain_forward,
+    cpu=cpu_forward,
     cuda=triton_forward,
     fake=_fake_forward,
     backward=_autograd,

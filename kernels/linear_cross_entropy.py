@@ -92,12 +92,11 @@ def _loss_and_gradient(
                 gradient = e / total - tl.where(lanes == target, 1.0, 0.0)
                 tl.store(x_ptr + lanes, gradient.to(dtype), mask=lanes < V)
         else:
-            top, total = -float("inf"), 0.0
+            top, total = -3.4e38, 0.0  # finite: a block of -inf must not make it -inf - -inf
             for start in range(0, V, BLOCK):
                 x = tl.load(x_ptr + start + lanes, mask=start + lanes < V, other=-float("inf")).to(tl.float32)
                 higher = tl.maximum(top, tl.max(x, 0))
-                e = tl.exp(x - higher)
-                total = total * tl.exp(top - higher) + tl.sum(e, 0)
+                total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
                 top = higher
             if GRADIENT:
                 for start in range(0, V, BLOCK):
@@ -134,7 +133,7 @@ def linear_cross_entropy(
             hidden, targets = hidden[keep_N], targets[keep_N]
     if logits_bytes is None and hidden.device.type == "cpu" and hidden.shape[0] * weight.shape[0] <= SMALL:
         return reference(hidden, weight, targets, ignore_index)
-    bound = LOGITS_BYTES[hidden.device.type] if logits_bytes is None else logits_bytes
+    bound = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES["cuda"]) if logits_bytes is None else logits_bytes
     rows = max(1, bound // (weight.shape[0] * weight.element_size()))
     grad = torch.is_grad_enabled()
     needs = [grad and hidden.requires_grad, grad and weight.requires_grad]

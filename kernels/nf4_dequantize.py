@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minillava.kernels import configs, nf4_cpu
+from minillava.kernels import configs
+from minillava.kernels.cpu import product as cpu
 from minillava.kernels.frame import HAS_TRITON, aligned, card_of, jit, launch, register, shapes, tl
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -79,17 +80,18 @@ def plain_dequantize(packed, absmax, nested, dynamic, N: int, K: int, quant_type
 
 
 def cpu_dequantize(packed, absmax, nested, dynamic, N: int, K: int, quant_type: str, blocksize: int, dtype) -> Tensor:
-    if not nf4_cpu.takes(dtype, packed, absmax, K):
+    weight = cpu.Weight((N, K), codes=(packed, absmax, nested, dynamic, code(quant_type, packed.device), blocksize))
+    if dtype not in cpu.TYPES or not weight.fits():
         return plain_dequantize(packed, absmax, nested, dynamic, N, K, quant_type, blocksize, dtype)
-    weight = packed, absmax, nested, dynamic, code(quant_type, packed.device), blocksize
-    return nf4_cpu.fill(torch.empty(N, K, dtype=dtype), *weight)
+    return cpu.values(weight, torch.empty(N, K, dtype=dtype))
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
 
 # Lanes 0 to 15 and 16 to 31 of a warp each hold the table of codes, and a shuffle by the low four bits of a word finds
 # one: two instructions a weight. Which lane it is the hardware has to say: tl.arange counts numbers, of which a lane
-# may hold several. The eight codes of a word, in order: byte i holds element 2i in its high nibble.
+# may hold several. The eight codes of a word, in order: byte i holds element 2i in its high nibble. Both are pure: the
+# same words give the same codes, wherever all lanes are; Triton 3.8 refuses in pipelined loops what is not.
 _OF_LANE = (
     "{ .reg .b32 l; .reg .b64 p; mov.u32 l, %laneid; and.b32 l, l, 15; mad.wide.u32 p, l, 4, $1;"
     " ld.global.nc.b32 $0, [p]; }"
@@ -107,7 +109,7 @@ if HAS_TRITON:
 def table_of(table_ptr, SHUFFLE: tl.constexpr):
     """What `codes` looks up in: the lane's own code, a scalar as Triton sees it; without SHUFFLE the address."""
     if SHUFFLE:
-        return tl.inline_asm_elementwise(_OF_LANE, "=r,l", [table_ptr.to(tl.int64)], tl.float32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(_OF_LANE, "=r,l", [table_ptr.to(tl.int64)], tl.float32, is_pure=True, pack=1)
     else:
         return table_ptr
 
@@ -118,7 +120,7 @@ def codes(words, table, SHUFFLE: tl.constexpr):
     is read from memory."""
     if SHUFFLE:
         return tl.inline_asm_elementwise(
-            _LOOK_UP, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words, table], (tl.float32,) * 8, is_pure=False, pack=1
+            _LOOK_UP, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words, table], (tl.float32,) * 8, is_pure=True, pack=1
         )
     else:
         return (
@@ -131,13 +133,14 @@ def codes(words, table, SHUFFLE: tl.constexpr):
 
 @jit
 def block_scales(absmax_ptr, nested_ptr, dynamic_ptr, block, groups, keep):
-    """Scales of blocks `block`; nested ones come with a factor and an offset for each of `groups` of 256."""
+    """Scales of blocks `block`; nested ones come with a factor and an offset for each of `groups` of 256. The product
+    is rounded before the sum, as bitsandbytes does: an fma with zero is not fused with it."""
     absmax = tl.load(absmax_ptr + block, mask=keep, other=None if keep is None else 0)
     if nested_ptr is not None:
         nested_ptr += block // _GROUP
         factor = tl.load(nested_ptr, mask=keep, other=None if keep is None else 0.0)
         offset = tl.load(nested_ptr + groups, mask=keep, other=None if keep is None else 0.0)
-        absmax = tl.load(dynamic_ptr + absmax.to(tl.int32)) * factor + offset
+        absmax = tl.fma(tl.load(dynamic_ptr + absmax.to(tl.int32)), factor, 0.0) + offset
     return absmax
 
 

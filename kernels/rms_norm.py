@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillava.kernels import configs, pointwise_cpu
+from minillava.kernels import configs
+from minillava.kernels.cpu import pointwise as pointwise_cpu
 from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl, wide
 
 SMALL = 1 << 17  # numbers; up to here on a CPU the plain code's few calls are faster (bench/LOG.md)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillava.kernels import configs, pointwise_cpu
+from minillava.kernels import configs
+from minillava.kernels.cpu import pointwise as pointwise_cpu
 from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl
 
 LARGE = 1 << 21  # fp32 numbers; from here on this is faster than the plain code on a CPU too (bench/LOG.md)

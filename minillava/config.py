@@ -1,26 +1,17 @@
 """ModelConfig: what the weights need, and nothing about training.
 
 A family is a value of `ModelConfig`, not a class: LLaVA v1 and 1.5 differ in `projector.layers`, CLIP and SigLIP in
-five fields of `VisionConfig`. `minillava.weights` reads a ModelConfig out of any family's config.json.
+five fields of `VisionConfig`. `minillava.checkpoints` reads a ModelConfig out of any family's config.json.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-T = TypeVar("T")
+from minillava.errors import UserError
 
-
-class UserError(Exception):
-    """A mistake in the input that its owner can mend: one line that names the file or sample and the remedy.
-
-    The command line prints it without a traceback and exits with status 2.
-    """
+IGNORE = -100  # label of a position that is not supervised, as in PyTorch and transformers
 
 
 @dataclass(frozen=True)
@@ -34,16 +25,22 @@ class VisionConfig:
     image_size: int = 336  # pixels a side, of the square that the tower sees
     patch_size: int = 14  # pixels a side
     activation: Literal["quick_gelu", "gelu_tanh", "gelu"] = "quick_gelu"  # of CLIP, SigLIP and RICE
-    norm_eps: float = 1e-5  # of every LayerNorm
+    norm_eps: float = 1e-5  # of every norm
     class_token: bool = True  # a learned token in front of the patches
     pre_norm: bool = True  # a LayerNorm before block 0
     patch_bias: bool = False  # a bias in the patch convolution
     select_layers: tuple[int, ...] = (-2,)  # hidden states used, counted as transformers does; several are concatenated
     keep_class_token: bool = False  # "cls_patch"/"full": hand the class token to the projector too
-    rotary: bool = False  # 2D rotary embedding in place of a position table: pictures of any size, of which a view is
-    # one patch (image_size == patch_size), and a class token in front of each frame (RICE)
+    rotary: bool = False  # rotary embedding in place of a position table: pictures of any size, of which a view is one
+    # patch (image_size == patch_size), and the class token, where there is one, in front of each frame (RICE)
     strip_slip: bool = False  # rotary: drop the class tokens of several frames as OneVision-1.5's own file does, which
     # takes one wrong row more for each frame behind the first; its training code and the default here do not
+    rotary_shares: tuple[int, int, int] = (0, 1, 1)  # rotary: of the frequencies, to time, row and column
+    rotary_pairs: bool = False  # rotary: channels 2i and 2i + 1 turn by the angles of halves (OneVision-Encoder)
+    rotary_theta: float = 10000.0
+    window: int = 1  # rotary: frames of one row that see each other; 0: all
+    norm: Literal["layer", "rms"] = "layer"
+    final_norm: bool = False  # run the norm behind the last block too (OneVision-Encoder's use_head)
 
     @property
     def patches_per_side(self) -> int:
@@ -78,7 +75,7 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """A rotary embedding stretched over a longer context than it was trained for; `minillava.decoder.frequencies`."""
+    """A rotary embedding stretched over a longer context than it was trained for; `layers.rotary.frequencies`."""
 
     kind: Literal["linear", "llama3"] = "linear"  # linear: all frequencies over `factor`; llama3: only the slow ones
     factor: float = 1.0
@@ -127,7 +124,7 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """How a picture or clip becomes views of the tower's size, and their features visual tokens: `minillava.layout`.
+    """How a picture or clip becomes views of the tower's size, and their features visual tokens: `visual_tokens.py`.
 
     The defaults are LLaVA-1.5's: a picture is one view, and its features are the tokens.
     """
@@ -148,23 +145,27 @@ class LayoutConfig:
     video_fps: float = 0.0  # frames a second that are looked at; 0: spread evenly over the clip
     max_frames: int = 32  # of a clip; where there are more they are spread evenly
     time_instruction: bool = False  # tell the model the clip's length and when its frames are (LLaVA-Video)
+    # which frames: spread evenly, positions truncated; rounded: those of OneVision-2, 8 or 16 of a short clip
+    video_sampling: Literal["truncated", "rounded"] = "truncated"
+    num_frames: int = 0  # rounded: so many of any clip (video_fps wins); 0: by its length
+    one_row: bool = False  # native: frames of a clip see each other within vision.window; else each is a picture
+    time_tags: bool = False  # each frame is a picture of its own in the prompt, behind "<1.5 seconds>" (OneVision-2)
+    time_decimals: int = 1  # of these tags
 
     def __post_init__(self) -> None:
         if self.video_newline != "no_token" and self.merge != "unpad":
-            raise UserError(
-                f"layout.video_newline {self.video_newline!r} goes with merge 'unpad'; set that, or 'no_token'"
-            )
+            raise UserError(f"video_newline {self.video_newline!r} goes with merge 'unpad'; set that, or 'no_token'")
         if self.max_tiles and self.merge != "unpad":
-            raise UserError("layout.max_tiles goes with merge 'unpad'; set that, or 0 tiles")
+            raise UserError("max_tiles goes with merge 'unpad'; set that, or 0 tiles")
         if self.video_stride < 1 or self.max_frames < 1 or any(min(grid) < 1 for grid in self.grids):
-            raise UserError("layout: video_stride, max_frames and the sides of grids must be 1 or more")
+            raise UserError("one of video_stride, max_frames and the sides of grids is 0 or less; use 1 or more")
 
 
 @dataclass(frozen=True)
 class ChatConfig:
     """How a conversation becomes ids, and where an answer stops. Stored in the checkpoint, never guessed from paths."""
 
-    template: str = "vicuna_v1"  # a name of minillava.chat.TEMPLATES, or "jinja" for the checkpoint's own
+    template: str = "vicuna_v1"  # a name of minillava.chat.templates.TEMPLATES, or "jinja" for the checkpoint's own
     jinja: str = ""  # the checkpoint's chat template, when template == "jinja"
     split_at_image: bool = True  # original LLaVA: tokenise the text on either side of <image> on its own
     image_start_end: bool = False  # wrap the image in <im_start> and <im_end> (LLaVA v1)
@@ -176,6 +177,7 @@ class ChatConfig:
     eos_ids: tuple[int, ...] = (2,)  # any of them ends an answer
     pad_id: int | None = None
     stop_strings: tuple[str, ...] = ()  # texts that end an answer ("###" of llava_v0)
+    repetition_penalty: float = 1.0  # of generation_config.json
 
     @property
     def markers(self) -> dict[str, int]:
@@ -196,63 +198,16 @@ class ModelConfig:
     chat: ChatConfig = field(default_factory=ChatConfig)
 
 
-def nearest(name: str, known: Any) -> str:
-    """' (did you mean ...?)' for a mistyped name, or the list of the known ones."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else f" (known: {', '.join(sorted(known))})"
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on the linear layers of one part (arXiv 2106.09685). The defaults are LLaVA-1.5's."""
 
+    rank: int = 128
+    alpha: float = 256.0  # the update is scaled by alpha / rank
+    dropout: float = 0.05  # of what goes into an adapter
+    targets: tuple[str, ...] = ()  # last words of the layers' names, such as q and v; empty: all but the head
 
-def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Build a (nested) frozen dataclass from plain JSON or TOML values.
-
-    Raises UserError for an unknown key (naming the nearest known one) and for a value of the wrong type.
-    `where` names the file for the message.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
-    kwargs: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise UserError(f"{where}: unknown key '{key}'{nearest(key, fields)}")
-        kwargs[key] = _convert(hints[key], value, f"{where}: {key}")
-    try:
-        return cls(**kwargs)
-    except UserError as error:  # of a class that checks its values
-        raise UserError(f"{where}: {error}") from None
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The plain values of a config, for JSON: tuples become lists."""
-    return dataclasses.asdict(
-        config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
-    )
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Check `value` against a field's type; turn lists into tuples and dicts into dataclasses."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
-    if origin is Literal:
-        if value not in args:
-            raise UserError(f"{where} is {value!r}{nearest(str(value), args)}")
-        return value
-    if origin is tuple and isinstance(value, list | tuple):
-        inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
-        if len(inner) != len(value):
-            raise UserError(f"{where}: expected {len(inner)} values, got {len(value)}")
-        names = (f" '{v['name']}'" if isinstance(v, dict) and "name" in v else "" for v in value)
-        return tuple(_convert(h, v, where + name) for h, v, name in zip(inner, value, names))
-    if origin is dict and isinstance(value, dict):
-        return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_dict(hint, value, where)  # type: ignore[arg-type]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Any or (
-        isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    ):
-        return value
-    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+    @property
+    def scale(self) -> float:
+        """What the product of the two factors is multiplied by."""
+        return self.alpha / self.rank

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +10,8 @@ from functools import cache
 
 import torch
 
-from minillava.config import UserError, nearest
+from minillava.errors import UserError, nearest
+from minillava.kernels.cpu import library as cpu
 
 
 def pick_device(name: torch.device | str = "auto", auto: Sequence[str] = ("cuda",)) -> torch.device:
@@ -32,8 +33,10 @@ def pick_device(name: torch.device | str = "auto", auto: Sequence[str] = ("cuda"
 
 
 def describe_device(device: torch.device) -> str:
-    """The device and torch's version in a few words."""
-    threads = f"{device.type} ({torch.get_num_threads()} threads)"
+    """The device and torch's version in a few words; of a CPU its class, threads and how these wait."""
+    waits = [f"{name}={os.environ[name]}" for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ]
+    kind = [cpu.chosen_class() or ""] if device.type == "cpu" else []
+    threads = f"{device.type} ({', '.join(filter(None, (*kind, f'{torch.get_num_threads()} threads', *waits)))})"
     return f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else threads}, torch {torch.__version__}"
 
 
@@ -41,7 +44,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16: elsewhere it is emulated, and slower than float32."""
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return device.type == "cpu" and cpu.multiplies_bf16()
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -79,8 +82,13 @@ def _seconds(work: Callable[[], torch.Tensor], device: torch.device, times: int)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held so far: of the GPU by PyTorch's tensors, else of the process."""
+    """Most memory held so far: of the GPU by PyTorch's tensors, else of the process (0 on Windows, which has no such
+    call in Python)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource  # POSIX only
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

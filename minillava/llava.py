@@ -8,23 +8,26 @@ Letters: T tokens, N views of the tower's size, P patches of one, D width, V voc
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minillava.cache import KVCache
-from minillava.config import ModelConfig, UserError
+from minillava.config import IGNORE, ModelConfig
 from minillava.decoder import Decoder
+from minillava.errors import UserError
 from minillava.kernels.linear_cross_entropy import linear_cross_entropy
-from minillava.layout import Span, view_span
-from minillava.projector import Projector, pack, pool
+from minillava.layers.cache import KVCache
+from minillava.projector import Projector, arrange, pool
+from minillava.visual_tokens import Span, patch_positions, view_span
 from minillava.vit import VisionTower
 
-IGNORE = -100  # label of a position that is not supervised
+PATCHES_A_VIEW = 576  # at native size a view of `at_once` is as many patches: those of CLIP-L/336
 
 
-class LLaVA(nn.Module):
+class LLaVAModel(nn.Module):
     """Tower, projector and decoder of one config; packed sequences in, logits or the summed loss out."""
 
     def __init__(self, config: ModelConfig):
@@ -33,6 +36,12 @@ class LLaVA(nn.Module):
         self.vision = VisionTower(config.vision)
         self.projector = Projector(config)
         self.decoder = Decoder(config.decoder)
+
+    def under(self, config: ModelConfig) -> LLaVAModel:
+        """The same network, with the same weights, under a config that differs in chat or layout."""
+        model = copy.copy(self)
+        model.config = config
+        return model
 
     def forward(
         self,
@@ -43,31 +52,45 @@ class LLaVA(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
         spans: Sequence[Span] = (),
+        visual: Sequence[Tensor] = (),
+        slots: Sequence[int] | None = None,
+        shown: Sequence[int] = (),
+        by_sequence: bool = False,
     ) -> Tensor:
-        """Logits [T, V], or with labels the sum of the losses over the supervised positions, in float32.
+        """Logits [T, V], or with labels the sum of the losses over the supervised positions, in float32:
+        one sum, or with `by_sequence` that of each sequence, [B].
 
         `input_ids` is [T] with boundaries `cu_seqlens` (one sequence if None), or [B, T] for B equally long ones.
         `images` is pixels [N, 3, S, S] of all views, in the order of their placeholders; `spans` says which of them are
-        one picture or clip, and how (by default each is a picture). `labels` holds at each position the id that
-        stands there, or -100; the shift by one happens here. `last_only` keeps the last position of each sequence.
+        one picture or clip, and how (by default each is a picture). `visual` is what `see` made of them, if it did.
+        Where `shown` is given, the placeholders are for pictures of these numbers: one may stand in several sequences.
+        `labels` holds at each position the id that stands there, or -100; the shift by one happens here. With a cache
+        sequence b continues slot `slots[b]` (b if None), and [B, 1] is a decode step, which asks nothing of the host.
+        `last_only` keeps the last position of each sequence.
         Raises UserError if placeholders and visual features disagree in number.
         """
-        if input_ids.ndim == 2:
-            cu_seqlens = range(0, input_ids.numel() + 1, input_ids.shape[1])
         ids_T = input_ids.flatten()
-        cu_seqlens = (0, len(ids_T)) if cu_seqlens is None else cu_seqlens
-
+        boundaries = _boundaries(input_ids, cu_seqlens)
         x_TD = self.embed(ids_T)
         if images is not None and len(images):
-            x_TD = self.splice(x_TD, ids_T, self.see(images, spans))
+            visual = self.see(images, spans)
+        if shown:
+            visual = [visual[number] for number in shown]
+        if len(visual):
+            x_TD = self.splice(x_TD, ids_T, visual)
 
+        # Only supervised positions go through the end of the last block and the head.
         if labels is not None:
-            next_T = next_labels(labels.flatten(), cu_seqlens)
+            next_T = next_labels(labels.flatten(), boundaries)
             where_S, next_S = supervised(next_T)
-            x_SD = self.decoder(x_TD, cu_seqlens, cache, where_S)
+            x_SD = self.decoder(x_TD, boundaries, cache, where_S)
+            if by_sequence:
+                return losses_of(x_SD, self.decoder.head_weight, next_S, lengths_in(where_S, boundaries))
             return linear_cross_entropy(x_SD, self.decoder.head_weight, next_S)
-        ends_B = torch.tensor(cu_seqlens[1:], device=x_TD.device) - 1 if last_only else None
-        return self.decoder.logits(self.decoder(x_TD, cu_seqlens, cache, ends_B))
+        if cache is not None and input_ids.shape[1:] == (1,):
+            return self.decoder.logits(self.decoder(x_TD, None, cache))
+        ends_B = torch.tensor(boundaries[1:], device=x_TD.device) - 1 if last_only else None
+        return self.decoder.logits(self.decoder(x_TD, boundaries, cache, ends_B, slots))
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Word embeddings [T, D]; a placeholder outside the vocabulary gets those of id 0 until it is replaced."""
@@ -79,37 +102,46 @@ class LLaVA(nn.Module):
     def see(self, images: Tensor, spans: Sequence[Span] = (), at_once: int = 0) -> list[Tensor]:
         """Pixels [N, 3, S, S] of the views -> visual tokens [T, D] of each picture or clip.
 
-        A frozen tower is run without building a graph. `at_once` bounds the views in one pass of the tower.
+        `at_once` bounds the views in one pass of the tower (0: all).
         """
-        layout = self.config.layout
         spans = spans or [view_span(self.config)] * len(images)
-        images = images.to(self.vision.patch_embedding.weight.dtype)
-        frozen = not any(p.requires_grad for p in self.vision.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            if self.config.vision.rotary:
-                merge, frames = self.config.projector.merge, [span.frames for span in spans]
-                if at_once and not self.config.vision.strip_slip:  # frames do not see each other
-                    frames = [(1, rows, columns) for count, rows, columns in frames for _ in range(count)]
-                    parts = images.split([rows * columns for _, rows, columns in frames])
-                    seen = [self.vision(part, [frame], merge) for part, frame in zip(parts, frames)]
-                else:
-                    seen = [self.vision(images, frames, merge)]
-            else:
-                seen = [self.vision(some) for some in images.split(at_once or len(images))]
-            features_NPC = torch.cat(seen) if len(seen) > 1 else seen[0]
-        features_NPC = features_NPC.to(next(self.projector.parameters()).dtype)
         if self.config.vision.rotary:
-            return list(self.projector(features_NPC).flatten(0, 1).split([span.tokens for span in spans]))
-        views = [span.views for span in spans]
-        if not any(span.clip for span in spans):
-            parts = self.projector(features_NPC).split(views)
-        elif layout.pool_first:
-            pooled = (pool(x, layout) if s.clip else x for x, s in zip(features_NPC.split(views), spans))
-            parts = [self.projector(x_NPC) for x_NPC in pooled]
+            parts = self._see_native(images, spans, at_once)
+        elif self.config.layout.pool_first and any(span.clip for span in spans):
+            parts = self._pool_and_project(self.features(images, at_once), spans)
         else:
-            projected = self.projector(features_NPC).split(views)
-            parts = [pool(x, layout) if s.clip else x for x, s in zip(projected, spans)]
-        return [pack(x_NPD, span, layout, self.projector.newline) for x_NPD, span in zip(parts, spans)]
+            parts = self.projector(self.features(images, at_once)).split([span.views for span in spans])
+        return [arrange(x_NPD, span, self.config.layout, self.projector.newline) for x_NPD, span in zip(parts, spans)]
+
+    def features(self, images: Tensor, at_once: int = 0) -> Tensor:
+        """What the tower makes of the views, [N, P, C]."""
+        seen = [self._look(some) for some in images.split(at_once or len(images))]
+        return torch.cat(seen) if len(seen) > 1 else seen[0]
+
+    def _look(self, images: Tensor, *where: Any) -> Tensor:
+        """One pass of the tower. One that is frozen runs without building a graph."""
+        weight, frozen = self.vision.patch_embedding.weight, not any(p.requires_grad for p in self.vision.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            features_NPC = self.vision(images.to(weight.dtype), *where)
+        return features_NPC.to(next(self.projector.parameters()).dtype)
+
+    def _see_native(self, images: Tensor, spans: Sequence[Span], at_once: int) -> Sequence[Tensor]:
+        """Towers that take pictures of any size as patches: some windows of them in a pass, or all in one.
+
+        A pass is projected before the next begins: what is held of a long video is its tokens.
+        """
+        positions_P3 = torch.cat([patch_positions(span, self.config.projector.merge) for span in spans])
+        windows = [patches for span in spans for patches in span.windows]
+        bounded = at_once and not self.config.vision.strip_slip
+        passes = split_windows(windows, at_once * PATCHES_A_VIEW) if bounded else [windows]
+        sizes = [sum(some) for some in passes]
+        parts = zip(images.split(sizes), positions_P3.split(sizes), passes)
+        return torch.cat([self.projector(self._look(*part)) for part in parts]).split([span.tokens for span in spans])
+
+    def _pool_and_project(self, features_NPC: Tensor, spans: Sequence[Span]) -> list[Tensor]:
+        """transformers' LLaVA-NeXT-Video pools the frames of a clip before the projector, the original behind it."""
+        parts = zip(features_NPC.split([span.views for span in spans]), spans)
+        return [self.projector(pool(x, self.config.layout) if span.clip else x) for x, span in parts]
 
     def splice(self, x_TD: Tensor, ids_T: Tensor, visual: Sequence[Tensor]) -> Tensor:
         """Put the visual tokens [T, D] of each picture and clip where the placeholders are, in this order."""
@@ -142,6 +174,23 @@ class LLaVA(nn.Module):
                     p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
 
 
+def _boundaries(input_ids: Tensor, cu_seqlens: Sequence[int] | None) -> Sequence[int]:
+    """Where sequences begin and end in the flat ids: as given, one, or the rows of a matrix."""
+    if input_ids.ndim == 2:
+        return range(0, input_ids.numel() + 1, input_ids.shape[1])
+    return (0, len(input_ids)) if cu_seqlens is None else cu_seqlens
+
+
+def split_windows(windows: Sequence[int], most: int) -> list[list[int]]:
+    """Windows of patches in passes of at most so many patches; a larger window has a pass of its own."""
+    passes: list[list[int]] = [[]]
+    for patches in windows:
+        if passes[-1] and sum(passes[-1]) + patches > most:
+            passes.append([])
+        passes[-1].append(patches)
+    return passes
+
+
 def next_labels(labels_T: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
     """Shift labels so that position t holds the label of t + 1; the last of each sequence predicts nothing."""
     next_T = torch.cat([labels_T[1:], labels_T.new_full((1,), IGNORE)])
@@ -157,3 +206,15 @@ def supervised(next_T: Tensor) -> tuple[Tensor, Tensor]:
     more = -len(where_S) % 64
     labels_S = torch.cat([next_T[where_S], next_T.new_full((more,), IGNORE)])
     return torch.cat([where_S, where_S[-1:].expand(more)]), labels_S
+
+
+def lengths_in(where_S: Tensor, cu_seqlens: Sequence[int]) -> list[int]:
+    """How many of the positions, which are in order, lie in each sequence."""
+    ends_B = torch.searchsorted(where_S, torch.tensor(cu_seqlens, device=where_S.device))
+    return ends_B.diff().tolist()
+
+
+def losses_of(x_SD: Tensor, weight_VD: Tensor, next_S: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The sum of the losses of each of so many positions, [B]."""
+    parts = zip(x_SD.split(list(lengths)), next_S.split(list(lengths)))
+    return torch.stack([linear_cross_entropy(x, weight_VD, labels) for x, labels in parts])

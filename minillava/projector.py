@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from minillava.config import LayoutConfig, ModelConfig
 from minillava.kernels.fused_mlp import fused_mlp
-from minillava.layout import Span
-from minillava.vit import ACTIVATIONS
+from minillava.layers.activations import ACTIVATIONS
+from minillava.visual_tokens import Span
 
 
 class Projector(nn.Module):
@@ -61,8 +61,8 @@ def pool(x_NPC: Tensor, layout: LayoutConfig) -> Tensor:
     return x_NCHW.flatten(2).transpose(1, 2)
 
 
-def pack(x_NPD: Tensor, span: Span, layout: LayoutConfig, newline_D: Tensor | None) -> Tensor:
-    """Projected features of the views of one picture or clip (its frames pooled) -> its visual tokens [T, D].
+def arrange(x_NPD: Tensor, span: Span, layout: LayoutConfig, newline_D: Tensor | None) -> Tensor:
+    """Projected features of the views of one picture or clip -> its visual tokens [T, D].
 
     Base view first, then the map of its tiles; see `LayoutConfig` for where the newline goes.
     """
@@ -72,7 +72,8 @@ def pack(x_NPD: Tensor, span: Span, layout: LayoutConfig, newline_D: Tensor | No
         assert newline_D is not None
         return torch.cat([x_NTD, newline_D.to(x_NTD.dtype).expand(len(x_NTD), 1, -1)], dim=1)
 
-    if span.clip:
+    if span.clip and not span.native:
+        x_NPD = x_NPD if layout.pool_first else pool(x_NPD, layout)
         if layout.video_newline == "grid":
             x_NPD = ended(x_NPD.unflatten(1, (span.height, span.width)).flatten(0, 1))
         elif layout.video_newline == "frame":

@@ -6,30 +6,39 @@ suggests the nearest. What a run used is written back as TOML beside its results
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import glob
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from minillava.config import ChatConfig, LayoutConfig, ModelConfig, UserError, from_dict, nearest, to_dict
+from minillava.config import ChatConfig, LayoutConfig, LoRAConfig, ModelConfig
+from minillava.errors import UserError, nearest
+from minillava.files import read_text
+from minillava.schema import from_dict, to_dict
 
-# Keys that may differ when a run is resumed: they do not change what is computed.
-FREE_KEYS = (
-    *("out", "workers", "save_every", "keep", "log_every", "shard", "offload", "timeout", "checkpointing", "compile"),
-    "sinks",
+# Keys that may be others when a run is resumed: where and how it computes, what it shows, how long and how fast it
+# learns from there on. The rest is what checkpoints and the order of the data depend on.
+ON_RESUME = (
+    *("workers", "save_every", "keep", "log_every", "shard", "offload", "timeout", "checkpointing", "compile", "sinks"),
+    *("steps", "epochs", "lr", "warmup", "schedule", "floor", "weight_decay", "clip", "eval_every"),
 )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """One file of samples in LLaVA's JSON format."""
+    """A data set: conversations in any layout of minillava/data/layouts.py."""
 
-    path: str = ""  # .json or .jsonl
-    images: str = ""  # the folder or zip that its image paths are relative to; may be empty for text alone
+    path: str = ""  # JSON, JSON lines, parquet, Arrow or a tar; a folder of them, or a pattern; a hub id (OWNER/NAME)
+    images: str = ""  # the folder or zip that its image paths are relative to; empty: they are in the rows, or none
     take: str = "all"  # which of its samples: all, first:N, end:N or random:N (by seed); N may be a percentage
+    bad: Literal["stop", "skip"] = "stop"  # what a sample does that cannot be used: stop the run before it starts
+    max_bad: float = 0.01  # share of its samples that skip may leave out
+    fetch: str = ""  # folder that pictures given by URL are fetched into; empty: none is fetched
+    stream: bool = False  # read parquet of the hub over the network, in place of fetching it first
 
 
 @dataclass(frozen=True)
@@ -55,18 +64,13 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters on the linear layers of one part (arXiv 2106.09685). The defaults are LLaVA-1.5's."""
+class DPOConfig:
+    """How task dpo learns from preferences (arXiv 2305.18290). The defaults are those of LLaVA-NeXT's script."""
 
-    rank: int = 128
-    alpha: float = 256.0  # the update is scaled by alpha / rank
-    dropout: float = 0.05  # of what goes into an adapter
-    targets: tuple[str, ...] = ()  # last words of the layers' names, such as q and v; empty: all but the head
-
-    @property
-    def scale(self) -> float:
-        """What the product of the two factors is multiplied by."""
-        return self.alpha / self.rank
+    beta: float = 0.1  # how far the model may move from where it started: the larger, the less
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"  # 2305.18290; SLiC, 2305.10425; 2310.12036
+    cross_entropy: float = 0.0  # weight of the chosen answer's mean loss a token beside it (RPO, 2404.19733)
+    cached: bool = False  # the start's log-probabilities are computed once, before training, not in every step
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,14 @@ class StageConfig:
     """One stage. The defaults are those that all of LLaVA's scripts share (HF Trainer's where they are silent)."""
 
     name: str = ""
-    task: str = "llava"  # a name of minillava.tasks.TASKS
+    task: str = "llava"  # a name of minillava.training.task.TASKS
     data: tuple[DataConfig, ...] = ()
     eval_data: tuple[DataConfig, ...] = ()  # empty: eval_samples are held out of data
     shapes: dict[str, Any] = field(default_factory=dict)  # options of the built-in world; the task reads them
     chat: dict[str, Any] = field(default_factory=dict)  # keys of ChatConfig for this stage, such as template = "plain"
     layout: dict[str, Any] = field(default_factory=dict)  # keys of LayoutConfig for this stage, laid over the model's
     lr: dict[str, float] = field(default_factory=dict)  # peak learning rate per part; a part without one is frozen
+    dpo: DPOConfig = field(default_factory=DPOConfig)  # of task dpo
     lora: dict[str, LoRAConfig] = field(default_factory=dict)  # parts that train adapters (at their lr) in their place
     steps: int = 0  # optimizer steps; or
     epochs: float = 0.0  # passes over the data
@@ -88,8 +93,8 @@ class StageConfig:
     micro_batch: int = 0  # samples a forward pass on one rank; 0: all of batch_size, in equal shares
     row_tokens: int = 0  # pack samples into rows of this many tokens; batch_size and micro_batch then count rows
     warmup: float = 0.03  # share of the steps in which the rate rises linearly
-    schedule: Literal["cosine", "constant"] = "cosine"  # of the rate, behind its rise
-    floor: float = 0.0  # share of the peak rate that the cosine ends at
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the rate, behind its rise
+    floor: float = 0.0  # share of the peak rate that cosine and linear end at
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"  # 8 bits: bitsandbytes'; muon: matrices, AdamW the rest
     weight_decay: float = 0.0  # of matrices; norms, biases and embeddings never decay
     betas: tuple[float, float] = (0.9, 0.999)
@@ -122,8 +127,9 @@ class Recipe:
     name: str = ""
     seed: int = 42
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, cuda:1, mps
+    deterministic: bool = False  # on a GPU too the same bits in every run: attention's backward costs two fifths more
     out: str = ""  # the run's folder; empty: runs/NAME
-    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()  # who is told what the log is told
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where else the log's numbers go
     shard: int = 0  # ranks that share one copy of the model under torchrun (HSDP: those of a node); 0: all
     offload: bool = False  # under torchrun, keep parameters and optimizer in the hosts' memory
     timeout: float = 10.0  # minutes after which a rank that waits for the others says where it stands and gives up
@@ -138,34 +144,56 @@ class Recipe:
 def read_recipe(path: Path, sets: Sequence[str] = (), out: str | None = None) -> Recipe:
     """The recipe in a TOML file, with `--set` changes applied and everything checked.
 
-    Raises UserError that names the file and the key.
+    Paths are relative to the working folder or, where nothing is there, to the file's. Raises UserError that
+    names the file and the key.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        values = tomllib.loads(read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        why = str(error).replace(" (at ", ", ").removesuffix(")")
         raise UserError(
-            f"{path}: cannot be read ({error}); give the path of a recipe such as recipes/nano.toml"
+            f"{path}: is not TOML ({why}); correct it, or give a recipe such as recipes/nano.toml"
         ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: is not TOML: {error}") from None
     for text in sets:
         _set(values, text)
     if out is not None:
         values["out"] = out
     values.setdefault("name", path.stem)
-    recipe = from_dict(Recipe, values, str(path))
+    recipe = _find_files(from_dict(Recipe, values, str(path)), path.parent)
     _check(recipe, str(path))
     return recipe
+
+
+def _find_files(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with `folder` put before each path that is there and not in the working folder."""
+
+    def find(path: str) -> str:
+        return str(folder / path) if path and not Path(path).exists() and (folder / path).exists() else path
+
+    def find_all(files: tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:
+        return tuple(replace(file, path=find_data(file.path), images=find(file.images)) for file in files)
+
+    def find_data(path: str) -> str:
+        beside = str(folder / path)
+        return beside if glob.has_magic(path) and not glob.glob(path) and glob.glob(beside) else find(path)
+
+    m, made = recipe.model, ("data", "shapes")  # tokenizers that are made, not found
+    model = replace(
+        m, base=find(m.base), vision_from=find(m.vision_from), decoder_from=find(m.decoder_from),
+        adapter=find(m.adapter), tokenizer=m.tokenizer if m.tokenizer in made else find(m.tokenizer),
+    )  # fmt: skip
+    stages = (replace(s, data=find_all(s.data), eval_data=find_all(s.eval_data)) for s in recipe.stage)
+    return replace(recipe, model=model, stage=tuple(stages))
 
 
 def _set(values: dict[str, Any], text: str) -> None:
     """Apply one 'a.b.c=value'. Stages are addressed by name, number or * for all."""
     key, equals, raw = text.partition("=")
-    if not equals or not key.strip():
+    if not equals or not all(word.strip() for word in key.split(".")):
         raise UserError(f"--set {text}: expected key=value, such as --set stage.finetune.steps=100")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = raw.strip()  # a bare word or a path, which the shell has stripped of its quotes
     _assign(values, key.strip().split("."), value, f"--set {text}")
 
@@ -188,12 +216,47 @@ def _assign(node: Any, path: list[str], value: Any, where: str) -> None:
         if rest:
             node.setdefault(key, {})
     else:
-        raise UserError(f"{where}: '{key}' is inside a value, not a table")
+        raise UserError(f"{where}: '{key}' is inside a value, not a table; check the names before it")
     for target in targets:
         if rest:
             _assign(node[target], rest, value, where)
         else:
             node[target] = value
+
+
+COUNT, SIZE, SHARE, POSITIVE, ANY = "[0, inf)", "[1, inf)", "[0, 1]", "(0, inf)", "(-inf, inf)"
+# Of every number that a recipe can have; a width or a count that is none is refused before anything starts.
+RANGES: dict[str, dict[str, str]] = {
+    "Recipe": dict(seed="[0, 9223372036854)", shard=COUNT, timeout=POSITIVE),
+    "StageConfig": dict(
+        lr=POSITIVE, steps=COUNT, epochs=COUNT, batch_size=SIZE, micro_batch=COUNT, row_tokens=COUNT, warmup="[0, 1)",
+        floor=SHARE, weight_decay=COUNT, betas="[0, 1)", eps=POSITIVE, clip="[0, inf]", max_tokens="[2, inf)",
+        eval_every=COUNT, eval_samples=COUNT, save_every=COUNT, keep=SIZE, log_every=SIZE, workers=COUNT,
+        seed="[-1, 9223372036854)",
+    ),
+    "DataConfig": dict(max_bad=SHARE),
+    "DPOConfig": dict(beta=POSITIVE, cross_entropy=COUNT),
+    "LoRAConfig": dict(rank=SIZE, alpha=POSITIVE, dropout="[0, 1)"),
+    "VisionConfig": dict(
+        hidden_size=SIZE, intermediate_size=SIZE, num_layers=SIZE, num_heads=SIZE, image_size=SIZE, patch_size=SIZE,
+        norm_eps=POSITIVE, select_layers=ANY, rotary_shares=COUNT, rotary_theta=POSITIVE, window=COUNT,
+    ),
+    "ProjectorConfig": dict(layers="[1, 8]", merge=SIZE, norm_eps=POSITIVE),
+    "RopeScaling": dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "original_positions"), POSITIVE),
+    "DecoderConfig": dict(
+        vocab_size=SIZE, hidden_size=SIZE, intermediate_size=SIZE, num_layers=SIZE, num_heads=SIZE, num_kv_heads=SIZE,
+        head_dim=SIZE, rope_theta=POSITIVE, norm_eps=POSITIVE, max_positions=SIZE, num_experts=COUNT,
+        experts_per_token=SIZE, expert_size=SIZE,
+    ),
+    "ImageConfig": dict(size=SIZE, min_pixels=SIZE, max_pixels=SIZE, mean=ANY, std=POSITIVE),
+    "LayoutConfig": dict(
+        grids=SIZE, max_tiles=COUNT, video_stride=SIZE, video_fps=COUNT, max_frames=SIZE, num_frames=COUNT,
+        time_decimals="[0, 9]",
+    ),
+    "ChatConfig": dict(
+        image_token_id=ANY, video_token_id=ANY, bos_id=COUNT, eos_ids=COUNT, pad_id=ANY, repetition_penalty=POSITIVE,
+    ),
+}  # fmt: skip
 
 
 def _check(recipe: Recipe, where: str) -> None:
@@ -203,85 +266,107 @@ def _check(recipe: Recipe, where: str) -> None:
         if not holds:
             raise UserError(f"{where}: {message}")
 
-    from_dict(ModelConfig, recipe.model.tables, f"{where}: model")
+    check_ranges(recipe, RANGES, f"{where}: ")
+    check_ranges(from_dict(ModelConfig, recipe.model.tables, f"{where}: model"), RANGES, f"{where}: model.")
     require(bool(recipe.stage), "has no [[stage]]; add one")
+    parts = [name for name in ("vision_from", "decoder_from") if getattr(recipe.model, name)]
+    clash = f"model: a base has its tower and decoder; leave {', '.join(parts)} out"
+    require(not recipe.model.base or not parts, clash)
     names = [stage.name for stage in recipe.stage]
     for stage in recipe.stage:
         at = f"stage '{stage.name}'"
         require(
             stage.name.replace("-", "").replace("_", "").isalnum(),
-            f"{at}: a name of letters, digits, - and _ is needed",
+            f"{at}: the name has other characters than letters, digits, - and _; choose another",
         )
         require(names.count(stage.name) == 1, f"{at}: the name is used twice")
-        from_dict(ChatConfig, stage.chat, f"{where}: {at}: chat")
+        # Tables and data.
+        chat = from_dict(ChatConfig, stage.chat, f"{where}: {at}: chat")
         brought = {"merge": "unpad"} if recipe.model.base else {}  # a base's own layout is not known yet
-        from_dict(LayoutConfig, brought | recipe.model.layout | stage.layout, f"{where}: {at}: layout")
+        layout = from_dict(LayoutConfig, brought | recipe.model.layout | stage.layout, f"{where}: {at}: layout")
+        for kind, table in (("chat", chat), ("layout", layout)):
+            check_ranges(table, RANGES, f"{where}: {at}: {kind}.")
         for file in (*stage.data, *stage.eval_data):
             require(
-                re.fullmatch(r"all|(first|end|random):\d+(\.\d+)?%|(first|end|random):\d+", file.take) is not None,
+                re.fullmatch(r"all|(first|end|random):(?!0+(\.0*)?%?$)(\d+(\.\d+)?%|\d+)", file.take) is not None,
                 f"{at}: data: take '{file.take}'; use all, first:N, end:N or random:N, where N may be a percentage",
             )
+        # What is trained, how long and how fast.
         require(bool(stage.lr), f"{at}: lr is empty, nothing would be trained; set e.g. lr = {{projector = 1e-3}}")
-        for part, rate in stage.lr.items():
-            require(rate > 0, f"{at}: lr.{part} is {rate}; leave the part out to freeze it")
-        require((stage.steps > 0) != (stage.epochs > 0), f"{at}: set either steps or epochs")
-        require(stage.batch_size > 0 and stage.micro_batch >= 0, f"{at}: batch_size and micro_batch must be positive")
-        require(0 <= stage.warmup < 1, f"{at}: warmup is a share of the steps, from 0 to below 1")
-        require(0 <= stage.floor <= 1, f"{at}: floor is a share of the peak rate, from 0 to 1")
+        require(
+            (stage.steps > 0) != (stage.epochs > 0),
+            f"{at}: has steps = {stage.steps} and epochs = {stage.epochs:g}; set either steps or epochs and leave the "
+            f"other 0, as --set stage.{stage.name}.{'epochs' if stage.steps else 'steps'}={0 if stage.steps else 100}",
+        )
         require(
             not (stage.compile and stage.checkpointing == "selective"),
             f"{at}: compiled code does not show which products to keep; use checkpointing full or off with compile",
         )
-        for part, lora in stage.lora.items():
+        # Adapters.
+        for part in stage.lora:
             require(part in stage.lr, f"{at}: lora.{part} has no rate; give lr.{part}, or leave lora.{part} out")
-            require(lora.rank > 0 and 0 <= lora.dropout < 1, f"{at}: lora.{part}: rank > 0 and 0 <= dropout < 1")
         last = stage is recipe.stage[-1] or not (stage.lora and recipe.model.quantize)
         require(last, f"{at}: adapters over 4 bits can only be the last stage; start another recipe from the export")
-        require(stage.keep > 0 and stage.log_every > 0, f"{at}: keep and log_every must be at least 1")
-        require(stage.max_tokens > 1, f"{at}: max_tokens must be at least 2")
+        # Counts, and the lengths of samples and rows.
         require(
             not stage.row_tokens or stage.row_tokens >= stage.max_tokens,
             f"{at}: row_tokens is below max_tokens; a row must hold any sample (twice that leaves little empty)",
         )
 
 
+def check_ranges(config: Any, ranges: dict[str, dict[str, str]], where: str) -> None:
+    """Raise UserError for a number of a (nested) dataclass outside its interval: ranges["Class"]["field"], as "[0, 1)".
+
+    A number whose field has none is a KeyError; NaN is in no interval.
+    """
+    for part in dataclasses.fields(config):
+        pending = [(f"{where}{part.name}", getattr(config, part.name))]
+        while pending:
+            name, value = pending.pop()
+            if dataclasses.is_dataclass(value):
+                title = getattr(value, "name", "")
+                check_ranges(value, ranges, f"{name} '{title}': " if title else f"{name}.")
+            elif isinstance(value, dict):
+                pending += [(f"{name}.{key}", v) for key, v in value.items() if "Any" not in str(part.type)]
+            elif isinstance(value, tuple):
+                pending += [(name, v) for v in value]
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                interval = ranges[type(config).__name__][part.name]
+                if not _inside(value, interval):
+                    raise UserError(f"{name} is {value}, which is not in {interval}")
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    return (low < value or (low == value and interval[0] == "[")) and (
+        value < high or (value == high and interval[-1] == "]")
+    )
+
+
 def to_toml(recipe: Recipe) -> str:
     """The recipe as TOML that `read_recipe` reads back to the same value."""
-    values = to_dict(recipe)
-    stages = values.pop("stage")
-    model = values.pop("model")
-    lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
-    for title, table in (("[model]", model), *(("[[stage]]", stage) for stage in stages)):
-        lines += ["", title, *(f"{key} = {_toml(value)}" for key, value in table.items())]
-    return "\n".join(lines) + "\n"
+    try:
+        import tomli_w
+    except ImportError:
+        raise UserError("recipe.toml is written by tomli-w, which is not here: pip install tomli-w") from None
+    return tomli_w.dumps(to_dict(recipe))
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, float):
-        return repr(value)  # inf and nan are TOML too
-    return json.dumps(value)
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
-
-
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """'key: old -> new' for every key that differs and matters, in order."""
+def differences(old: Recipe, new: Recipe) -> dict[str, str]:
+    """key -> 'old -> new' for every key but the folder's that differs, in order."""
     before, after = (dict(_flat("", to_dict(recipe))) for recipe in (old, new))
-    keys = [key for key in {**before, **after} if key.rsplit(".", 1)[-1] not in FREE_KEYS]
     missing = "(absent)"
-    return [
-        f"{key}: {before.get(key, missing)} -> {after.get(key, missing)}"
-        for key in keys
-        if before.get(key, missing) != after.get(key, missing)
-    ]
+    return {
+        key: f"{before.get(key, missing)} -> {after.get(key, missing)}"
+        for key in {**before, **after}
+        if key != "out" and before.get(key, missing) != after.get(key, missing)
+    }
+
+
+def may_change(key: str, values: str) -> bool:
+    """Whether an entry of `differences` may be one between a run and its continuation: no part is added or taken."""
+    words = key.split(".")
+    return words[2 if words[0] == "stage" and len(words) > 2 else 0] in ON_RESUME and "(absent)" not in values
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -302,3 +387,11 @@ def stage_index(recipe: Recipe, name: str) -> int:
     if name not in names:
         raise UserError(f"recipe '{recipe.name}' has no stage '{name}'{nearest(name, names)}")
     return names.index(name)
+
+
+def with_tables(config: ModelConfig, tables: dict[str, dict[str, Any]], where: str) -> ModelConfig:
+    """The config with a recipe's [model] tables laid over it."""
+    values = to_dict(config)
+    for name, table in tables.items():
+        values[name] |= table
+    return from_dict(ModelConfig, values, where)

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from minillava import parallel
-from minillava.optim import Muon
-from minillava.pipeline import run_recipe
+from minillava.layers import sharded
 from minillava.recipe import read_recipe
-from minillava.trainer import Trainer
+from minillava.training import parallel
+from minillava.training.optim import Muon
+from minillava.training.pipeline import run_recipe
+from minillava.training.trainer import Trainer
 
 train_step = Trainer.train_step
 compile_, backend = torch.compile, ""
@@ -49,7 +50,7 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
 
             def recorded():
                 named = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
-                rows.append((drew, {name: parallel.whole(grad).clone() for name, grad in named.items()}))
+                rows.append((drew, {name: sharded.whole(grad).clone() for name, grad in named.items()}))
                 step()
 
             self.optimizer.step = recorded

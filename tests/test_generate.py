@@ -2,21 +2,23 @@
 
 import io
 import json
+import shutil
 import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, load_model
 from PIL import Image
 
 from minillava import LLaVA
-from minillava.weights import load_model, save_model
-
-sys.path.insert(0, str(ROOT))
-import generate
+from minillava.checkpoints.save import save_model
+from minillava.cli import ask, run_command
+from minillava.generation.conversation import Conversation
+from minillava.generation.look import draw
 
 FIELDS = [
     "text", "token_ids", "prompt_tokens", "image_tokens", "finish_reason",
@@ -40,7 +42,7 @@ def picture(tmp_path_factory):
 
 def run(capsys, *arguments):
     """(exit status, stdout, stderr)."""
-    status = generate.main([str(a) for a in arguments])
+    status = run_command("ask", [str(a) for a in arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -83,7 +85,19 @@ def test_sampling_arguments_arrive(capsys, folder):
 
     greedy, hot = ask(), ["--temperature", 2]
     assert ask(*hot, "--seed", 1) == ask(*hot, "--seed", 1) != ask(*hot, "--seed", 2)
-    assert ask(*hot, "--top-k", 1) == greedy == ask(*hot, "--top-p", 1e-6)
+    assert ask(*hot, "--top-k", 1) == greedy == ask(*hot, "--top-p", 1e-6) == ask(*hot, "--min-p", 1)
+    api = LLaVA.from_pretrained(folder).generate("what?", max_new_tokens=12, repetition_penalty=20.0)
+    assert ask("--repetition-penalty", 20) == api.token_ids != greedy
+
+
+def test_stops_end_an_answer_and_a_turn(capsys, folder, monkeypatch):
+    common = ["--model", folder, "--max-new-tokens", 12, "--json"]
+    free = json.loads(run(capsys, *common, "--prompt", "what?")[1])["text"]
+    stops = ["--stop", free[4:6], "--stop", "never"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what?\n"))
+    for more in (["--prompt", "what?"], ["--chat"]):
+        cut = json.loads(run(capsys, *common, *stops, *more)[1])
+        assert cut["text"] == free[: free.index(free[4:6])].strip() and cut["finish_reason"] == "stop"
 
 
 def test_raw_is_the_whole_prompt(capsys, folder, picture):
@@ -92,6 +106,26 @@ def test_raw_is_the_whole_prompt(capsys, folder, picture):
     assert answer["prompt_tokens"] == 1 + 1 + 4 + 1  # BOS, a word, the picture, a word
     assert "2 '<image>' in the text, but 1 pictures" in refused(capsys, *common, "<image> and <image>")
     assert "0 '<image>' in the text, but 1 pictures" in refused(capsys, *common, "none at all")
+
+
+def test_a_look_is_drawn_over_each_picture(capsys, folder, picture, tmp_path):
+    common = ["--model", folder, "--prompt", "what?", "--max-new-tokens", 12]
+    out = tmp_path / "look.png"
+    model = LLaVA.from_pretrained(folder)
+    answer = model.generate("what?", [picture], max_new_tokens=12)
+    word = answer.text[2:5]
+    status, text, err = run(capsys, *common, "--image", picture, "--look", word, "--out", out)
+    assert status == 0 and text == f"{answer.text}\n" and f"{out}: attention of {word!r}" in err
+    looks = model.look("what?", [picture], answer, word)
+    assert Image.open(out).tobytes() == draw(looks)[0].tobytes() != Image.open(picture).tobytes()
+    at = answer.text.index(word)
+    assert torch.equal(model.look("what?", picture, answer, (at, at + 3))[0].weights_T, looks[0].weights_T)
+    two = ["--image", picture, "--image", picture]
+    word = str(model.generate("what?", [picture] * 2, max_new_tokens=12))[:3]
+    assert run(capsys, *common, *two, "--look", word, "--out", out)[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"look.png", "look-1.png", "look-2.png"}
+    status, _, err = run(capsys, *common, "--image", picture, "--look", "nowhere", "--out", out)
+    assert status == 2 and err.endswith("error: the answer has no 'nowhere'\n")
 
 
 def test_chat_keeps_pictures_and_turns(capsys, folder, picture, monkeypatch):
@@ -103,9 +137,61 @@ def test_chat_keeps_pictures_and_turns(capsys, folder, picture, monkeypatch):
     assert second["prompt_tokens"] > first["prompt_tokens"] + len(first["token_ids"])
 
 
+def test_a_chat_takes_commands_and_survives_a_bad_turn(capsys, folder, picture, monkeypatch):
+    long = "why " * 300
+    lines = ["what?", "/image nowhere.png", f"/image {picture}", "and this?", long, "<image> no", "/imgae x", "/image",
+             "/reset", "what?", "/help", "/exit", "never asked"]  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    words = ["--model", folder, "--image", picture, "--chat", "--max-new-tokens", 4, "--json"]
+    status, out, err = run(capsys, *words)
+    first, both, again = (json.loads(line) for line in out.splitlines())
+    assert status == 0 and (first["image_tokens"], both["image_tokens"]) == (4, 8)
+    assert again["token_ids"] == first["token_ids"] and again["image_tokens"] == 4
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 5 and "no such image file" in errors[0] and "shorten" in errors[1] and "/help" in errors[3]
+    assert "/reset " in err
+
+
+def test_a_chat_survives_what_is_no_question(capsys, folder, picture, tmp_path, monkeypatch):
+    """Bytes that are no text, markers without pictures, folders and damaged files as pictures, a lack of memory."""
+    (tmp_path / "cut.png").write_bytes(Path(picture).read_bytes()[:60])
+    bad = [b"what \xff?", b"\xc3", b"<image><image> both?", b"/image " + bytes(tmp_path),
+           b"/image " + bytes(tmp_path / "cut.png"), b"/image a\0b", b"/image " + b"n" * 999, b"/image \xff.png",
+           b"too much?"]  # fmt: skip
+    lines = [b"what?", *bad, b"/reset", b"what?"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding="utf-8"))
+    asked = Conversation.ask
+
+    def ask_unless_too_much(self, question, *how):
+        if question == "too much?":
+            raise MemoryError
+        return asked(self, question, *how)
+
+    monkeypatch.setattr(Conversation, "ask", ask_unless_too_much)
+    words = ["--model", folder, "--image", picture, "--chat", "--max-new-tokens", 4, "--json"]
+    status, out, err = run(capsys, *words)
+    first, again = (json.loads(line) for line in out.splitlines())
+    assert status == 0 and again["token_ids"] == first["token_ids"]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(bad) and "byte 0xff behind" in errors[0] and "not enough memory" in errors[-1], err
+
+
+def test_what_generation_config_asks_for_is_done_or_named(capsys, folder, tmp_path):
+    shutil.copytree(folder, copy := tmp_path / "copy")
+    path = copy / "generation_config.json"
+    given = json.loads(path.read_text()) if path.is_file() else {}
+    given |= {"do_sample": True, "temperature": 0.7, "repetition_penalty": 50.0, "num_beams": 4, "typical_p": 1.0}
+    path.write_text(json.dumps(given))
+    words = ["--prompt", "what is this?", "--max-new-tokens", 16, "--json"]
+    _, out, err = run(capsys, "--model", copy, *words)
+    assert "note: " in err and "samples (temperature 0.7)" in err and "not applied: num_beams 4\n" in err
+    plain = json.loads(run(capsys, "--model", folder, *words)[1])["token_ids"]
+    assert json.loads(out)["token_ids"] != plain
+
+
 def test_no_arguments_ask_about_a_drawn_scene(capsys, folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "NANO", folder)
+    monkeypatch.setattr(ask, "NANO", folder)
     status, out, err = run(capsys)
     path = tmp_path / "runs" / "demo.png"
     assert status == 0 and f"picture:  {path}\n" in out and "question: " in out and "\nanswer:   " in out
@@ -159,19 +245,25 @@ def test_a_prompt_longer_than_the_context(capsys, folder):
     ("arguments", "reason"),
     [
         (["--promt", "what?"], "--promt"),
-        (["--max-new-tokens", "many"], "invalid int"),
-        (["--prompt", "what?", "--temperature", "-1"], "temperature is -1.0"),
+        (["--max-new-tokens", "many"], "--max-new-tokens is 'many'; use a whole number"),
+        (["--prompt", "what?", "--temperature", "-1"], "--temperature is -1; use 0 or more"),
+        (["--prompt", "what?", "--min-p", "1.5"], "--min-p is 1.5"),
+        (["--prompt", "what?", "--repetition-penalty", "0"], "--repetition-penalty is 0; use more than 0"),
+        (["--prompt", "what?", "--stop", ""], "--stop is empty"),
         (["--prompt", "what?", "--dtype", "float31"], "did you mean 'float32'"),
         (["--prompt", "what?", "--device", "gpu"], "device 'gpu' is unknown"),
         (["--prompt", "what?", "--device", "cuda:99"], "is not there"),
         (["--prompt", "what?", "--video", "clip.mp4"], "no such video file or folder of frames"),
         (["--prompt", "what?", "--video", __file__], "a video that cannot be decoded"),
-        (["--prompt", "what?", "--frames", "0"], "--frames takes 1 or more"),
+        (["--prompt", "what?", "--frames", "0"], "--frames is 0; use 1 or more"),
         (["--prompt", "what?", "--frames", "9999"], "9999 frames of a video do not fit the context"),
         (["--video", "clip.mp4"], "--video needs a question"),
         (["--prompt", "what?", "--quantize", "nf5"], "type 'nf5' is unknown"),
         (["--raw"], "--raw takes the whole prompt"),
         (["--image", __file__], "needs a question"),
+        (["--prompt", "what?", "--look", "red"], "--look takes --image and --prompt"),
+        (["--prompt", "what?", "--image", __file__, "--look", "red", "--out", "look.txt"], "look.txt: pictures end in"),
+        (["--prompt", "what?", "--out", "look.png"], "--out is where --look WORD draws"),
     ],
 )
 def test_bad_arguments(capsys, folder, arguments, reason):
@@ -182,7 +274,7 @@ def test_ctrl_c_is_no_traceback(capsys, folder, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate.Run, "once", interrupt)
+    monkeypatch.setattr(ask.Run, "once", interrupt)
     status, _, err = run(capsys, "--model", folder, "--prompt", "what?")
     assert status == 130 and err == "\ninterrupted\n"
 
@@ -233,3 +325,14 @@ def test_an_answer_imports_neither_compiler_nor_plotting(folder):
     )
     done = subprocess.run([sys.executable, "-c", program, folder], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["finish_reason"], done.stderr
+
+
+def test_the_model_that_ships_says_what_it_knows(capsys, folder, picture, monkeypatch, tmp_path):
+    """Asked about somebody's picture, once and on stderr; another model says nothing of it."""
+    monkeypatch.chdir(tmp_path)
+    note = "knows drawn scenes of a few coloured shapes"
+    arguments = ["--prompt", "what is it?", "--image", picture, "--max-new-tokens", 1, "--device", "cpu"]
+    status, out, err = run(capsys, *arguments)
+    assert status == 0 and err.count(note) == 1 and note not in out
+    assert note not in run(capsys, "--model", folder, *arguments)[2]
+    assert note not in run(capsys, "--prompt", "hello", "--max-new-tokens", 1, "--device", "cpu")[2]

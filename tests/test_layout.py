@@ -8,13 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from minillava.config import DecoderConfig, ImageConfig, LayoutConfig, ModelConfig, UserError, VisionConfig, from_dict
-from minillava.image import prepare_views
-from minillava.layout import clip_span, frame_limit, image_span, image_tokens
-from minillava.llava import LLaVA
-from minillava.projector import pack, pool
+from minillava.config import DecoderConfig, ImageConfig, LayoutConfig, ModelConfig, VisionConfig
+from minillava.errors import UserError
+from minillava.llava import LLaVAModel
+from minillava.media.image import prepare_views
+from minillava.projector import arrange, pool
+from minillava.schema import from_dict
+from minillava.visual_tokens import clip_span, frame_limit, image_span
 
 SIZES = [(336, 336), (1000, 500), (640, 480), (1, 9000)]
+
+
+def image_tokens(config, width, height, several=False):
+    return image_span(config, width, height, several).tokens
 
 
 @pytest.mark.parametrize("width,height", SIZES)
@@ -94,6 +100,9 @@ def test_frames_are_bounded_by_the_context():
     assert frame_limit(ModelConfig()) == (4096 - 1024) // 144
     long = dataclasses.replace(ModelConfig(), decoder=DecoderConfig(max_positions=32768))
     assert frame_limit(long) == 32
+    for context, frames in ((1024, 768 // 144), (2048, 1536 // 144), (100, 1)):  # a short one has room for some too
+        short = dataclasses.replace(ModelConfig(), decoder=DecoderConfig(max_positions=context))
+        assert frame_limit(short) == frames
 
 
 @pytest.mark.parametrize("merge,tokens", [("flat", 5 * 576), ("spatial", 5 * 576), ("unpad", 2340)])
@@ -107,8 +116,8 @@ def test_layouts_that_make_no_sense_are_refused():
         ({"merge": "best"}, r"merge is 'best' \(known: flat, spatial, unpad\)"),
         ({"video_newline": "grid"}, "video_newline 'grid' goes with merge 'unpad'; set that, or 'no_token'"),
         ({"max_tiles": 9}, "max_tiles goes with merge 'unpad'"),
-        ({"grids": ((0, 1),)}, "must be 1 or more"),
-        ({"max_frames": 0}, "must be 1 or more"),
+        ({"grids": ((0, 1),)}, "use 1 or more"),
+        ({"max_frames": 0}, "use 1 or more"),
     ):
         with pytest.raises(UserError, match=message):
             from_dict(LayoutConfig, values, "x")
@@ -136,7 +145,7 @@ def test_counts_equal_transformers_own(config, name):
 
 @pytest.mark.parametrize("config", [HF_NEXT, HF_OV, HD])
 def test_pixels_and_counts_agree_for_every_shape(config):
-    """What `prepare_views` and `pack` make of a picture has the views and the tokens that the span says."""
+    """What `prepare_views` and `arrange` make of a picture has the views and the tokens that the span says."""
     layout, P = dataclasses.replace(config.layout, max_tiles=1 if config.layout.max_tiles else 0), 3
     vision = VisionConfig(image_size=6, patch_size=2)
     config = ModelConfig(vision=vision, image=ImageConfig(6, "squash"), layout=layout)
@@ -144,14 +153,14 @@ def test_pixels_and_counts_agree_for_every_shape(config):
         pixels_NCHW, span = prepare_views(Image.new("RGB", (width, height)), config)
         assert pixels_NCHW.shape == (span.views, 3, 6, 6)
         x_NPD = torch.randn(span.views, P * P, 4)
-        assert pack(x_NPD, span, layout, torch.zeros(4)).shape == (span.tokens, 4), (width, height)
+        assert arrange(x_NPD, span, layout, torch.zeros(4)).shape == (span.tokens, 4), (width, height)
 
 
 @pytest.mark.parametrize("newline", ["no_token", "one_token", "frame", "grid"])
 def test_where_the_newlines_of_a_clip_go(newline):
     """Against the places written out: two frames of four patches, each a row of its own number, newline is -1."""
-    layout = LayoutConfig(merge="unpad", video_newline=newline)
-    config = dataclasses.replace(ModelConfig(), vision=VisionConfig(image_size=56), layout=layout)
+    layout = LayoutConfig(merge="unpad", video_newline=newline, video_stride=1)
+    config = dataclasses.replace(ModelConfig(), vision=VisionConfig(image_size=28), layout=layout)
     span = clip_span(config, 2)
     x_NPD = torch.arange(8.0).view(2, 4, 1)
     expected = {
@@ -160,7 +169,7 @@ def test_where_the_newlines_of_a_clip_go(newline):
         "frame": [0, 1, 2, 3, -1, 4, 5, 6, 7, -1],
         "grid": [0, 1, -1, 2, 3, -1, 4, 5, -1, 6, 7, -1],
     }[newline]
-    assert pack(x_NPD, span, layout, torch.tensor([-1.0])).squeeze(1).tolist() == expected
+    assert arrange(x_NPD, span, layout, torch.tensor([-1.0])).squeeze(1).tolist() == expected
     assert span.tokens == len(expected)
 
 
@@ -183,7 +192,7 @@ def test_whether_clips_are_pooled_before_the_projector(first):
     layout = LayoutConfig(pool_first=first)
     decoder = DecoderConfig(50, 16, 16, 1, 2, 2, 8)
     config = ModelConfig(VisionConfig(16, 16, 2, 2, 8, 2), decoder=decoder, image=ImageConfig(8), layout=layout)
-    model = LLaVA(config)
+    model = LLaVAModel(config)
     model.init_weights(0)
     pixels_NCHW = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -10,10 +10,11 @@ import dataclasses
 import pytest
 import torch
 
-from minillava.cache import KVCache
-from minillava.config import UserError
-from minillava.decoder import linear
-from minillava.llava import IGNORE, next_labels
+from minillava.config import IGNORE
+from minillava.errors import UserError
+from minillava.layers.cache import KVCache
+from minillava.layers.linear import linear
+from minillava.llava import next_labels
 
 LENGTHS = (7, 12, 5, 9)  # of four sequences, of which the second and the last have a picture
 EXACT = dict(rtol=1e-9, atol=1e-9)
@@ -48,7 +49,7 @@ def cache_for(model, rows, capacity):
 
 def decode(model, token_B, cache):
     """One decode step: logits [B, V]."""
-    return model.decoder.logits(model.decoder(model.embed(token_B), None, cache))
+    return model(token_B[:, None], cache=cache)
 
 
 # ---- the cache ----

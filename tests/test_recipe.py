@@ -1,14 +1,36 @@
 """Recipes: every key is checked, --set reaches every value, and what was used reads back as what it was."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
 from helpers import ROOT
 
-from minillava.config import UserError
-from minillava.recipe import StageConfig, differences, read_recipe, stage_index, to_toml
+from minillava.config import (
+    ChatConfig,
+    DecoderConfig,
+    ImageConfig,
+    LayoutConfig,
+    LoRAConfig,
+    ProjectorConfig,
+    RopeScaling,
+    VisionConfig,
+)
+from minillava.errors import UserError
+from minillava.recipe import (
+    RANGES,
+    DataConfig,
+    DPOConfig,
+    Recipe,
+    StageConfig,
+    differences,
+    may_change,
+    read_recipe,
+    stage_index,
+    to_toml,
+)
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 TEXT = """
@@ -76,6 +98,27 @@ def test_set_reaches_every_kind_of_value(recipe_file, change, wanted):
     assert wanted(read_recipe(recipe_file, [change]))
 
 
+def test_paths_are_relative_to_the_working_folder_or_to_the_recipe(recipe_file, tmp_path, monkeypatch):
+    beside, work = tmp_path / "a.json", tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    for name in ("t", "a.zip", "data"):
+        (tmp_path / name).mkdir()
+    (work / "b.json").touch()
+    (tmp_path / "b.json").touch()
+    beside.touch()
+    recipe = read_recipe(recipe_file)
+    first, second = recipe.stage[1].data
+    assert (first.path, first.images, recipe.model.tokenizer) == (
+        str(beside),
+        str(tmp_path / "a.zip"),
+        str(tmp_path / "t"),
+    )
+    assert (second.path, second.images) == ("b.json", "")  # the working folder's comes first
+    assert read_recipe(recipe_file, ["model.tokenizer=data"]).model.tokenizer == "data"  # a word, whatever lies there
+    assert read_recipe(recipe_file, ["model.base=no/where"]).model.base == "no/where"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -86,21 +129,21 @@ def test_set_reaches_every_kind_of_value(recipe_file, change, wanted):
         ("stage.first.lr.projector=-1.0", ["lr.projector is -1.0"]),
         ("stage.first.lr={}", ["lr is empty"]),
         ("stage.first.epochs=1", ["either steps or epochs"]),
-        ("stage.first.steps=many", ["expected int", "many"]),
+        ("stage.first.steps=many", ["expected a whole number", "many"]),
         ("stage.first.schedule=cosin", ["stage 'first': schedule is 'cosin'", "'cosine'"]),
         ("stage.first.dtype=float16", ["'float16'"]),
-        ("stage.first.warmup=3", ["warmup is a share"]),
+        ("stage.first.warmup=3", ["warmup is 3.0", "[0, 1)"]),
         ("stage.first.name=second", ["used twice"]),
-        ("stage.first.name=../x", ["a name of letters"]),
+        ("stage.first.name=../x", ["other characters than letters"]),
         ("stage.first.chat.template_name=plain", ["unknown key 'template_name'", "'template'"]),
         ("model.vision.hidden=64", ["unknown key 'hidden'", "'hidden_size'"]),
-        ("model.decoder.num_layers.x=1", ["expected int"]),
+        ("model.decoder.num_layers.x=1", ["expected a whole number"]),
         ("model.vision.activation=relu", ["vision: activation is 'relu'", "'gelu'"]),
         ("stage.first.steps.x=1", ["inside a value"]),
         ("stage=[]", ["has no [[stage]]"]),
         ("stage.second.data.0.take=random:x", ["take 'random:x'", "first:N"]),
         ("stage.second.layout.girds=[[1, 2]]", ["unknown key 'girds'", "'grids'"]),
-        ("stage.second.floor=2.0", ["floor is a share"]),
+        ("stage.second.floor=2.0", ["floor is 2.0", "not in [0, 1]"]),
         ("stage.second.row_tokens=100", ["row_tokens is below max_tokens"]),
         ('sinks=["tensorbord"]', ["'tensorbord'", "'tensorboard'"]),
         ("seed", ["expected key=value"]),
@@ -114,6 +157,36 @@ def test_a_mistake_is_one_line_that_names_the_key(recipe_file, change, words):
         assert word in str(caught.value)
 
 
+def test_every_number_has_a_range():
+    classes = (Recipe, StageConfig, DataConfig, DPOConfig, LoRAConfig, VisionConfig, ProjectorConfig, RopeScaling)
+    classes += (DecoderConfig, ImageConfig, LayoutConfig, ChatConfig)
+    number = re.compile(r"\b(int|float)\b(?!\d)")
+    wanted = {
+        cls.__name__: {f.name for f in dataclasses.fields(cls) if number.search(re.sub(r"Literal\[.*?\]", "", f.type))}
+        for cls in classes
+    }
+    assert {name: {*ranges} for name, ranges in RANGES.items()} == wanted
+
+
+@pytest.mark.parametrize("change", [
+    "stage.first.clip=-1", "stage.first.clip=nan", "stage.first.eval_samples=-3", "stage.first.lr.projector=nan",
+    "stage.first.lr.projector=inf", "stage.first.weight_decay=-0.1", "stage.first.weight_decay=inf",
+    "stage.first.betas=[0.9, 1.0]", "stage.first.betas=[-0.1, 0.9]", "stage.first.eps=0", "stage.first.eps=nan",
+    "stage.first.steps=-1", "stage.second.epochs=nan", "stage.second.epochs=inf", "stage.first.row_tokens=-1",
+    "stage.first.save_every=-1", "stage.first.workers=-2", "stage.first.seed=-2", "seed=-1", "timeout=0",
+    "stage.first.lora={projector = {alpha = nan}}", "stage.first.lora={projector = {rank = 0}}",
+    "stage.first.lora={projector = {alpha = 0}}", "stage.second.data.0.max_bad=nan", "stage.first.dpo.beta=inf",
+    "model.decoder.num_heads=0", "model.decoder.rope_theta=-1", "model.decoder.rope_scaling={factor = 0}",
+    "model.vision.norm_eps=nan", "model.image.std=[1, 0, 1]", "model.image.mean=[nan, 0, 1]",
+    "model.projector.layers=9",
+    "stage.first.layout.video_fps=-1", "stage.first.chat.eos_ids=[-5]", "stage.first.max_tokens=1",
+])  # fmt: skip
+def test_a_number_out_of_range_is_refused_before_the_start(recipe_file, change):
+    key = re.findall(r"[a-z_]+(?= ?=)", change)[-1]
+    with pytest.raises(UserError, match=rf"{key} is (-?[\d.]+|nan|inf), which is not in [\[(]"):
+        read_recipe(recipe_file, [change])
+
+
 def test_unreadable_recipes(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_recipe(tmp_path / "none.toml")
@@ -121,20 +194,23 @@ def test_unreadable_recipes(tmp_path):
     with pytest.raises(UserError, match="is not TOML"):
         read_recipe(tmp_path / "bad.toml")
     (tmp_path / "latin.toml").write_bytes(b"name = '\xe9'")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
         read_recipe(tmp_path / "latin.toml")
 
 
-def test_differences_name_the_keys_and_pass_over_what_computes_nothing(recipe_file):
+def test_differences_name_the_keys_and_which_may_change_on_resume(recipe_file):
     old = read_recipe(recipe_file)
     free = read_recipe(recipe_file, ["stage.*.workers=3", "stage.first.save_every=7"], out="elsewhere")
-    assert differences(old, free) == []
+    assert differences(old, free) and all(may_change(*change) for change in differences(old, free).items())
     new = read_recipe(recipe_file, ["stage.second.lr.decoder=1e-4", "seed=1", "stage.second.data.0.path=c.json"])
-    assert differences(old, new) == [
-        "seed: 42 -> 1",
-        "stage.second.data.0.path: a.json -> c.json",
-        "stage.second.lr.decoder: 2e-05 -> 0.0001",
-    ]
+    assert differences(old, new) == {
+        "seed": "42 -> 1",
+        "stage.second.data.0.path": "a.json -> c.json",
+        "stage.second.lr.decoder": "2e-05 -> 0.0001",
+    }
+    assert [may_change(*change) for change in differences(old, new).items()] == [False, False, True]
+    part = read_recipe(recipe_file, ["stage.second.lr.vision=1e-4"])
+    assert not any(may_change(*change) for change in differences(old, part).items())  # another part cannot join
 
 
 def test_stage_index_suggests(recipe_file):
@@ -164,6 +240,7 @@ NUMBERS = {
     "llava-1.5-hd": [({P: 1e-3}, 256, 1), ({P: 2e-5, D: 2e-5}, 128, 1)],
     "llava-next": [({P: 1e-3}, 256, 1), (ALL, 128, 1)],
     "next-video": [(ALL, 128, 1)],
+    "next-video-dpo": [({P: 5e-7, D: 5e-7, V: 5e-7}, 128, 3)],
     "llava-video": [(ALL, 256, 1)],
     "onevision": [({P: 1e-3}, 512, 1), (ALL, 256, 1), (ALL, 256, 1), (ALL, 256, 1)],
     "onevision-1.5": [
@@ -171,6 +248,13 @@ NUMBERS = {
         ({P: 1e-5, D: 1e-5, V: 1e-5}, 16, 20000),
         ({P: 1e-5, D: 1e-5, V: 1e-5}, 224, 3500),
     ],
+    "onevision-2": [
+        ({P: 1e-4}, 8, 2500),
+        ({P: 1e-5, D: 1e-5, V: 1e-5}, 16, 20000),
+        *[({P: 1e-5, D: 1e-5, V: 1e-5}, 132, 1)] * 5,  # of the last four the rates are in no source
+    ],
+    "onevision-1.5-lora": [({P: 2e-5, D: 2e-5}, 64, 1)],  # nobody's: LLaVA-1.5's over 4 bits
+    "onevision-2-lora": [({P: 2e-5, D: 2e-5}, 64, 1)],
 }
 
 
@@ -182,8 +266,10 @@ def test_the_papers_numbers():
     for name, recipe in recipes.items():
         assert recipe.name == name
         for stage in recipe.stage:
-            assert (stage.schedule, stage.clip) == ("cosine", 1.0)
-            if name != "onevision-1.5":
+            assert (stage.schedule, stage.clip) == ("linear" if stage.task == "dpo" else "cosine", 1.0)
+            if stage.task == "dpo":
+                assert (stage.warmup, stage.dpo) == (0.1, DPOConfig(0.1, "sigmoid", 0.0))
+            elif name not in ("onevision-1.5", "onevision-2"):
                 assert (stage.warmup, stage.weight_decay, stage.betas, stage.eps) == (0.03, 0.0, (0.9, 0.999), 1e-8)
             if name == "llava-v1" or (name.startswith("llava-1.5") and name != "llava-1.5-hd"):
                 assert stage.max_tokens == 2048 and stage.floor == 0
@@ -192,7 +278,14 @@ def test_the_papers_numbers():
         "llava-1.5-7b-lora": (128, 256, 0.05),
         "llava-1.5-task-lora": (128, 256, 0.05),
         "llava-1.5-7b-qlora": (64, 16, 0.05),
+        "onevision-1.5-lora": (64, 16, 0.05),
+        "onevision-2-lora": (64, 16, 0.05),
     }
+    for stage in recipes["onevision-2"].stage:
+        assert (stage.eps, stage.warmup, stage.row_tokens) == (1e-5, 0.002, stage.max_tokens)
+        assert (stage.betas, stage.weight_decay) == (((0.9, 0.95), 0.01) if stage.name == "mid" else ((0.9, 0.99), 0))
+    frames = {s.name: s.layout["max_frames"] for s in recipes["onevision-2"].stage if s.layout.get("one_row")}
+    assert frames == {"seconds": 30, "minutes": 90, "long": 384, "codec": 384}
     for stage, floor, betas, decay, row in zip(
         recipes["onevision-1.5"].stage, (0.01, 0.1, 0.1), ((0.9, 0.99), (0.9, 0.95), (0.9, 0.99)),
         (0, 0.01, 0), (32768, 32768, 0), strict=True,

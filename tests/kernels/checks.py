@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 
-from minillava.kernels import cpu
 from minillava.kernels.frame import HAS_TRITON
 
 CUDA = torch.cuda.is_available()
@@ -17,13 +16,6 @@ needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
     reason="torch.compile needs a C++ compiler on a CPU, and there is none",
 )
-
-
-def needs_c_code(feature):
-    """Skip where the C code for CPUs has not got it: products in bf16 or AMX tiles."""
-    code = cpu.library()
-    if code is None or not code.can & feature:
-        pytest.skip("this CPU has no bf16 products or no AMX tiles, or there is no gcc")
 
 
 def error(got, exact):

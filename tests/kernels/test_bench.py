@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench import report as reporting
 from bench.cases import HEADS, PROJECTORS
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_report_is_written(tmp_path, capsys):
@@ -96,3 +101,59 @@ def test_the_real_shapes_are_those_of_the_models():
     widths = {(K, H, O) for _, K, H, O, _ in PROJECTORS}
     assert widths == {(1024, 4096, 4096), (1024, 5120, 5120), (1152, 896, 896), (1152, 3584, 3584)}
     assert (4096, 128256, 4096) in {(D, V, rows) for _, D, V, rows in HEADS}
+
+
+BARE = """
+import importlib.abc, runpy, sys
+ABSENT = {"transformers", "matplotlib", "bitsandbytes", "liger_kernel", "datasets", "peft", "pytest", "llama_cpp"}
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name.partition(".")[0] in ABSENT else find_spec(name, *more)
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+name, *sys.argv = sys.argv[1:]
+sys.argv.insert(0, name)
+runpy.run_module(name, run_name="__main__")
+"""
+
+
+def bare(folder, *words):
+    """A bench started in another folder, with the packages of `make demo` alone."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", BARE, *words]
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+
+
+def test_one_kernel_without_any_peer_leaves_the_tracked_results_alone(tmp_path):
+    tracked = {path: path.stat().st_mtime_ns for path in (ROOT / "bench" / "results").rglob("*")}
+    done = bare(tmp_path, "bench.report", "swiglu", "--no-compile", "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    assert "without a column: Liger-Kernel, transformers, bitsandbytes" in done.stdout
+    assert "a plot needs matplotlib" in done.stdout
+    rows = json.loads((tmp_path / "runs" / "bench" / "cpu" / "kernels.json").read_text())["rows"]
+    assert {row["kernel"] for row in rows} == {"swiglu"}
+    assert {path: path.stat().st_mtime_ns for path in (ROOT / "bench" / "results").rglob("*")} == tracked
+
+
+def test_a_kernel_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        reporting.main(["swigul"])
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and "no kernel 'swigul' (did you mean 'swiglu'?)" in message
+    assert "fused_mlp, linear_cross_entropy" in message
+
+
+def test_what_needs_a_peer_says_so(tmp_path):
+    done = bare(tmp_path, "bench.data")
+    assert done.returncode == 2 and "needs datasets, transformers; pip install" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "bench").glob("*.py") if "__main__" in p.read_text()))
+def test_every_bench_has_help(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"bench.{name}").main(["--help"])
+    assert ended.value.code == 0 and "usage" in capsys.readouterr().out

@@ -114,6 +114,20 @@ def test_gradcheck_and_opcheck():
         torch.library.opcheck(torch.ops.minillava.linear_cross_entropy.default, args)
 
 
+@needs_triton
+def test_logits_of_minus_infinity_in_the_interpreter():
+    """A block of nothing else, as masked words give: the first of the row, the middle, the last."""
+    config = {"one_pass": False, "block": 16, "warps": 4, "stages": 2}
+    logits, targets = torch.randn(3, 48), torch.tensor([40, 3, 5])
+    for row, start in enumerate((0, 16, 32)):
+        logits[row, start : start + 16] = float("-inf")
+    leaf = logits.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(leaf, targets, reduction="sum")
+    exact.backward()
+    torch.testing.assert_close(triton_loss(logits, targets, -100, True, config).double(), exact.detach())
+    torch.testing.assert_close(logits.double(), leaf.grad)
+
+
 @needs_compiler
 def test_compiles_in_one_graph():
     hidden, weight, targets = inputs(20, 16, 40, torch.float32)

@@ -1,0 +1,42 @@
+"""Attention of packed sequences on CPUs with AMX tiles, in bf16 and without gradients: attention.c."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minillava.kernels.cpu import library as cpu
+
+WIDEST = 128  # numbers of a head
+_pointer, _long = ctypes.c_void_p, ctypes.c_long
+
+
+class _Queries(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("q", "k", "v", "o", "room", "starts")),
+        *((name, _long) for name in ("B", "H", "G", "K", "q_next", "k_next", "v_next")),
+        ("scale", ctypes.c_float),
+        ("causal", ctypes.c_int),
+    ]
+
+
+def attention(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, starts: Sequence[int], causal: bool, scale: float
+) -> Tensor | None:
+    """softmax(q k^T * scale) v within each sequence [T, H, K]; `starts` are the boundaries, from 0 to T. None where the
+    caller has to compute it otherwise."""
+    (T, H, K), G, all_ = q_THK.shape, k_TGK.shape[1], (q_THK, k_TGK, v_TGK)
+    code, half = cpu.library(), all(t.is_cpu and t.dtype == torch.bfloat16 for t in all_)
+    if K > WIDEST or K % 2 or not half or code is None or not code.tiles:
+        return None
+    if torch.compiler.is_compiling() or any(t.stride()[1:] != (K, 1) for t in all_):
+        return None
+    ends, o_THK = (_long * len(starts))(*starts), q_THK.new_empty(T, H, K)
+    sizes = len(starts) - 1, H, G, K, *(t.stride(0) for t in all_)
+    room = cpu.workspace("attention", (code.attention_room(ends, sizes[0], G, K),), torch.bfloat16)
+    pointers = *(t.data_ptr() for t in (*all_, o_THK, room)), ctypes.addressof(ends)
+    code.attention_tiles(ctypes.byref(_Queries(*pointers, *sizes, scale, causal)), torch.get_num_threads())
+    return o_THK

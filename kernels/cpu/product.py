@@ -1,0 +1,193 @@
+"""Linear layers on CPUs: which code takes how many rows, and weights in 16, 8 and 4 bits as it takes them.
+
+Letters: M rows, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minillava.kernels.cpu import library as cpu
+
+HALVES, BYTES, CODES, ROUNDED = range(4)  # kinds of a weight in weight.c
+TYPES = (torch.float32, torch.bfloat16)  # of inputs
+MANY = 64  # rows up to which AMX tiles take 4-bit weights, and weight @ x^T reads bf16 ones fastest (bench/LOG.md)
+_pointer, _long = ctypes.c_void_p, ctypes.c_long
+
+
+class _Codes(ctypes.Structure):
+    pointers = ("codes", "absmax", "nested", "dynamic", "values")
+    _fields_ = [*((name, _pointer) for name in pointers), ("groups", _long), ("shift", ctypes.c_int)]
+
+
+class Matrix(ctypes.Structure):
+    """A linear layer [N, K] in C: addresses of tensors that are contiguous and outlive it."""
+
+    _fields_ = [
+        *(("N", _long), ("K", _long), ("bias", _pointer), ("values", _pointer), ("scales", _pointer)),
+        *(("codes", _Codes), ("kind", ctypes.c_int)),
+    ]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight [N, K] in bf16; in int8, where 127 is worth `scales` [N]; or `codes`: packed, absmax, nested, dynamic,
+    the 16 values, block size. With `rounded`, codes are multiplied as bytes, and so are bf16 inputs then."""
+
+    shape: tuple[int, int]
+    values: Tensor | None = None
+    scales: Tensor | None = None
+    codes: tuple | None = None
+    rounded: bool = False
+
+    @property
+    def kind(self) -> int:
+        """How the C code multiplies it."""
+        if self.codes is None:
+            return HALVES if self.scales is None else BYTES
+        return ROUNDED if self.rounded and self.whole else CODES
+
+    @property
+    def whole(self) -> bool:
+        """Whether groups of 128 inputs begin and end with blocks: what products of halves and bytes want of codes."""
+        return self.codes is None or self.shape[1] % min(self.codes[-1], 128) == 0
+
+    def fits(self) -> bool:
+        """Whether the C code is there and takes it."""
+        tensors = [t for t in (self.values, self.scales, *(self.codes or ())) if isinstance(t, Tensor)]
+        fits = self.shape[1] % 32 == 0 and all(t.is_cpu and t.is_contiguous() for t in tensors)
+        fits &= self.kind != HALVES or tensors[0].dtype == torch.bfloat16
+        return fits and cpu.library() is not None
+
+    def matrix(self, bias_N: Tensor | None = None) -> Matrix:
+        """With a bias in bf16."""
+        address = [None if t is None else t.data_ptr() for t in (bias_N, self.values, self.scales)]
+        if self.codes is None:
+            return Matrix(*self.shape, *address, _Codes(), self.kind)
+        *parts, blocksize = self.codes
+        pointers = (None if t is None else t.data_ptr() for t in parts)
+        groups = 0 if parts[2] is None else parts[2].stride(0)
+        return Matrix(*self.shape, *address, _Codes(*pointers, groups, blocksize.bit_length() - 1), self.kind)
+
+
+def values(weight: Weight, out: Tensor) -> Tensor:
+    """`out`, bf16 or fp32 and contiguous, becomes the values of a weight in codes."""
+    half, codes, threads = int(out.dtype == torch.bfloat16), weight.matrix().codes, torch.get_num_threads()
+    cpu.library().nf4_values(ctypes.byref(codes), out.data_ptr(), out.numel(), half, threads)
+    return out
+
+
+def codes(flat: Tensor, bounds: Tensor, order: Tensor, absmax: Tensor, packed: Tensor, blocksize: int) -> int:
+    """Quantise the whole blocks of `flat` where C code can: `absmax` and `packed` are written; returns how many values
+    that are. `bounds` [15] are those between the 16 values in ascending order, whose codes are in `order`."""
+    code, blocks = cpu.library(), len(flat) // blocksize
+    if not flat.is_cpu or flat.dtype not in TYPES or not flat.is_contiguous() or code is None:
+        return 0
+    pointers = (t.data_ptr() for t in (bounds, order, absmax, packed))
+    half, threads = flat.dtype == torch.bfloat16, torch.get_num_threads()
+    code.nf4_codes(flat.data_ptr(), half, *pointers, blocks, blocksize, threads)
+    return blocks * blocksize
+
+
+def few_rows(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
+    """x weight^T + bias in x's type, bf16 or fp32, each weight read once for FEW rows."""
+    if x_MK.dtype == torch.bfloat16 and not weight.whole:
+        return few_rows(x_MK.float(), weight, None if bias_N is None else bias_N.float()).to(x_MK.dtype)
+    parts = [_multiplied(some, weight, bias_N, False) for some in x_MK.split(cpu.FEW)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def many_rows(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
+    """The same, weights decoded for many rows."""
+    return _multiplied(x_MK, weight, bias_N, True)
+
+
+def _multiplied(x_MK: Tensor, weight: Weight, bias_N: Tensor | None, many: bool) -> Tensor:
+    code, M, fp32, threads = cpu.library(), len(x_MK), x_MK.dtype == torch.float32, torch.get_num_threads()
+    x_MK, y_MN = x_MK.contiguous(), x_MK.new_empty(M, weight.shape[0])
+    inside = None if fp32 or bias_N is None else bias_N.to(torch.bfloat16).contiguous()
+    matrix = weight.matrix(inside)
+    pointers = x_MK.data_ptr(), ctypes.byref(matrix), y_MN.data_ptr()
+    if many:
+        room = cpu.workspace("rows", (code.many_room(pointers[1], M, fp32),), torch.uint8)
+        code.many_rows(*pointers, room.data_ptr(), M, fp32, threads)
+    else:
+        code.few_rows(*pointers, M, fp32, threads)
+    return y_MN.add_(bias_N) if fp32 and bias_N is not None else y_MN
+
+
+def multiply_all(x: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor | None:
+    """`multiply` over the last dimension; None where gradients are wanted or the C code does not take it."""
+    if not x.is_cpu or x.dtype not in TYPES or not x.numel() or torch.compiler.is_compiling() or not weight.fits():
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or (bias_N is not None and bias_N.requires_grad)):
+        return None
+    return multiply(x.reshape(-1, x.shape[-1]), weight, bias_N).view(*x.shape[:-1], weight.shape[0])
+
+
+def multiply(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
+    """x weight^T + bias, x in bf16 or fp32, of a weight that `fits`, by the code that is fastest for so many rows."""
+    (M, K), (N, _), code = x_MK.shape, weight.shape, cpu.library()
+    half = x_MK.dtype == torch.bfloat16
+    tiles = half and weight.codes and code.tiles and N % 16 == 0 and K % 64 == 0 and weight.codes[-1] >= 64
+    if (3 if tiles else cpu.FEW if weight.kind in (BYTES, ROUNDED) else 8) >= M:
+        return few_rows(x_MK, weight, bias_N)
+    if tiles and M <= MANY:
+        return _by_tiles(x_MK, weight, bias_N)
+    exact = weight.kind in (HALVES, CODES)  # what PyTorch multiplies as fast, once it is in x's type
+    if (half and (code.tiles or (code.bf16 and exact))) or (not half and weight.codes):
+        return F.linear(x_MK, dense(weight, x_MK.dtype), bias_N)
+    return many_rows(x_MK, weight, bias_N)
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight's values [N, K], in memory that the next call overwrites."""
+    if weight.codes is not None:
+        return values(weight, cpu.workspace("values", weight.shape, dtype))
+    assert weight.values is not None
+    if weight.scales is None:
+        return weight.values
+    return torch.mul(weight.values, weight.scales[:, None] / 127, out=cpu.workspace("values", weight.shape, dtype))
+
+
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor | None:
+    """x weight^T + bias over the last dimension, in bf16 without gradients; None where F.linear is the best there is.
+
+    Few rows are bound by reading the weight: four rows or fewer go through our own code, then one through torch.mv and
+    several through weight @ x^T (31, 27 and 29 GB/s where F.linear reaches 22 on two AMX cores). CPUs that do not
+    multiply bf16 widen it in registers.
+    """
+    if torch.is_grad_enabled() or not x.is_cpu or not x.dtype == weight_NK.dtype == torch.bfloat16 or not x.numel():
+        return None
+    x_MK, weight = x.reshape(-1, x.shape[-1]), Weight((weight_NK.shape[0], weight_NK.shape[1]), weight_NK)
+    M, slow, ours = len(x_MK), not cpu.multiplies_bf16(), not torch.compiler.is_compiling() and weight.fits()
+    if ours and (cpu.FEW if slow else 4) >= M:
+        y_MN = few_rows(x_MK, weight, bias_N)
+    elif slow:
+        bias = None if bias_N is None else bias_N.float()
+        y_MN = many_rows(x_MK, weight, bias_N) if ours else F.linear(x_MK.float(), weight_NK.float(), bias).to(x.dtype)
+    elif M <= MANY:
+        y_MN = torch.mv(weight_NK, x_MK[0])[None] if M == 1 else torch.mm(weight_NK, x_MK.T).T
+        y_MN = y_MN if bias_N is None else y_MN + bias_N
+    else:
+        return None
+    return y_MN.view(*x.shape[:-1], len(weight_NK))
+
+
+def _by_tiles(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
+    """Up to MANY rows of bf16 by AMX."""
+    (M, K), N, blocks, code = x_MK.shape, weight.shape[0], -(-len(x_MK) // 16), cpu.library()
+    x: Any = F.pad(x_MK, (0, 0, 0, 16 * blocks - M)).view(16 * blocks, K // 64, 16, 2, 2)
+    x = x.flip(-1).permute(0, 1, 3, 4, 2).reshape(16 * blocks, K)  # in the order of the codes
+    x = x.view(torch.int32).T.contiguous()  # pairs of inputs, of all rows
+    y_NM, codes = torch.empty(N, 16 * blocks), weight.matrix().codes
+    sizes = blocks, N, K, torch.get_num_threads()
+    code.nf4_tiles(x.data_ptr(), ctypes.byref(codes), y_NM.data_ptr(), *sizes)
+    y_MN = y_NM[:, :M].T
+    return (y_MN if bias_N is None else y_MN + bias_N).to(x_MK.dtype, memory_format=torch.contiguous_format)

@@ -1,0 +1,215 @@
+// Products of many rows. Lanes of a register are rows of x, which lies in memory in that order; weights are decoded for
+// some outputs at a time and broadcast one by one: in fp32, or four bytes at a time where the CPU adds their products
+// up in one instruction.
+
+#define ROWS_AT_ONCE (2 * W)
+#ifdef __AVX512F__
+#define TILE 8 // outputs in registers
+#else
+#define TILE 6
+#endif
+#define DECODED 48 // outputs decoded together
+#define DEPTH 512  // inputs of them
+#define APART 64
+#define SPAN_OF_MANY 64
+
+// Rows g * ROWS_AT_ONCE and on, inputs k to k + n (whole 2 Ws), as fp32 [n, ROWS_AT_ONCE], of 2 W the even ones first.
+static void rows_of_floats(const void *x, int fp32, long M, long K, long g, float *to) {
+  float some[ROWS_AT_ONCE][2 * W] = {0};
+  ints lanes = lanes_times(2 * W);
+  for (long k = 0; k < K; k += 2 * W) {
+    for (long r = 0; r < ROWS_AT_ONCE && g * ROWS_AT_ONCE + r < M; r++) {
+      long at = (g * ROWS_AT_ONCE + r) * K + k;
+      if (fp32)
+        for (int j = 0; j < W; j++)
+          some[r][j] = ((const float *)x)[at + 2 * j], some[r][W + j] = ((const float *)x)[at + 2 * j + 1];
+      else {
+        pair of = halves(load((const uint16_t *)x + at));
+        V(storeu_ps)(some[r], of.even);
+        V(storeu_ps)(some[r] + W, of.odd);
+      }
+    }
+    for (int j = 0; j < 2 * W; j++, to += ROWS_AT_ONCE)
+      EACH(v, 2) V(storeu_ps)(to + v * W, gather(some[v * W] + j, lanes));
+  }
+}
+
+#define OF_BYTES (ROWS_AT_ONCE * (SPAN_OF_MANY + 4 + 4)) // a span of inputs: bytes, factors, what OFFSET adds
+
+// The same as bytes, by spans [16, ROWS_AT_ONCE, 4].
+static void rows_of_bytes(const uint16_t *x, int even_first, long M, long K, long g, char *to) {
+  int8_t some[ROWS_AT_ONCE][SPAN_OF_MANY] = {0};
+  ints lanes = lanes_times(SPAN_OF_MANY / 4);
+  for (long k = 0; k < K; k += SPAN_OF_MANY, to += OF_BYTES) {
+    float *factors = (float *)(to + ROWS_AT_ONCE * SPAN_OF_MANY);
+    for (long r = 0; r < ROWS_AT_ONCE; r++) {
+      float values[SPAN_OF_MANY] = {0};
+      const uint16_t *row = x + (g * ROWS_AT_ONCE + r) * K;
+      for (long i = k; i < K && i < k + SPAN_OF_MANY && g * ROWS_AT_ONCE + r < M; i += W)
+        V(storeu_ps)(values + i - k, load_bf16(row + i));
+      factors[r] = round_span(values, some[r], SPAN_OF_MANY);
+      if (even_first) {
+        int8_t plain[SPAN_OF_MANY];
+        memcpy(plain, some[r], SPAN_OF_MANY);
+        for (int i = 0; i < SPAN_OF_MANY / 2; i++)
+          some[r][i] = plain[2 * i], some[r][SPAN_OF_MANY / 2 + i] = plain[2 * i + 1];
+      }
+    }
+    EACH(v, 2) {
+      ints offset = BITS(setzero)();
+      for (int q = 0; q < SPAN_OF_MANY / 4; q++) {
+        ints four = to_ints(gather((float *)some[v * W] + q, lanes));
+        store(to + (q * ROWS_AT_ONCE + v * W) * 4, four);
+        if (OFFSET) offset = V(sub_epi32)(offset, dot_bytes(BITS(setzero)(), V(set1_epi8)((char)OFFSET), four));
+      }
+      store(factors + ROWS_AT_ONCE + v * W, offset);
+    }
+  }
+}
+
+// y [TILE, next] += x [K, ROWS_AT_ONCE]^T w [TILE, DEPTH]^T in fp32, some inputs' products summed apart: less rounding.
+static void tile_of_floats(const float *x, const float *w, long K, float *y, long next) {
+  for (long k = 0, end; k < K; k = end) {
+    floats sums[TILE][2];
+    end = K - k < APART ? K : k + APART;
+    EACH(n, TILE) sums[n][0] = sums[n][1] = V(setzero_ps)();
+    for (; k < end; k++, x += ROWS_AT_ONCE) {
+      floats x0 = V(loadu_ps)(x), x1 = V(loadu_ps)(x + W);
+      EACH(n, TILE) {
+        floats of = all_of(w[n * DEPTH + k]);
+        sums[n][0] = V(fmadd_ps)(of, x0, sums[n][0]);
+        sums[n][1] = V(fmadd_ps)(of, x1, sums[n][1]);
+      }
+    }
+    EACH(n, TILE) {
+      float *at = y + n * next;
+      V(storeu_ps)(at, V(add_ps)(V(loadu_ps)(at), sums[n][0]));
+      V(storeu_ps)(at + W, V(add_ps)(V(loadu_ps)(at + W), sums[n][1]));
+    }
+  }
+}
+
+// The same for bytes, `scales` [TILE, DEPTH / SPAN_OF_MANY] of the weight.
+static void tile_of_bytes(const char *x, const char *w, const float *scales, long K, float *y, long next) {
+  for (long k = 0; k < K; k += SPAN_OF_MANY, x += OF_BYTES, w += SPAN_OF_MANY, scales++) {
+    const float *factors = (const float *)(x + ROWS_AT_ONCE * SPAN_OF_MANY);
+    ints sums[TILE][2], o0 = load(factors + ROWS_AT_ONCE), o1 = load(factors + ROWS_AT_ONCE + W);
+    EACH(n, TILE) sums[n][0] = o0, sums[n][1] = o1;
+    for (int q = 0; q < SPAN_OF_MANY / 4; q++) {
+      ints x0 = load(x + q * ROWS_AT_ONCE * 4), x1 = load(x + q * ROWS_AT_ONCE * 4 + SIZE);
+      EACH(n, TILE) {
+        int four;
+        memcpy(&four, w + n * DEPTH + 4 * q, 4);
+        ints of = V(set1_epi32)(four);
+        sums[n][0] = dot_bytes(sums[n][0], of, x0);
+        sums[n][1] = dot_bytes(sums[n][1], of, x1);
+      }
+    }
+    floats f0 = V(loadu_ps)(factors), f1 = V(loadu_ps)(factors + W);
+    EACH(n, TILE) {
+      floats by = all_of(scales[n * (DEPTH / SPAN_OF_MANY)]);
+      float *at = y + n * next;
+      V(storeu_ps)(at, V(fmadd_ps)(V(mul_ps)(V(cvtepi32_ps)(sums[n][0]), f0), by, V(loadu_ps)(at)));
+      V(storeu_ps)(at + W, V(fmadd_ps)(V(mul_ps)(V(cvtepi32_ps)(sums[n][1]), f1), by, V(loadu_ps)(at + W)));
+    }
+  }
+}
+
+// Inputs k to k + depth of output n, in fp32, or as bytes with a scale for each span.
+INLINE void decode(const matrix *w, const enum kind kind, long n, long k, long depth, float *to) {
+  table t = table_of(w);
+  for (long i = 0; i < depth; i += 2 * W) {
+    long e = n * w->K + k + i;
+    pair of = values_at(kind, w, t, e);
+    floats by = all_of(kind == CODES ? scale(&w->codes, e) : kind == BYTES ? w->scales[n] / 127 : 1);
+    if (kind != HALVES) of = (pair){V(mul_ps)(of.even, by), V(mul_ps)(of.odd, by)};
+    V(storeu_ps)(to + i, of.even);
+    V(storeu_ps)(to + i + W, of.odd);
+  }
+}
+
+static void decode_bytes(const matrix *w, ints table, long n, long k, long depth, char *to, float *scales) {
+  for (long i = 0; i < depth; i += SPAN_OF_MANY, to += SPAN_OF_MANY, scales++) {
+    long e = n * w->K + k + i;
+    if (w->kind == BYTES) {
+      char some[SPAN_OF_MANY + SIZE] = {0}; // a row may end in half a span
+      memcpy(some, (const char *)w->values + e, depth - i < SPAN_OF_MANY ? depth - i : SPAN_OF_MANY);
+      for (int j = 0; j < SPAN_OF_MANY; j += SIZE) store(to + j, signed_bytes(some + j));
+      *scales = w->scales[n] / 127;
+    } else {
+      uint8_t some[2 * SIZE];
+      memcpy(some, w->codes.codes + e / 2, SPAN_OF_MANY / 2);
+      two of = rounded_codes(table, some);
+      memcpy(to, &of.even, SPAN_OF_MANY / 2);
+      memcpy(to + SPAN_OF_MANY / 2, &of.odd, SPAN_OF_MANY / 2);
+      *scales = scale(&w->codes, e) / 127;
+    }
+  }
+}
+
+// Sums [DECODED, next] of some outputs to rows of y, from output n on, with the bias.
+static void put_rows(const matrix *w, const float *sums, long next, long n, long M, int fp32, void *y) {
+  long some = w->N - n < DECODED ? w->N - n : DECODED;
+  ints lanes = lanes_times(next);
+  for (long m = 0; m < M; m++) {
+    float row[DECODED];
+    for (long i = 0; i < DECODED; i += W) V(storeu_ps)(row + i, gather(sums + i * next + m, lanes));
+    for (long i = 0; i < some && w->bias; i++) row[i] += whole(w->bias[n + i]);
+    if (fp32) memcpy((float *)y + m * w->N + n, row, some * 4);
+    else store_all((uint16_t *)y + m * w->N + n, row, some);
+  }
+}
+
+// Whether `many_rows` multiplies bytes.
+int many_as_bytes(const matrix *w, int fp32) {
+  return OFFSET && !fp32 && (w->kind == BYTES || (w->kind == ROUNDED && w->codes.shift >= 6 && w->K % 64 == 0));
+}
+
+static long group_room(const matrix *w, int fp32) { // bytes of ROWS_AT_ONCE rows
+  int bytes = many_as_bytes(w, fp32);
+  return bytes ? up_to(w->K, SPAN_OF_MANY) / SPAN_OF_MANY * OF_BYTES : w->K * ROWS_AT_ONCE * 4;
+}
+
+// Bytes of memory that `many_rows` wants.
+long many_room(const matrix *w, long M, int fp32) { return (M / ROWS_AT_ONCE + 1) * group_room(w, fp32); }
+
+// y [M, N] = x [M, K] W^T + bias, in bf16 or fp32 the bias apart; K in whole 32s. `room` as `many_room` has it.
+void many_rows(const void *x, const matrix *w, void *y, void *room, long M, int fp32, int threads) {
+  long N = w->N, K = w->K, groups = up_to(M, ROWS_AT_ONCE) / ROWS_AT_ONCE, next = groups * ROWS_AT_ONCE + W;
+  long each = group_room(w, fp32), spans = DEPTH / SPAN_OF_MANY;
+  int bytes = many_as_bytes(w, fp32);
+#pragma omp parallel num_threads(threads)
+  {
+    float *sums = aligned_alloc(64, DECODED * (next + DEPTH + spans) * 4), *decoded = sums + DECODED * next;
+    float *scales = decoded + DECODED * DEPTH;
+    ints table = w->kind == ROUNDED ? rounded_table(w) : BITS(setzero)();
+#pragma omp for schedule(dynamic)
+    for (long g = 0; g < groups; g++) {
+      if (bytes) rows_of_bytes(x, w->kind == ROUNDED, M, K, g, (char *)room + g * each);
+      else rows_of_floats(x, fp32, M, K, g, (float *)((char *)room + g * each));
+    }
+#pragma omp for schedule(dynamic)
+    for (long n = 0; n < N; n += DECODED) {
+      memset(sums, 0, DECODED * next * 4);
+      for (long k = 0; k < K; k += DEPTH) {
+        long depth = K - k < DEPTH ? K - k : DEPTH, some = N - n < DECODED ? N - n : DECODED;
+        for (long i = 0; i < some; i++) {
+          if (bytes) decode_bytes(w, table, n + i, k, depth, (char *)decoded + i * DEPTH, scales + i * spans);
+          else if (w->kind == HALVES) decode(w, HALVES, n + i, k, depth, decoded + i * DEPTH);
+          else if (w->kind == BYTES) decode(w, BYTES, n + i, k, depth, decoded + i * DEPTH);
+          else decode(w, CODES, n + i, k, depth, decoded + i * DEPTH);
+        }
+        for (long g = 0; g < groups; g++)
+          for (long i = 0; i < some; i += TILE) {
+            const char *rows = (char *)room + g * each + k / SPAN_OF_MANY * OF_BYTES, *of = (char *)decoded + i * DEPTH;
+            const float *whole = (float *)((char *)room + g * each) + k * ROWS_AT_ONCE;
+            float *to = sums + i * next + g * ROWS_AT_ONCE;
+            if (bytes) tile_of_bytes(rows, of, scales + i * spans, depth, to, next);
+            else tile_of_floats(whole, decoded + i * DEPTH, depth, to, next);
+          }
+      }
+      put_rows(w, sums, next, n, M, fp32, y);
+    }
+    free(sums);
+  }
+}

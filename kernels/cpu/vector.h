@@ -1,0 +1,225 @@
+// What differs between AVX2, AVX-512 and what came after: registers, bf16, products of bytes. All other C code is
+// written once over these and compiled for the CPU at hand (library.py).
+#include <immintrin.h>
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++) // n known where it is compiled
+#define AHEAD 4096 // bytes of weights fetched before they are read (bench/LOG.md)
+
+#ifdef __AVX512F__
+#define W 16 // floats of a register
+#define SIZE 64 // its bytes
+#define V(op) _mm512_##op
+#define BITS(op) _mm512_##op##_si512
+typedef __m512 floats;
+typedef __m512i ints;
+INLINE floats to_floats(ints v) { return _mm512_castsi512_ps(v); }
+INLINE ints to_ints(floats v) { return _mm512_castps_si512(v); }
+INLINE ints load(const void *p) { return _mm512_loadu_si512(p); }
+INLINE void store(void *p, ints v) { _mm512_storeu_si512(p, v); }
+INLINE ints words_of_bytes(const void *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
+INLINE ints words_of_halves(const void *p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256(p)); }
+INLINE floats nearest(floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE float sum(floats v) { return _mm512_reduce_add_ps(v); }
+INLINE float largest(floats v) { return _mm512_reduce_max_ps(v); }
+INLINE floats pick(__m128 from, ints lanes) { return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(from)); }
+typedef struct { floats all; } table; // of 16 floats
+INLINE table load_table(const float *p) { return (table){_mm512_loadu_ps(p)}; }
+INLINE floats look_up(table t, ints i) { return _mm512_permutexvar_ps(i, t.all); } // by the low four bits
+INLINE ints count_above(ints n, floats v, float bound) { // n, and one more where v is above
+  return _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(v, _mm512_set1_ps(bound), _CMP_GT_OQ), n, _mm512_set1_epi32(1));
+}
+INLINE ints bytes16(const void *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(p)); }
+INLINE floats gather(const float *p, ints at) { return _mm512_i32gather_ps(at, p, 4); }
+
+// Lane i: the sum of register i of 16. Halves are added until a register holds one number of each.
+INLINE floats sums_of(const floats *v) {
+  floats two[8], four[4];
+  for (int i = 0; i < 8; i++)
+    two[i] = V(add_ps)(V(unpacklo_ps)(v[2 * i], v[2 * i + 1]), V(unpackhi_ps)(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; i++) {
+    __m512d a = (__m512d)two[2 * i], b = (__m512d)two[2 * i + 1];
+    four[i] = V(add_ps)((floats)V(unpacklo_pd)(a, b), (floats)V(unpackhi_pd)(a, b));
+  }
+#define EVEN_ODD(a, b) V(add_ps)(V(shuffle_f32x4)(a, b, 0x88), V(shuffle_f32x4)(a, b, 0xdd))
+  return EVEN_ODD(EVEN_ODD(four[0], four[1]), EVEN_ODD(four[2], four[3]));
+}
+#else
+#define W 8
+#define SIZE 32
+#define V(op) _mm256_##op
+#define BITS(op) _mm256_##op##_si256
+typedef __m256 floats;
+typedef __m256i ints;
+INLINE floats to_floats(ints v) { return _mm256_castsi256_ps(v); }
+INLINE ints to_ints(floats v) { return _mm256_castps_si256(v); }
+INLINE ints load(const void *p) { return _mm256_loadu_si256(p); }
+INLINE void store(void *p, ints v) { _mm256_storeu_si256(p, v); }
+INLINE ints words_of_bytes(const void *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
+INLINE ints words_of_halves(const void *p) { return _mm256_cvtepi16_epi32(_mm_loadu_si128(p)); }
+INLINE floats nearest(floats v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE float sum(floats v) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+INLINE float largest(floats v) {
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+INLINE floats pick(__m128 from, ints lanes) {
+  return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(from), lanes);
+}
+typedef struct { floats low, high; } table;
+INLINE table load_table(const float *p) { return (table){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+INLINE floats look_up(table t, ints i) { // by the low three bits, and bit 3 shifted to where the sign is
+  floats low = _mm256_permutevar8x32_ps(t.low, i), high = _mm256_permutevar8x32_ps(t.high, i);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+}
+INLINE ints count_above(ints n, floats v, float bound) {
+  return _mm256_sub_epi32(n, _mm256_castps_si256(_mm256_cmp_ps(v, _mm256_set1_ps(bound), _CMP_GT_OQ)));
+}
+INLINE ints bytes16(const void *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(p)); }
+INLINE floats gather(const float *p, ints at) { return _mm256_i32gather_ps(p, at, 4); }
+
+INLINE floats sums_of(const floats *v) { // of 8
+  floats a = V(hadd_ps)(V(hadd_ps)(v[0], v[1]), V(hadd_ps)(v[2], v[3]));
+  floats b = V(hadd_ps)(V(hadd_ps)(v[4], v[5]), V(hadd_ps)(v[6], v[7]));
+  return V(add_ps)(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+#endif
+
+INLINE floats all_of(float value) { return V(set1_ps)(value); }
+INLINE ints lanes_times(long step) { // lane i: i * step
+  int at[W];
+  for (int i = 0; i < W; i++) at[i] = i * step;
+  return load(at);
+}
+
+// ---- bf16: what is in memory; numbers are what it is multiplied by ----
+
+INLINE float whole(uint16_t half) {
+  uint32_t bits = (uint32_t)half << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+typedef struct { floats even, odd; } pair; // 2 W neighbours
+INLINE pair halves(ints v) { // of 2 W numbers in bf16
+  return (pair){to_floats(V(slli_epi32)(v, 16)), to_floats(BITS(and)(v, V(set1_epi32)((int)0xffff0000)))};
+}
+INLINE ints rounded(floats v) { // to bf16 in the upper half: to the nearest, ties to even
+  ints odd = BITS(and)(V(srli_epi32)(to_ints(v), 16), V(set1_epi32)(1));
+  return V(add_epi32)(to_ints(v), V(add_epi32)(odd, V(set1_epi32)(0x7fff)));
+}
+INLINE ints joined(pair v) { // to bf16, in their order
+  ints odd = BITS(and)(rounded(v.odd), V(set1_epi32)((int)0xffff0000));
+  return BITS(or)(V(srli_epi32)(rounded(v.even), 16), odd);
+}
+
+#ifdef __AVX512F__
+INLINE floats load_bf16(const uint16_t *p) {
+  return to_floats(V(slli_epi32)(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+#ifdef __AVX512BF16__
+INLINE void store_bf16(uint16_t *p, floats v) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+#else
+INLINE void store_bf16(uint16_t *p, floats v) {
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(V(srli_epi32)(rounded(v), 16)));
+}
+#endif
+#else
+INLINE floats load_bf16(const uint16_t *p) {
+  return to_floats(V(slli_epi32)(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+INLINE void store_bf16(uint16_t *p, floats v) {
+  ints of = V(srli_epi32)(rounded(v), 16), packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(of, of), 0x08);
+  _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
+}
+#endif
+INLINE uint16_t half(float value) {
+  uint16_t of[W];
+  store_bf16(of, all_of(value));
+  return of[0];
+}
+
+static inline void store_all(uint16_t *y, const float *x, long n) {
+  for (; n >= W; n -= W, x += W, y += W) store_bf16(y, V(loadu_ps)(x));
+  for (; n > 0; n--) *y++ = half(*x++);
+}
+
+#ifdef __AVX512BF16__
+typedef uint16_t number; // as it is
+INLINE floats dot(floats acc, const uint16_t *a, const number *x) { // of 2 W
+  return _mm512_dpbf16_ps(acc, (__m512bh)load(a), (__m512bh)load(x));
+}
+static void prepare_numbers(const uint16_t *x, number *y, long n) { memcpy(y, x, n * 2); }
+#else
+typedef float number; // of 2 W the even ones first
+INLINE floats dot(floats acc, const uint16_t *a, const number *x) {
+  pair of = halves(load(a));
+  return V(fmadd_ps)(of.odd, V(loadu_ps)(x + W), V(fmadd_ps)(of.even, V(loadu_ps)(x), acc));
+}
+static void prepare_numbers(const uint16_t *x, number *y, long n) {
+  for (long i = 0; i < n; i += 2 * W) {
+    pair of = halves(load(x + i));
+    V(storeu_ps)(y + i, of.even);
+    V(storeu_ps)(y + i + W, of.odd);
+  }
+}
+#endif
+
+// ---- products of bytes: weights have OFFSET added where the instruction wants one side without sign ----
+
+#if defined __AVX512VNNI__ || defined __AVXVNNI__
+#define OFFSET 128
+INLINE ints dot_bytes(ints acc, ints w, ints x) { // in assembler, as gcc keeps copies of sums beside its own intrinsic
+#ifdef __AVX512VNNI__
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "vm"(x));
+#else
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "xm"(x));
+#endif
+  return acc;
+}
+#else
+#define OFFSET 0
+INLINE ints dot_bytes(ints acc, ints w, ints x) { // both in -127 to 127, so that two products fit 16 bits
+#ifdef __AVX512F__
+  x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), BITS(setzero)(), x);
+#else
+  x = _mm256_sign_epi8(x, w);
+#endif
+  ints two = V(maddubs_epi16)(V(abs_epi8)(w), x);
+  return V(add_epi32)(acc, V(madd_epi16)(two, V(set1_epi16)(1)));
+}
+#endif
+
+// ---- e^x ----
+
+// e^x to 2e-7 of itself, 0 below -88 and infinite above 88.7: 2^n times a polynomial of what is left.
+INLINE floats exponential(floats x) {
+  x = V(min_ps)(all_of(88.8f), V(max_ps)(all_of(-88.f), x)); // of two, what is no number is kept where it is second
+  floats n = nearest(V(mul_ps)(x, all_of(1.44269504f)));
+  floats r = V(fnmadd_ps)(n, all_of(1.42860677e-6f), V(fnmadd_ps)(n, all_of(0.693145752f), x));
+  floats p = all_of(1.f / 720);
+  p = V(fmadd_ps)(p, r, all_of(1.f / 120));
+  p = V(fmadd_ps)(p, r, all_of(1.f / 24));
+  p = V(fmadd_ps)(p, r, all_of(1.f / 6));
+  p = V(fmadd_ps)(p, r, all_of(0.5f));
+  p = V(fmadd_ps)(p, r, all_of(1));
+  p = V(fmadd_ps)(p, r, all_of(1));
+  ints power = V(slli_epi32)(V(add_epi32)(V(cvtps_epi32)(n), V(set1_epi32)(127)), 23);
+  return V(mul_ps)(p, to_floats(power));
+}
+
+// x / (1 + e^-by).
+INLINE floats times_sigmoid(floats x, floats by) {
+  return V(div_ps)(x, V(add_ps)(all_of(1), exponential(V(sub_ps)(V(setzero_ps)(), by))));
+}

@@ -1,0 +1,307 @@
+"""Compile kernels for a card that is not there, and read back what the compiler made of them.
+
+A stand-in for Triton's driver answers which card there is, so that the very launch that a GPU would see (arguments,
+specialisation, shipped configuration) is compiled; registers and spills are then read from the binary, shared memory
+from Triton's own count, instructions from the PTX. `python -m minillava.kernels.tools.aot FOLDER` writes the table of
+every shipped configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from minillava.kernels import configs, frame, fused_mlp, nf4_matmul
+from minillava.kernels.frame import Card
+from minillava.kernels.tools import cases, coordinates
+
+MARKERS = {
+    "wgmma": "wgmma.mma_async",
+    "tma": "cp.async.bulk.tensor",
+    "tma reduce": "cp.reduce.async.bulk.tensor",
+    "setmaxnreg": "setmaxnreg",
+    "mma.sync": "mma.sync",
+    "cp.async": "cp.async.cg",
+    "tcgen05": "tcgen05.mma",
+    "mfma": "v_mfma",
+}
+MOST_PER_WEIGHT = {"sm_80": 4.2, "sm_89": 4.2}  # and 4.1 from Hopper on; bitsandbytes takes 8.7
+
+
+@dataclass
+class Compiled:
+    """One compiled kernel: what it was compiled from and what it needs."""
+
+    kernel: str
+    arch: str
+    settings: dict[str, Any]
+    warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    instructions: list[str] = field(default_factory=list)
+    shared_coordinates: list[str] = field(default_factory=list)  # values that also count rows: see frame.coordinate
+    opcodes: Counter[str] = field(default_factory=Counter, repr=False)  # PTX instructions, as often as they are written
+    serialized: bool = False  # products of Hopper's tensor cores wait for each other (ptxas's C7515)
+    per_weight: float = 0.0  # SASS instructions a weight of the innermost loop, where 4-bit weights are looked up
+
+    def complaints(self) -> list[str]:
+        """What is wrong with it: spills, too much shared memory, an instruction missing that was the point."""
+        wrong = [f"spills {self.spill_bytes} bytes"] if self.spill_bytes else []
+        if self.shared_bytes > self.shared_limit:
+            wrong.append(f"takes {self.shared_bytes} bytes of shared memory of {self.shared_limit}")
+        most = MOST_PER_WEIGHT.get(self.arch, 4.1)
+        if self.kernel == "_gemv" and self.per_weight > most:
+            wrong.append(f"takes {self.per_weight:.2f} instructions a weight, {most} wanted")
+        wrong += ["runs its wgmma one by one (ptxas C7515)"] if self.serialized else []
+        wrong += [f"counts rows from {name}, a descriptor's coordinate" for name in self.shared_coordinates]
+        return wrong + [f"has no {name}" for name in self._wanted() if name not in self.instructions]
+
+    def _wanted(self) -> list[str]:
+        if self.kernel == "_decode_split" and not self.arch.startswith("gfx"):
+            return ["cp.async", "mma.sync"]
+        if "BLOCK_M" not in self.settings:
+            return []  # no matrix product, or none that decides
+        if self.arch.startswith("gfx"):
+            return ["mfma"]
+        wanted = ["setmaxnreg"] if self.settings.get("SPECIALIZE") else []
+        if self.kernel == "_descriptor" or self.settings.get("TMA"):
+            wanted += ["tma reduce"] if self.settings.get("REDUCE") else []
+            return [*wanted, "tma", "tcgen05" if self.arch == "sm_100" else "wgmma"]
+        if self.kernel == "_product":  # y^T = W x^T: BLOCK_N is its first side
+            return ["cp.async", {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(self.arch, "mma.sync")]
+        small = self.settings["BLOCK_M"] < 64 or self.arch != "sm_90"
+        return ["cp.async", "mma.sync" if small else "wgmma"]
+
+
+class _Driver:
+    """Triton's driver as far as compiling asks it. Binders are kept by device: one a card."""
+
+    def __init__(self, card: Card) -> None:
+        digits = card.arch.removeprefix("sm_").removeprefix("gfx")
+        hip = card.arch.startswith("gfx")
+        self.card, self.device = card, int(digits, 16)
+        self.target = GPUTarget("hip", card.arch, 64) if hip else GPUTarget("cuda", int(digits), 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(arch: str) -> Iterator[list[Compiled]]:
+    """Within, a launch on meta tensors compiles for `arch` and lands in the list."""
+    card = frame.CARDS[arch]
+    found: list[Compiled] = []
+    previous = triton.runtime.driver._active
+
+    def keep(kernel: Any, compiled: Any, options: dict, constants: dict) -> None:
+        found.append(_read_back(kernel, compiled, card, {**constants, **options}))
+
+    saved = frame.compiling_for, frame.on_compiled
+    frame.compiling_for, frame.on_compiled = card, keep
+    triton.runtime.driver.set_active(_Driver(card))
+    try:
+        yield found
+    finally:
+        triton.runtime.driver._active = previous
+        frame.compiling_for, frame.on_compiled = saved
+
+
+def _read_back(kernel: Any, compiled: Any, card: Card, settings: dict[str, Any]) -> Compiled:
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        registers, spill = _number(r"\.vgpr_count:\s+(\d+)", text), 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+    else:
+        text = compiled.asm["ptx"]
+        registers, spill = _resources(compiled.asm["cubin"])
+    return Compiled(
+        kernel=kernel.__name__,
+        arch=card.arch,
+        settings={name: value for name, value in settings.items() if name != "enable_fp_fusion"},
+        warps=compiled.metadata.num_warps,
+        registers=registers,
+        spill_bytes=spill,
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=card.shared_bytes,
+        instructions=[name for name, marker in MARKERS.items() if marker in text],
+        opcodes=_opcodes(compiled.asm.get("ptx", "")),
+        serialized="wgmma.mma_async" in text and "C7515" in _ptxas_log(text),
+        shared_coordinates=coordinates.shared(compiled.asm["ttir"]),
+        per_weight=_per_weight(compiled.asm["cubin"]) if settings.get("SHUFFLE") else 0.0,
+    )
+
+
+def _opcodes(ptx: str) -> Counter[str]:
+    """Instructions of a kernel, those of inline assembly as well."""
+    body = re.sub(r"//[^\n]*|\.loc\b[^\n]*", "", ptx.partition("$L__func_begin0:")[2])
+    first = re.compile(r"(?:@!?[%\w]+\s+)?([a-z]\w*(?:\.[\w:]+)*)(?![\w:])")
+    statements = (re.sub(r"^(?:[{}\s]|[$\w]+:(?!:))+", "", text) for text in body.split(";"))
+    return Counter(found[1] for text in statements if (found := first.match(text)))
+
+
+def _ptxas_log(ptx: str) -> str:
+    """What ptxas says of a kernel for Hopper, asked once more as Triton drops it."""
+    from triton import knobs
+
+    ptxas = Path(knobs.nvidia.cuobjdump.path).with_name("ptxas-blackwell")  # which Triton takes from sm_90 on
+    ptxas = ptxas if ptxas.exists() else ptxas.with_name("ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [str(ptxas), "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.o"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stderr + done.stdout
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    """What one of CUDA's tools, which come with Triton, says of a binary."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(Path(knobs.nvidia.cuobjdump.path).with_name(name)), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of stack, which in these kernels is what registers spilled to."""
+    usage = _tool("cuobjdump", "-res-usage", cubin)
+    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+
+
+def _per_weight(cubin: bytes) -> float:
+    """Instructions of a loop for each of its shuffles by index, which look a 4-bit weight up; 0 if there is no loop."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    ratios = [0.0]
+    for line in _tool("nvdisasm", "-c", cubin).splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+            target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", code[-1])
+            loop = code[labels[target[1]] :] if target and target[1] in labels else []
+            if looked_up := sum("SHFL.IDX" in i for i in loop):
+                ratios.append(len(loop) / looked_up)
+    return round(max(ratios), 3)
+
+
+def _number(pattern: str, text: str) -> int:
+    return sum(int(n) for n in re.findall(pattern, text))
+
+
+# -- what is shipped ---------------------------------------------------------------------------------------------------
+
+
+def compile_case(
+    arch: str, kernel: str, part: str, bucket: dict[str, Any], config: dict[str, Any], **options: Any
+) -> list[Compiled]:
+    """Compile one configuration through its own wrapper."""
+    run = cases.CASES[kernel](part, bucket, "meta", **options)
+    with compiling(arch) as found:
+        run(config)
+    return found
+
+
+def compile_mlp(arch: str, part: str, config: dict[str, Any], activation: str) -> list[Compiled]:
+    """One configuration of fused_mlp."""
+    return compile_case(arch, "fused_mlp", part, {}, config, activation=activation)
+
+
+def compile_nf4(arch: str, config: dict[str, Any], rows: int, K: int = 4096, nested: bool = False) -> list[Compiled]:
+    """One configuration of the product with 4-bit weights."""
+    return compile_case(arch, "nf4_matmul", "forward", {"rows": rows}, config, K=K, nested=nested)
+
+
+# Part, head size, options: the towers' heads, the decoder's, and the largest
+FLASH: list[tuple[str, int, dict[str, bool]]]
+FLASH = [("forward", K, {"causal": K > 72}) for K in (64, 72, 128, 256)]
+FLASH += [(part, K, {"causal": K != 72}) for part in ("backward", "backward_keys") for K in (64, 72, 128, 256)]
+FLASH += [("backward_queries", K, {"causal": K != 72}) for K in (72, 128, 256)]
+FLASH += [("decode", K, {}) for K in (64, 128)]
+FEWER = "sm_89", "gfx942"  # cards for which only the decoder's heads are compiled
+
+
+def shipped(arch: str) -> Iterator[Compiled]:
+    """Compile everything that tuned/*.json ships for `arch`: erf GELU throughout, tanh where descriptors are used;
+    4-bit weights with plain and nested scales."""
+    for kernel, part, bucket, options in configurations(arch):
+        found = compile_case(arch, kernel, part, bucket, bucket["config"], **options)
+        yield from (row for row in found if row.kernel != "_delta" or part == "backward")
+
+
+def configurations(arch: str) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
+    """What is shipped for a card: kernel, part, bucket with its "config", and further options of its case."""
+    for kernel in cases.CASES:
+        yield from ((kernel, *rest) for rest in (_flash(arch) if kernel == "flash" else _buckets(kernel, arch)))
+
+
+def _flash(arch: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    for part, K, options in FLASH:
+        if arch not in FEWER or K == 128:
+            config = configs.choose("flash", part, frame.CARDS[arch], 2048, K)
+            yield part, {"width": K, "config": config}, options
+
+
+def _buckets(kernel: str, arch: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The architecture's, and those that were tuned on the card that stands for it."""
+    for part, cards in configs.table(kernel).items():
+        for bucket in (*cards.get(arch, ()), *cards.get(frame.CARDS[arch].name, ())):
+            variant = bucket["config"].get("variant")
+            if variant == "descriptor":
+                yield from ((part, bucket, {"activation": name}) for name in fused_mlp.APPROXIMATE)
+            elif variant in nf4_matmul.TYPES:  # 11008 inputs are no whole tiles of the row's kernel
+                yield from ((part, bucket, options) for options in ({"K": 4096}, {"K": 11008, "nested": True}))
+            elif variant != "library":
+                yield part, bucket, {}
+
+
+def write_table(folder: Path) -> None:
+    """FOLDER/compile.json and compile.md: every shipped configuration on every architecture."""
+    rows = [row for arch in frame.CARDS for row in shipped(arch)]
+    folder.mkdir(parents=True, exist_ok=True)
+    opcodes = {arch: sum((row.opcodes for row in rows if row.arch == arch), Counter()) for arch in frame.CARDS}
+    report = {"triton": triton.__version__, "torch": torch.__version__, "opcodes": _sorted(opcodes)}
+    report["rows"] = [{k: v for k, v in asdict(row).items() if k != "opcodes"} for row in rows]
+    (folder / "compile.json").write_text(json.dumps(report, indent=1) + "\n")
+    names = "arch", "kernel", "settings", "warps", "registers", "spilled bytes", "shared bytes", "limit", "instructions"
+    lines = [
+        f"Compiled without a card by Triton {triton.__version__}; bf16, K-H-O {'-'.join(map(str, cases.MLP))}.",
+        "",
+    ]
+    lines += [f"| {' | '.join(names)} | a weight |", "|---" * (len(names) + 1) + "|"]
+    for row in rows:
+        settings = " ".join(f"{name.lower()}={value}" for name, value in row.settings.items())
+        cells: tuple[Any, ...] = (row.arch, row.kernel, settings, row.warps, row.registers, row.spill_bytes)
+        cells += row.shared_bytes, row.shared_limit, ", ".join(row.instructions), row.per_weight or ""
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    (folder / "compile.md").write_text("\n".join(lines) + "\n")
+
+
+def _sorted(opcodes: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    return {arch: dict(sorted(counts.items())) for arch, counts in opcodes.items() if counts}
+
+
+if __name__ == "__main__":
+    write_table(Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results"))

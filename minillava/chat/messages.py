@@ -1,0 +1,45 @@
+"""The turns of a conversation, and the order that they have to be in."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minillava.config import ChatConfig
+from minillava.errors import UserError
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `text` holds ChatConfig.image_token wherever a picture goes, and video_token for a clip."""
+
+    role: str  # user, assistant or system (first only, in place of the template's own)
+    text: str
+
+
+def split_at_markers(chat: ChatConfig, text: str) -> list[str]:
+    """text, marker, text, marker, ..., text."""
+    return _pattern(tuple(chat.markers)).split(text)
+
+
+@functools.lru_cache(maxsize=8)
+def _pattern(markers: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("(" + "|".join(map(re.escape, markers)) + ")")
+
+
+def check_roles(messages: Sequence[Message], generate: bool) -> None:
+    """Raises UserError unless it is [system], user, assistant, user, ..., up to where the model writes or wrote."""
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    for number, message in enumerate(turns):
+        expected = ("user", "assistant")[number % 2]
+        if message.role != expected:
+            at = number + 1 + len(messages) - len(turns)
+            raise UserError(
+                f"message {at} is from '{message.role}', but it is the turn of '{expected}'; put them in order"
+            )
+    last = "user" if generate else "assistant"
+    if not turns or turns[-1].role != last:
+        found = f"ends with '{turns[-1].role}'" if turns else "is empty"
+        raise UserError(f"the conversation {found}, but its last message has to be from '{last}'; correct it")

@@ -1,0 +1,224 @@
+"""The prompt of a checkpoint: its chat template, placeholders and special ids, which stand in up to six files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from minillava.chat.prompt import around
+from minillava.chat.templates import TEMPLATES
+from minillava.chat.tokenizer import MAX_ID, TokenizerFiles
+from minillava.checkpoints.families import DECODERS
+from minillava.config import ChatConfig, DecoderConfig, ModelConfig
+from minillava.errors import UserError, nearest
+from minillava.schema import from_dict, optional_json, to_dict
+
+
+def read_chat(
+    folder: Path, raw: dict[str, Any], text: dict[str, Any], decoder: DecoderConfig, fallback: str, **placeholders: Any
+) -> ChatConfig:
+    """The chat of a checkpoint with a Jinja template, or with the built-in `fallback` where there is none."""
+    jinja = _read_jinja(folder)
+    chat = ChatConfig(
+        template="jinja" if jinja else fallback,
+        jinja=jinja,
+        split_at_image=False,
+        **placeholders,
+        **special_ids(folder, raw, text, decoder),
+    )
+    return overridden(chat, raw, folder)
+
+
+def _read_jinja(folder: Path) -> str:
+    """The chat template in the four places where it has lived, newest first; '' if there is none."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); get it again") from None
+    names = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
+    files = [optional_json(folder / name) for name in names]
+    found = next((f["chat_template"] for f in files if f.get("chat_template")), "")
+    if isinstance(found, list):  # several, by name
+        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), "")
+    if not isinstance(found, str):
+        raise UserError(f"{folder}: chat_template is {found!r:.40}, expected text; remove it, or get the files again")
+    return found
+
+
+def special_ids(folder: Path, raw: dict[str, Any], text: dict[str, Any], decoder: DecoderConfig) -> dict[str, Any]:
+    """bos, eos and pad ids: of generation_config.json, else of the decoder's config, else of the tokenizer; and what
+    repetition costs there."""
+    generation, tokenizer = (
+        optional_json(folder / name) for name in ("generation_config.json", "tokenizer_config.json")
+    )
+    defaults = DECODERS[decoder.model_type].defaults
+
+    def find(key: str) -> Any:
+        for values in (generation, text, raw, defaults):
+            if values.get(f"{key}_token_id") is not None:
+                return values[f"{key}_token_id"]
+        return _token_id(folder, tokenizer.get(f"{key}_token"))
+
+    eos = find("eos")
+    eos_ids = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
+    written = _token_id(folder, tokenizer.get("eos_token"))  # Qwen's config.json may name another than this
+    eos_ids += [] if written is None or written in eos_ids else [written]
+    ids: dict[str, Any] = {"bos_id": find("bos"), "eos_ids": tuple(eos_ids), "pad_id": find("pad")}
+    for key, value in (("bos", ids["bos_id"]), ("pad", ids["pad_id"]), *(("eos", value) for value in eos_ids)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value >= MAX_ID):
+            raise UserError(f"{folder}: {key}_token_id is {value!r:.40}, expected an integer; correct its JSON files")
+    return ids | {"repetition_penalty": generation.get("repetition_penalty") or 1.0}
+
+
+SAMPLED = ("temperature", "top_p", "top_k", "min_p")
+NOT_APPLIED: dict[
+    str, tuple
+] = {  # keys of generation_config.json that would change answers, and the values that do not
+    **dict.fromkeys(("typical_p", "top_h", "guidance_scale", "encoder_repetition_penalty"), (None, 1, 1.0)),
+    **dict.fromkeys(
+        ("epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (None, 0)
+    ),
+    **dict.fromkeys(("min_length", "min_new_tokens", "penalty_alpha", "diversity_penalty"), (None, 0)),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), (None, [], {})),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), (None,)),
+    **dict.fromkeys(("stop_strings", "watermarking_config"), (None, [])),
+    "num_beams": (None, 1),
+}
+
+
+def generation_notes(folder: Path) -> list[str]:
+    """A line for each thing that generation_config.json asks for and that is left to the user, or not done."""
+    found = optional_json(folder / "generation_config.json")
+    lines = []
+    if found.get("do_sample"):
+        how = ", ".join(f"{key} {found[key]}" for key in SAMPLED if found.get(key) is not None)
+        lines.append(f"the checkpoint's generation_config.json samples{f' ({how})' if how else ''}; here it is greedy "
+                     "where no temperature is asked for")  # fmt: skip
+    ignored = [f"{key} {found[key]}" for key, neutral in NOT_APPLIED.items() if found.get(key) not in neutral]
+    if ignored:
+        lines.append(f"of the checkpoint's generation_config.json not applied: {', '.join(ignored)}")
+    return lines
+
+
+def _token_id(folder: Path, token: Any) -> int | None:
+    """The id of a special token, from the files that list added tokens."""
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        return None
+    found = TokenizerFiles(folder).ids.get(content)
+    if found is not None:
+        return found
+    added = optional_json(folder / "tokenizer.json").get("added_tokens") or []
+    return next((t.get("id") for t in added if isinstance(t, dict) and t.get("content") == content), None)
+
+
+def guess_template(folder: Path, decoder: str, layers: int) -> str:
+    """The prompt where the files bring none: there by the model's name, here by what its tokenizer marks turns with."""
+    if _token_id(folder, "<|start_header_id|>") is not None:
+        return "llama_3"
+    if _token_id(folder, "<|im_start|>") is not None:
+        return "qwen_1_5" if decoder.startswith("qwen") else "chatml_direct"
+    return "mistral_instruct" if decoder == "mistral" else "vicuna_v1" if layers > 1 else "llava_v1"
+
+
+# ---- what config.json says to this package alone ----
+
+
+def own_values(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What we add to a config.json, and transformers passes over: single values, and objects chat and layout."""
+    ours = raw.get("minillava", {})
+    if not isinstance(ours, dict) or not all(isinstance(ours.get(key, {}), dict) for key in ("chat", "layout")):
+        raise UserError(
+            f"{folder / 'config.json'}: minillava is {ours!r}, expected an object, and objects as its 'chat' and "
+            "'layout'"
+        )
+    return ours
+
+
+def overridden(chat: ChatConfig, raw: dict[str, Any], folder: Path) -> ChatConfig:
+    """`chat` with the values of config.json's "minillava": {"chat": {...}}: our saves have all but the jinja."""
+    where = f"{folder / 'config.json'}: minillava.chat"
+    chat = from_dict(ChatConfig, to_dict(chat) | own_values(raw, folder).get("chat", {}), where)
+    return chat if chat.template == "jinja" else dataclasses.replace(chat, jinja="")
+
+
+def own_chat(config: ModelConfig) -> dict[str, Any]:
+    """The object chat that `overridden` reads; the Jinja has a file of its own, repetition generation_config.json."""
+    return {key: value for key, value in to_dict(config.chat).items() if key not in ("jinja", "repetition_penalty")}
+
+
+# ---- Jinja for other engines ----
+
+
+# llama.cpp puts "<__media__>", or "<__media_SOMETHING__>", where pictures are. As the placeholder, it goes where the
+# placeholder goes.
+_MEDIA = """{%- set found = ns.text.split("<__media") -%}
+{%- set ns.media = "<__media" ~ found[1].split("__>")[0] ~ "__>" if found | length > 1 else "" -%}
+{%- if ns.media -%}{%- set ns.text = ns.text.replace(ns.media, IMAGE) -%}{%- endif -%}
+"""
+_MEDIA_AGAIN = "{%- if ns.media -%}{%- set ns.text = ns.text.replace(IMAGE, ns.media) -%}{%- endif -%}\n"
+
+
+def jinja_of(chat: ChatConfig, for_llama_cpp: bool = False) -> str:
+    """The chat template for other engines: the checkpoint's own, or a built-in one as Jinja, with the same strings.
+
+    It ends where the model is to write; `add_generation_prompt` makes no difference to it. llama.cpp has a marker of
+    its own for pictures.
+    """
+    if chat.template == "jinja":
+        return chat.jinja
+    if chat.template not in TEMPLATES:
+        raise UserError(f"chat template '{chat.template}' is unknown{nearest(chat.template, [*TEMPLATES, 'jinja'])}")
+    template, image = TEMPLATES[chat.template], json.dumps(chat.image_token)
+    names = {"{text}": "ns.text", "{system}": "ns.system", "{images}": f"({image} * {_count(image)})"}
+
+    def put(layout: str) -> str:
+        parts = [p for p in re.split(r"(\{\w+\})", layout) if p]
+        return "{{- " + (" ~ ".join(names.get(p) or json.dumps(p) for p in parts) or '""') + " -}}"
+
+    kinds = {"image": chat.image_token, "video": chat.video_token or chat.image_token}
+    part = f"{json.dumps(kinds)}[part['type']] if part['type'] != 'text' else part['text']"
+    before, behind = (text.replace("IMAGE", image) for text in (_MEDIA, _MEDIA_AGAIN))
+    lines = [
+        f'{{%- set ns = namespace(system={json.dumps(template.system)}, text="", opened=false) -%}}',
+        "{%- for message in messages -%}",
+        "{%- set content = message['content'] -%}",
+        "{%- set ns.text = content if content is string else '' -%}",
+        "{%- if content is not string -%}{%- for part in content -%}",
+        f"{{%- set ns.text = ns.text ~ ({part}) -%}}",
+        "{%- endfor -%}{%- endif -%}",
+        "{%- if message['role'] == 'system' -%}{%- set ns.system = ns.text -%}",
+        "{%- elif message['role'] == 'assistant' -%}" + put(template.answer),
+        "{%- else -%}" + (before + _jinja_of_markers(chat) + behind if for_llama_cpp else _jinja_of_markers(chat)),
+        "{%- if ns.opened -%}" + put(template.user) + "{%- else -%}" + put(template.first) + "{%- endif -%}",
+        "{%- set ns.opened = true -%}{%- endif -%}",
+        "{%- endfor -%}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _jinja_of_markers(chat: ChatConfig) -> str:
+    """Statements that put a user's placeholders where the template wants them."""
+    template = TEMPLATES[chat.template]
+    marked, (before, behind) = "", around(chat, template)
+    count = " + ".join(_count(json.dumps(marker)) for marker in chat.markers)
+    for marker in () if template.one_turn else map(json.dumps, chat.markers):
+        first = f'({marker} ~ "\\n" ~ ns.text.replace({marker}, "").strip()).strip()'  # one picture goes in front
+        alone = f"{_count(marker)} == 1 and {count} == 1"
+        marked += f"{{%- if {alone} -%}}{{%- set ns.text = {first} -%}}{{%- endif -%}}"
+        if template.around:
+            marked += f'{{%- set ns.text = ns.text.replace({marker} ~ "\\n", {marker}) -%}}'
+        if before:
+            wrapped = f"{json.dumps(before)} ~ {marker} ~ {json.dumps(behind)}"
+            marked += f"{{%- set ns.text = ns.text.replace({marker}, {wrapped}) -%}}"
+    return marked
+
+
+def _count(marker: str) -> str:
+    """How often a text has a marker; llama.cpp's Jinja has no str.count."""
+    return f"(ns.text.split({marker})|length - 1)"

@@ -1,0 +1,88 @@
+"""Answer a file of questions: a row of JSON a line in, an answer a line out, in the same order.
+
+  {"id": "1", "image": "photo.jpg", "prompt": "What is this?"}       also messages, images, video, temperature, ...
+  {"custom_id": "1", "body": {"messages": [...], "max_tokens": 64}}   a line of OpenAI's batches
+The same command goes on with a file that a kill has cut short. Exit status 1 where a row has an error in its place."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from minillava.checkpoints.hub import NANO, resolve
+from minillava.cli import ask
+from minillava.cli.values import amount, some_path, whole
+from minillava.errors import UserError
+from minillava.files import write_whole
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Files, a model, and how to answer where a row does not say."""
+    p.add_argument("rows", type=some_path, metavar="IN.jsonl")
+    p.add_argument("out", type=some_path, metavar="OUT.jsonl")
+    p.add_argument("--model", default=str(NANO), metavar="DIR|HUB_ID", help="checkpoint (default: the one that ships)")
+    p.add_argument("--base", metavar="DIR|HUB_ID", help="what a delta, a lone projector or LoRA adapters belong to")
+    p.add_argument("--images", type=some_path, metavar="DIR", help="folder of the pictures and videos that rows name")
+    p.add_argument("--fetch", action="append", default=[], metavar="HOST", help="pictures may come from this host")
+    p.add_argument("--slots", type=whole(1), default=16, metavar="N", help="rows answered at once (default: 16)")
+    p.add_argument(
+        "--context", type=whole(1), default=4096, metavar="N", help="tokens of prompt and answer (default: 4096)"
+    )
+    p.add_argument("--max-new-tokens", type=whole(1), default=512, metavar="N", help="length limit (default: 512)")
+    p.add_argument("--temperature", type=amount(), default=0.0, metavar="T", help="0 is greedy (default)")
+    p.add_argument("--top-p", type=amount(zero=False, most=1), default=1.0, metavar="P", help="of sampling")
+    p.add_argument(
+        "--seed",
+        type=whole(-(2**63), 2**64 - 1),
+        default=0,
+        metavar="S",
+        help="of the first row; then S + 1, ... (default: 0)",
+    )
+    p.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: what suits device and size)")
+    p.add_argument("--device", metavar="D", help="cpu, cuda, ... or mps (default: cuda if there, else cpu)")
+    p.add_argument("--quantize", metavar="nf4", help="see `minillava ask --help`")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for what can be refused before torch is imported."""
+    if not args.rows.is_file():
+        what = "is a folder" if args.rows.is_dir() else "no such file"
+        raise UserError(f"{args.rows}: {what}; give a file with a row of JSON a line")
+    if args.out.exists() and (not args.out.is_file() or args.out.samefile(args.rows)):
+        what = "is a folder" if args.out.is_dir() else "is no file, which can be read again, or the rows themselves"
+        raise UserError(f"{args.out}: {what}; give another file")
+    if args.images is not None and not args.images.is_dir():
+        raise UserError(f"{args.images}: no such folder of pictures; check the path")
+    ask.check_device(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the model, answer what is not answered yet."""
+    check(args)
+    source = resolve(args.model)
+    from tqdm import tqdm
+
+    from minillava import LLaVA
+    from minillava.generation import jobs
+    from minillava.generation.request import Request
+    from minillava.generation.sampling import Sampling
+    from minillava.media.sources import OwnSources
+
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("rows", "out", "slots", "device")}
+    begun = args.out.with_name(f".{args.out.name}.settings.json")
+    if begun.is_file() and begun.read_bytes() != json.dumps(settings).encode():
+        raise UserError(f"{args.out}: was begun with other settings; repeat those, or choose another file")
+    how = Request(max_new_tokens=args.max_new_tokens, sampling=Sampling(args.temperature, args.top_p, seed=args.seed))
+    how.sampling.check()
+    model = LLaVA.from_pretrained(source, args.dtype, args.device, args.quantize, args.base)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(begun, json.dumps(settings))
+    total = sum(1 for _ in jobs.lines(args.rows))
+    with tqdm(total=total, unit="row", file=sys.stderr) as bar:
+        sources = OwnSources(args.fetch, args.images)
+        done = jobs.run(model.engine, args.rows, args.out, how, sources, args.slots, args.context, bar.update)
+    begun.unlink()
+    kept = f"; {done.kept:,} were there already" if done.kept else ""
+    print(f"{args.out}: {done.answered:,} answered, {done.failed:,} with an error in their place{kept}")
+    return 1 if done.failed else 0

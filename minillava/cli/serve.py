@@ -1,0 +1,134 @@
+"""Serve a LLaVA over HTTP: OpenAI's API at /v1, a page to talk to at /, Prometheus' metrics at /metrics.
+
+Without options: the model that ships, on this machine alone, http://127.0.0.1:8000."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minillava.checkpoints.hub import NANO, resolve
+from minillava.cli import ask, ranks
+from minillava.cli.values import amount, whole
+from minillava.errors import UserError
+
+if TYPE_CHECKING:
+    from minillava.generation.engine import Engine
+    from minillava.generation.serve.running import Limits
+
+LOOPBACK = {"127.0.0.1": ("127.0.0.1", "localhost"), "localhost": ("127.0.0.1", "localhost")}
+GIB, MB = 1 << 30, 1 << 20
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """A model, where to listen, what clients may do, and how much memory they get."""
+    p.add_argument("--model", default=str(NANO), metavar="DIR|HUB_ID", help="checkpoint (default: the one that ships)")
+    p.add_argument("--base", metavar="DIR|HUB_ID", help="what a delta, a lone projector or LoRA adapters belong to")
+    p.add_argument("--name", metavar="NAME", help="what clients call the model (default: the last part of --model)")
+    p.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: what suits device and size)")
+    p.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... or mps (default: cuda if there, else cpu)")
+    p.add_argument("--quantize", metavar="nf4", help="decoder in 4 bits; see `minillava ask --help`")
+    p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: all networks (default: 127.0.0.1)")
+    p.add_argument("--port", type=whole(0, 65535), default=8000, metavar="N", help="default: 8000")
+    p.add_argument("--api-key", metavar="KEY", help="asked of every client (or variable MINILLAVA_API_KEY)")
+    p.add_argument(
+        "--fetch", action="append", default=[], metavar="HOST",
+        help="pictures may be fetched from this host, .example.org: from all below; may be given several times",
+    )  # fmt: skip
+    p.add_argument("--pictures", metavar="DIR", help="pictures may be named by their path in this folder")
+    p.add_argument("--slots", type=whole(1), default=16, metavar="N", help="requests answered at once (default: 16)")
+    p.add_argument("--waiting", type=whole(), default=240, metavar="N", help="requests that may wait (default: 240)")
+    p.add_argument("--context", type=whole(1), default=4096, metavar="N", help="tokens of a request (default: 4096)")
+    p.add_argument("--chunk", type=whole(1), default=512, metavar="N", help="prompt tokens of a step (default: 512)")
+    p.add_argument(
+        "--cache-gib", type=amount(zero=False), default=4.0, metavar="G", help="keys and values in slots (default: 4)"
+    )
+    p.add_argument(
+        "--prefix-gib", type=amount(), default=1.0, metavar="G", help="of earlier prompts, kept (default: 1)"
+    )
+    p.add_argument("--body-mb", type=whole(1), default=32, metavar="N", help="largest body of a request (default: 32)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for what can be refused before torch is imported."""
+    for package in ("starlette", "uvicorn"):
+        if find_spec(package) is None:
+            raise UserError(f"serving needs {package}; pip install minillava[serve]")
+    if ranks.rank() == 0:  # who listens, which is tried before the model is loaded
+        check_address(args.host, args.port)
+    if args.pictures is not None and not Path(args.pictures).is_dir():
+        raise UserError(f"{args.pictures}: no such folder of pictures; check the path")
+    ask.check_device(args)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises UserError where nobody can listen: an unknown host, a port that another program has."""
+    try:
+        family = socket.getaddrinfo(host, port)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise UserError(f"cannot listen at {host}, port {port} ({why}); choose another --host or --port") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model and serve until SIGTERM or Ctrl-C; what runs then is finished."""
+    check(args)
+    source = resolve(args.model)
+    import uvicorn
+
+    from minillava.generation.serve.app import Access, Server
+    from minillava.generation.serve.running import Limits, Running
+    from minillava.media.sources import Sources
+
+    model = ranks.load(source, args)
+    memory = int(args.cache_gib * GIB), int(args.prefix_gib * GIB)
+    limits = Limits(args.slots, args.context, args.waiting, args.chunk, *memory)
+    if ranks.rank():
+        return _follow(model.engine, limits)
+    running = Running(model.engine, limits)
+    if ranks.world() > 1:
+        running.on_fault = _end
+    key = args.api_key or os.environ.get("MINILLAVA_API_KEY", "")
+    access = Access(key, LOOPBACK.get(args.host, ()), args.body_mb * MB)
+    sources = Sources(args.fetch, Path(args.pictures) if args.pictures else None)
+    name = args.name or Path(str(args.model).rstrip("/")).name
+    print(
+        f"{name}: {_slots(running.scheduler.slots.rows, args)} of {running.context} tokens; {_address(args)}",
+        flush=True,
+    )
+    app = Server(running, name, sources, access).app()
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", server_header=False)
+
+
+def _follow(engine: Engine, limits: Limits) -> None:
+    """A process without a server; the first one says when to end, torchrun's SIGTERM does not."""
+    from minillava.generation.scheduler import Scheduler
+    from minillava.generation.serve.ranks import follow
+    from minillava.generation.serve.running import scheduler_of
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    follow(scheduler_of(engine, limits, Scheduler))
+
+
+def _end(reason: str) -> None:
+    """The first process ends as by SIGTERM: it cannot go on without the others."""
+    print(f"error: the processes cannot go on together: {reason}", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _slots(rows: int, args: argparse.Namespace) -> str:
+    """How many there are, and why not as many as asked for."""
+    more = f" (of {args.slots}; --cache-gib {args.cache_gib * args.slots / rows:.0f} holds all, or a smaller --context)"
+    return f"{rows} slots" + (more if rows < args.slots else "")
+
+
+def _address(args: argparse.Namespace) -> str:
+    return f"http://[{args.host}]:{args.port}" if ":" in args.host else f"http://{args.host}:{args.port}"

@@ -1,0 +1,172 @@
+"""What a row of a data set says, whatever its layout: turns as text with markers, and their pictures and videos.
+
+By content alone: `conversations` or `messages` of from/value or role/content turns, whose content is a text or a list
+of parts (LLaVA, ShareGPT, TRL, LLaMA-Factory, OpenAI); `texts` of user/assistant pairs (FineVision, the Cauldron);
+`prompt` and `completion` (TRL); `instruction` and `output` (Alpaca); a caption beside pictures. Null is absent.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from minillava.errors import UserError
+from minillava.files import in_words, shown
+
+MARKER = "<image>"  # stands for a picture, whatever the checkpoint's own placeholder is
+VIDEO_MARKER = "<video>"  # stands for a video; LLaVA-Video's JSON has <image> there as well
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+Turn = tuple[str, str]  # role, text
+
+
+@dataclass
+class Content:
+    """What a row says. Markers may be missing where `front` is set: pictures then go in front of the first question."""
+
+    turns: list[Turn]
+    images: list[Any]  # in the order of their markers
+    videos: list[Any]
+    front: bool = False
+    given: dict[str, deque[Any]] = field(default_factory=dict)  # by marker: those of the columns that are not taken yet
+
+
+def present(raw: dict[str, Any], *keys: str) -> Any:
+    """The value of the first of these keys that is there and not null."""
+    return next((raw[key] for key in keys if raw.get(key) is not None), None)
+
+
+def read_row(raw: dict[str, Any]) -> Content:
+    """The turns of a row and what stands in its columns of pictures and videos. Raises UserError."""
+    columns = {MARKER: deque(media_in(raw, "image")), VIDEO_MARKER: deque(media_in(raw, "video"))}
+    found = Content([], [], [], given=columns)
+    turns = present(raw, "conversations", "messages", "conversation")
+    if turns is not None:
+        if not isinstance(turns, list):
+            raise UserError(f"'conversations' must be a list of turns, got {in_words(turns)}; correct it")
+        found.front = any(isinstance(turn, dict) and turn.get("content") is not None for turn in turns)
+        found.turns = [read_turn(turn, found) for turn in turns]
+    elif isinstance(raw.get("texts"), list):
+        found.front = True
+        found.turns = [turn for pair in raw["texts"] for turn in read_pair(pair, found)]
+    elif raw.get("prompt") is not None and raw.get("completion") is not None:
+        found.front = True
+        found.turns = read_completion(raw["prompt"], raw["completion"], found)
+    else:
+        found.turns = read_flat(raw, found)
+        found.front = True
+    system = raw.get("system")
+    if isinstance(system, str) and system and found.turns[:1] and found.turns[0][0] != "system":
+        found.turns.insert(0, ("system", system))
+    found.images += found.given[MARKER]
+    found.videos += found.given[VIDEO_MARKER]
+    return found
+
+
+def media_in(raw: dict[str, Any], key: str) -> list[Any]:
+    """The values under `image` or `images`. Raises UserError where both say something else."""
+    one, several = raw.get(key), raw.get(f"{key}s")
+    if one and several and several != [one] and one != several:
+        raise UserError(f"has both '{key}' and '{key}s'; leave one of them out")
+    values = one if one or several is None else several
+    values = [] if values is None else values if isinstance(values, list) else [values]
+    if any(value is None or value == "" for value in values):
+        raise UserError(f"'{key}' must be a path or a list of paths; correct it")
+    return values
+
+
+def read_turn(turn: Any, found: Content) -> Turn:
+    """A from/value or role/content turn."""
+    if not isinstance(turn, dict):
+        raise UserError(f"a turn must be an object with 'from' and 'value', got {in_words(turn)}; correct it")
+    role = present(turn, "from", "role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise RoleError(f"unknown role {shown(role)}; use human and gpt, or user and assistant")
+    return ROLES[role], read_text(present(turn, "value", "content"), found)
+
+
+class RoleError(UserError):
+    """Whose turn it is cannot be said, or it is not theirs."""
+
+
+def read_pair(pair: Any, found: Content) -> list[Turn]:
+    """A question and its answer as FineVision has them."""
+    if not isinstance(pair, dict) or not {"user", "assistant"} <= pair.keys():
+        raise UserError(
+            f"'texts' must be a list of objects with 'user' and 'assistant', got {in_words(pair)}; correct it"
+        )
+    return [(role, read_text(pair[role], found)) for role in ("user", "assistant")]
+
+
+def read_completion(prompt: Any, completion: Any, found: Content) -> list[Turn]:
+    """TRL's prompt and completion: texts, or messages. Only the completion is trained, so the prompt has no answers."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return [("user", read_text(prompt, found)), ("assistant", read_text(completion, found))]
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise UserError("'prompt' and 'completion' must both be texts or both be messages; correct it")
+    turns = [read_turn(turn, found) for turn in prompt]
+    if any(role == "assistant" for role, _ in turns):
+        raise UserError("'prompt' has an answer in it, which would be trained; give 'messages' to train all answers")
+    return turns + [read_turn(turn, found) for turn in completion]
+
+
+def read_flat(raw: dict[str, Any], found: Content) -> list[Turn]:
+    """Instruction, input and output, question and answer, or a caption beside pictures."""
+    asked, answer = present(raw, "instruction", "question"), present(raw, "output", "answer")
+    if isinstance(asked, str) and isinstance(answer, str):
+        more = raw.get("input") if isinstance(raw.get("input"), str) else ""
+        text = f"{asked}\n{more}" if more else asked
+        return [("user", read_text(text, found)), ("assistant", read_text(answer, found))]
+    caption = present(raw, "caption", "text", "txt")
+    if isinstance(caption, str) and found.given[MARKER]:
+        return [("user", ""), ("assistant", read_text(caption, found))]
+    raise UserError("'conversations' must be a list of turns, got nothing; correct it")
+
+
+def read_text(content: Any, found: Content) -> str:
+    """A text with its markers, and what it takes of the columns or brings itself put behind what `found` has."""
+    if isinstance(content, str):
+        return take(content, found)
+    if not isinstance(content, list):
+        raise UserError(
+            f"the text of a turn must be a string, got {in_words(content)}; correct it (datasets' map() writes mixed "
+            "types as JSON, in which the text 007 becomes the number 7)"
+        )
+    text = ""
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    for number, part in enumerate(parts):
+        if not isinstance(part, dict):
+            raise UserError(f"a part of a turn must be an object with 'type', got {in_words(part)}; correct it")
+        text += read_part(part, found, last=number == len(parts) - 1)
+    return text
+
+
+def read_part(part: dict[str, Any], found: Content, last: bool) -> str:
+    """A text, or a marker for a picture or video that the part brings or the row has; on a line of its own."""
+    name = part.get("type") or next((key for key in ("text", "image", "image_url", "video") if part.get(key)), None)
+    if name in ("text", "input_text", "output_text"):
+        if not isinstance(part.get("text"), str):
+            raise UserError(
+                f"the text of a part must be a string, got {in_words(part.get('text'))}; correct it (datasets' map() "
+                "writes mixed types as JSON, in which the text 007 becomes the number 7)"
+            )
+        return take(part["text"], found)
+    if name in ("image", "image_url", "input_image"):
+        marker, value = MARKER, present(part, "image", "image_url", "url", "path", "base64", "bytes")
+    elif name in ("video", "video_url"):
+        marker, value = VIDEO_MARKER, present(part, "video", "video_url", "url", "path")
+    else:
+        raise UserError(f"a part of type {name!r}; use text, image, image_url or video")
+    if value is None:
+        take(marker, found)
+    else:
+        (found.images if marker == MARKER else found.videos).append(value)
+    return marker if last else f"{marker}\n"
+
+
+def take(text: str, found: Content) -> str:
+    """The text, once the columns' next pictures have been taken for its markers; missing ones are found out later."""
+    for marker, values in ((MARKER, found.images), (VIDEO_MARKER, found.videos)):
+        for _ in range(min(text.count(marker), len(found.given[marker]))):
+            values.append(found.given[marker].popleft())
+    return text

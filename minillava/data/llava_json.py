@@ -1,0 +1,199 @@
+"""Conversations about pictures and videos, each checked before anything is trained.
+
+Reads the format of LLaVA (docs/Finetune_Custom_Data.md of haotian-liu/LLaVA) and all layouts that `layouts` knows; no
+picture, one, or several, and videos; wherever `pictures` finds them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from minillava.chat.messages import Message, check_roles
+from minillava.config import ChatConfig
+from minillava.data.layouts import MARKER, VIDEO_MARKER, Content, RoleError, media_in, read_row
+from minillava.data.pictures import MissingError, Places
+from minillava.data.preferences import as_conversations
+from minillava.errors import UserError
+from minillava.files import in_words
+from minillava.media.visual import Media
+from minillava.processor import marker_of
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One conversation, with MARKER and VIDEO_MARKER for its pictures and videos, which are in their order."""
+
+    id: str
+    media: tuple[Media, ...]
+    messages: tuple[Message, ...]
+    source: str = ""  # the file that it came from
+    rejected: str | None = None  # of a preference: the worse last answer; `messages` ends with the better one
+
+    @property
+    def name(self) -> str:
+        """How errors call it."""
+        return f"{self.source}: sample {self.id!r}" if self.source else f"sample {self.id!r}"
+
+    @property
+    def images(self) -> list[Media]:
+        return [medium for medium in self.media if not medium.video]
+
+    @property
+    def videos(self) -> list[Media]:
+        return [medium for medium in self.media if medium.video]
+
+    @property
+    def worse(self) -> Sample:
+        """Of a preference, the conversation that ends with the worse answer."""
+        assert self.rejected is not None
+        messages = (*self.messages[:-1], Message("assistant", self.rejected))
+        return replace(self, messages=messages, rejected=None)
+
+    def written_for(self, chat: ChatConfig) -> list[Message]:
+        """Its messages with a checkpoint's own markers."""
+        theirs = {MARKER: marker_of(chat, False), VIDEO_MARKER: marker_of(chat, True)}
+        pattern = markers(any(medium.video for medium in self.media))
+        return [Message(m.role, pattern.sub(lambda found: theirs[found[0]], m.text)) for m in self.messages]
+
+
+def markers(videos: bool) -> re.Pattern[str]:
+    """What stands for pictures and videos in a sample; without videos <video> is a word."""
+    return re.compile(f"{MARKER}|{VIDEO_MARKER}" if videos else MARKER)
+
+
+# What a report counts. LLaVA drops the first turn of a conversation that the model opens.
+COUNTED = ["samples", "text only", "images", "several images", "videos", "turns", "dropped first turns"]
+COUNTED += ["with pictures put in front", "missing images", "marker mismatches", "role errors"]
+
+
+@dataclass
+class Report:
+    """What reading a file found. `problems` has one line for each sample that cannot be used."""
+
+    path: str
+    counts: Counter[str] = field(default_factory=Counter)  # by the names in COUNTED
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{self.counts[name]:,} {name}" for name in COUNTED if self.counts[name])
+        return f"{self.path}: {shown or 'nothing'}" + (f"; {len(self.problems):,} unusable" if self.problems else "")
+
+
+def parse(raw: Any, number: int, path: str, places: Places, report: Report) -> Sample:
+    """One checked sample of the row with this number in the file at `path`, counted in the report. Raises UserError
+    that names it."""
+    identity = present_id(raw, number)
+    where = f"{path}: sample {str(identity)!r} (number {number})"
+    if isinstance(raw, UserError):
+        raise UserError(f"{where}: {raw}")
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: expected an object with 'conversations', got {in_words(raw)}; check the file")
+    try:
+        images = len(media_in(raw, "image"))
+        turns, worse = as_conversations(raw, MARKER if images else VIDEO_MARKER, images or len(media_in(raw, "video")))
+        found, messages = conversation(raw if worse is None else raw | {"conversations": turns}, report)
+        rejected = None
+        if worse is not None:
+            rejected = worse_answer(conversation(raw | {"conversations": worse}, Report(""))[1], messages)
+        check_markers(found, messages)
+        media = media_of(found, messages, places, str(identity))
+        return Sample(str(identity), media, messages, report.path, rejected)
+    except UserError as error:
+        for cause, name in ((MissingError, "missing images"), (RoleError, "role errors")):
+            report.counts[name] += isinstance(error, cause)
+        report.counts["marker mismatches"] += isinstance(error, MarkerError)
+        raise UserError(f"{where}: {error}") from None
+
+
+def conversation(raw: dict[str, Any], report: Report) -> tuple[Content, tuple[Message, ...]]:
+    """What a row says, and its turns with a marker for each picture and video. Raises UserError."""
+    found = read_row(raw)
+    return found, mark_videos(in_front(found, in_turns(found, report), report), found)
+
+
+def worse_answer(worse: tuple[Message, ...], better: tuple[Message, ...]) -> str:
+    """The rejected answer. Raises UserError unless it differs from the chosen one, and in nothing but the answer."""
+    if worse[:-1] != better[:-1]:
+        raise UserError("chosen and rejected answer different conversations; give both the same prompt")
+    if worse[-1] == better[-1]:
+        raise UserError("chosen and rejected are the same, from which nothing is learned; remove the sample")
+    if MARKER in worse[-1].text:
+        raise UserError(f"{MARKER} in the rejected answer; an answer has no picture, remove it")
+    return worse[-1].text
+
+
+def present_id(raw: Any, number: int) -> Any:
+    """What a row is called: its id, or its number in the file."""
+    identity = raw.get("id") if isinstance(raw, dict) else None
+    return number if identity is None else identity
+
+
+def in_turns(found: Content, report: Report) -> tuple[Message, ...]:
+    """Turns as messages that alternate user, assistant, ..., behind an optional system message."""
+    messages = [Message(role, text) for role, text in found.turns]
+    for message in messages:
+        try:
+            message.text.encode()
+        except UnicodeEncodeError:
+            raise UserError("half a surrogate pair in the text, which is no character; remove it") from None
+    first = 1 if messages and messages[0].role == "system" else 0
+    if len(messages) > first and messages[first].role == "assistant":
+        del messages[first]
+        report.counts["dropped first turns"] += 1
+    if len(messages) == first:
+        raise UserError("the conversation is empty; remove the sample")
+    try:
+        check_roles(messages, generate=False)
+    except UserError as error:
+        raise RoleError(f"wrong role order: {error}") from None
+    return tuple(messages)
+
+
+def in_front(found: Content, messages: tuple[Message, ...], report: Report) -> tuple[Message, ...]:
+    """Markers in front of the first question, for layouts that have none (FineVision, TRL beside texts)."""
+    marked = any(marker in message.text for message in messages for marker in (MARKER, VIDEO_MARKER))
+    if marked or not found.front or not (found.images or found.videos):
+        return messages
+    at = 1 if messages[0].role == "system" else 0
+    lines = [MARKER] * len(found.images) + [VIDEO_MARKER] * len(found.videos)
+    text = "\n".join([*lines, messages[at].text] if messages[at].text else lines)
+    report.counts["with pictures put in front"] += 1
+    return (*messages[:at], Message("user", text), *messages[at + 1 :])
+
+
+class MarkerError(UserError):
+    """Markers are not as many as pictures or videos."""
+
+
+def check_markers(found: Content, messages: tuple[Message, ...]) -> None:
+    """Raises UserError unless there is a marker for each picture and video."""
+    for marker, values, what in ((MARKER, found.images, "image"), (VIDEO_MARKER, found.videos, "video")):
+        count = sum(message.text.count(marker) for message in messages)
+        if count != len(values) and (values or marker == MARKER):  # without videos <video> is a word
+            add, many = f"add a {marker} for each {what}", f"add the {what}s or remove markers"
+            raise MarkerError(
+                f"{count} {marker} in the text but {len(values)} {what}s; {many if count > len(values) else add}"
+            )
+
+
+def media_of(found: Content, messages: tuple[Message, ...], places: Places, identity: str) -> tuple[Media, ...]:
+    """The pictures and videos in the order of their markers."""
+    following = {MARKER: iter(found.images), VIDEO_MARKER: iter(found.videos)}
+    order = [marker for message in messages for marker in markers(bool(found.videos)).findall(message.text)]
+    return tuple(
+        places.media(next(following[marker]), marker == VIDEO_MARKER, f"{identity}#{number}")
+        for number, marker in enumerate(order)
+    )
+
+
+def mark_videos(messages: tuple[Message, ...], found: Content) -> tuple[Message, ...]:
+    """Messages in which every <image> but those of pictures is a video's marker, where videos have no other."""
+    count = {marker: sum(m.text.count(marker) for m in messages) for marker in (MARKER, VIDEO_MARKER)}
+    if not found.videos or count[VIDEO_MARKER] or count[MARKER] != len(found.images) + len(found.videos):
+        return messages
+    following = itertools.chain([MARKER] * len(found.images), itertools.repeat(VIDEO_MARKER))
+    return tuple(Message(m.role, re.sub(MARKER, lambda _: next(following), m.text)) for m in messages)

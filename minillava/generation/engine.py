@@ -1,0 +1,208 @@
+"""Generation: prompts and pictures in, answers out.
+
+An engine checks requests, makes their ids, and hands them as rows to a `generation.scheduler`, all at once and with
+slots of their size; a server has one scheduler for all its requests. An answer does not depend on the batch it was
+computed in, up to rounding.
+Letters: N views of a picture or clip, C channels, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from statistics import median
+
+import torch
+
+from minillava.chat.prompt import stop_ids
+from minillava.chat.tokenizer import Tokenizer
+from minillava.config import ModelConfig
+from minillava.errors import UserError
+from minillava.generation.answer import Answer, AnswerText, stop_strings
+from minillava.generation.request import Request, Row
+from minillava.generation.scheduler import Scheduler
+from minillava.generation.slots import Slots
+from minillava.llava import LLaVAModel
+from minillava.media.visual import Visual
+from minillava.processor import Example, Processor, count_placeholders
+
+TOWER_BATCH = 16  # views in one pass of the tower: CLIP-L/336 takes about 30 MB of float32 activations for each
+MAX_ROWS = 64  # requests computed together
+PREFILL_TOKENS = 1 << 14  # prompt tokens of one pass: the MLP of a 7B holds 22 kB of bf16 for each
+CACHE_BYTES = 4 << 30  # keys and values of all slots; a single request may take more
+
+
+class Engine:
+    """Answers requests with one model and its tokenizer."""
+
+    def __init__(self, model: LLaVAModel, tokenizer: Tokenizer):
+        self.model, self.tokenizer, self.processor = model, tokenizer, Processor(model.config, tokenizer)
+        self.eos_ids = stop_ids(model.config.chat, tokenizer)
+        self.stops = stop_strings(model.config.chat)
+        self.pictures_seen = 0  # that went through the tower since the start
+        self._idle: Slots | None = None  # of the last batch, for the next one: on a GPU its graphs are worth keeping
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.processor.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.decoder.embed.weight.device
+
+    def generate(self, requests: Sequence[Request], on_text: Callable[[int, str], None] | None = None) -> list[Answer]:
+        """One answer for each request, in order; `on_text(index, piece)` gets the text as it comes.
+
+        Raises UserError for a picture that cannot be read, a mismatch of placeholders and pictures, and a prompt that
+        leaves no room in the context; nothing is computed then.
+        """
+        return drain(self.stream(requests), on_text)
+
+    def stream(self, requests: Sequence[Request]) -> Generator[tuple[int, str], None, list[Answer]]:
+        """Yields (index of the request, text) as text comes; returns the answers."""
+        opened: dict[object, Visual] = {}
+        rows = [self.row(index, request, opened) for index, request in enumerate(requests)]
+        del opened  # from here on a picture lives as long as rows need it
+        if not rows:
+            return []
+        capacity = max(len(row.ids) + row.limit for row in rows)
+        slots = self._slots(min(len(rows), MAX_ROWS, max(1, CACHE_BYTES // (capacity * self.cache_bytes()))), capacity)
+        try:
+            return (yield from self.run(rows, slots))
+        finally:
+            self._idle = slots
+
+    def row(self, index: int, request: Request, opened: dict[object, Visual], capacity: int | None = None) -> Row:
+        """Check a request and make its ids. `opened` holds the pictures opened so far; new ones are put there.
+
+        Prompt and answer together get at most `capacity` tokens (None: the model's context).
+        """
+        sampling = request.sampling
+        if sampling.repetition_penalty is None:
+            sampling = replace(sampling, repetition_penalty=self.config.chat.repetition_penalty)
+        try:
+            sampling.check()
+            if request.max_new_tokens < 1:
+                raise UserError(f"max_new_tokens is {request.max_new_tokens}; use 1 or more")
+            prompt = self._prompt(request, opened)
+            ids, words = prompt.ids, self.config.decoder.vocab_size
+            if max(ids) >= words and (strange := set(ids) - {*range(words), *self.config.chat.markers.values()}):
+                raise UserError(
+                    f"the prompt has the id {max(strange)}, but the embedding {words} rows; the tokenizer is not this "
+                    "model's, or the text writes a special token that the model lacks"
+                )
+            context = min(self.config.decoder.max_positions, capacity or self.config.decoder.max_positions)
+            if len(ids) >= context:
+                visual = sum(picture.tokens for picture in prompt.visuals)
+                raise UserError(
+                    f"the prompt is {len(ids)} tokens ({visual} of them visual), but prompt and answer together have "
+                    f"to fit the context of {context}; shorten it"
+                )
+        except UserError as error:
+            raise UserError(f"{request.name}: {error}" if request.name else str(error)) from None
+        text = AnswerText(self.tokenizer, (*self.stops, *request.stop), strip=bool(request.messages))
+        limit = min(request.max_new_tokens, context - len(ids))
+        watched = request.logprobs, request.grammar
+        return Row(index, ids, prompt.visuals, limit, sampling, text, *watched)
+
+    def _prompt(self, request: Request, opened: dict[object, Visual]) -> Example:
+        if request.prompt_ids is not None:
+            prompt = self.processor.given(request.prompt_ids, request.media, opened)
+        elif request.raw is not None:
+            prompt = self.processor.raw(request.raw, request.media, opened)
+        else:
+            prompt = self.processor(request.messages, request.media, generate=True, opened=opened)
+        if not prompt.ids:
+            raise UserError("the prompt is empty; write one")
+        return prompt
+
+    # ---- the model ----
+
+    def new_slots(self, rows: int, capacity: int) -> Slots:
+        return Slots(self.model, rows, capacity, self._cache_dtype(), self.eos_ids)
+
+    def step_bytes(self, tokens: int) -> int:
+        """Bytes that a decode step has to read: the weights, and keys and values of `tokens` tokens."""
+        decoder, config = self.model.decoder, self.config.decoder
+        weights = (*decoder.parameters(), *decoder.buffers())
+        read = sum(t.nbytes for t in weights if t.ndim < 3)
+        if config.num_experts:  # stacked in three dimensions; a token goes through some of them
+            read += sum(t.nbytes for t in weights if t.ndim == 3) * config.experts_per_token // config.num_experts
+        read -= 0 if config.tie_embeddings else decoder.embed.weight.nbytes  # a row a token is read of it
+        return read + tokens * self.cache_bytes()
+
+    def _slots(self, rows: int, capacity: int) -> Slots:
+        """The idle ones if they do, else new ones, with some room to spare for the next batch."""
+        idle, self._idle = self._idle, None
+        key = (self.device, self._cache_dtype(), self.eos_ids)
+        if idle is not None and idle.key == key and idle.rows >= rows and idle.capacity >= capacity:
+            return idle
+        del idle
+        return self.new_slots(rows, min(-(-capacity // 256) * 256, self.config.decoder.max_positions))
+
+    def cache_bytes(self) -> int:
+        """Of the keys and values of one token."""
+        decoder = self.config.decoder
+        return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * self._cache_dtype().itemsize
+
+    def _cache_dtype(self) -> torch.dtype:
+        kind = self.device.type
+        return (
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.decoder.embed.weight.dtype
+        )
+
+    def see(self, pictures: Sequence[Visual]) -> None:
+        """Give each picture its visual tokens, unless it has them."""
+        unseen = list({id(picture): picture for picture in pictures if picture.visual_TD is None}.values())
+        while unseen:
+            some: list[Visual] = []
+            views = 0
+            while unseen and (not some or views + unseen[0].span.views <= TOWER_BATCH):
+                views += unseen[0].span.views
+                some.append(unseen.pop(0))
+            pixels_NCHW = torch.cat([picture.pixels_NCHW for picture in some]).to(self.device)
+            for picture, visual_TD in zip(some, self.model.see(pixels_NCHW, [p.span for p in some], TOWER_BATCH)):
+                picture.visual_TD = visual_TD
+            self.pictures_seen += len(some)
+
+    def run(self, rows: Sequence[Row], slots: Slots) -> Generator[tuple[int, str], None, list[Answer]]:
+        """Yields (index of the row, text) as text comes; returns the answers."""
+        slots.pending.clear()  # of a run that was interrupted
+        scheduler = Scheduler(self, slots, chunk=PREFILL_TOKENS)
+        for row in rows:
+            scheduler.submit(row)
+        while scheduler.busy:
+            for row, piece in scheduler.step():
+                if piece:
+                    yield row.index, piece
+        return [self.answer(row) for row in rows]
+
+    def answer(self, row: Row) -> Answer:
+        """What a row that has ended, or was cancelled, says."""
+        visual = count_placeholders(self.config.chat, row.ids)
+        decode_s = row.times[-1] - row.times[0] if row.times else 0.0
+        token_s = median(b - a for a, b in pairwise(row.times)) if len(row.times) > 1 else None
+        common = (row.text.text, row.token_ids, len(row.ids), visual, row.finish_reason)
+        read = self.step_bytes(len(row.ids) + len(row.token_ids) // 2)
+        more = row.reused, row.token_logprobs
+        return Answer(*common, row.vision_s, row.prefill_s, decode_s, token_s, read, *more)
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def drain(
+    events: Generator[tuple[int, str], None, list[Answer]], on_text: Callable[[int, str], None] | None
+) -> list[Answer]:
+    """Hand the text on as it comes; the answers at the end."""
+    while True:
+        try:
+            index, piece = next(events)
+        except StopIteration as end:
+            return end.value
+        if on_text is not None:
+            on_text(index, piece)

@@ -1,0 +1,252 @@
+"""The loop of generation: requests come while others are being answered, and leave when they have stopped.
+
+Rows wait in order of arrival. A step is one packed pass over the next prompts, up to `chunk` tokens of them, so that a
+long one does not stall the others, and one more token for every row behind its prompt (continuous batching: Orca, OSDI
+2022; chunked prefill: Sarathi, arXiv 2308.16369). With a Memory, pictures and prefixes are not computed twice.
+Letters: B rows, T tokens of all rows together, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minillava.generation.memory import BLOCK, Memory
+from minillava.generation.request import Row, allowed_next
+from minillava.generation.slots import Slots
+from minillava.media.visual import Visual
+from minillava.processor import count_placeholders
+
+if TYPE_CHECKING:
+    from minillava.generation.engine import Engine
+
+Event = tuple[Row, str]  # new text of a row, possibly none; of one step each row has one, with all that came
+Span = tuple[Row, int, int]  # tokens from the first number to the second of a row's prompt
+
+
+class Scheduler:
+    """Rows on their way through one model's slots. One thread calls it."""
+
+    def __init__(self, engine: Engine, slots: Slots, chunk: int, memory: Memory | None = None):
+        self.engine, self.slots, self.chunk, self.memory = engine, slots, chunk, memory
+        self.waiting: deque[Row] = deque()
+        self.live: list[Row] = []  # live[i] is in slot i
+        self.entering: Row | None = None  # in the slot behind them, with part of its prompt
+        self.prefilled_tokens = 0  # computed, of all prompts so far
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self.waiting or self.live or self.entering)
+
+    def submit(self, row: Row) -> None:
+        """The row waits for its turn. Raises ValueError if it can never have one."""
+        if len(row.ids) + row.limit > self.slots.capacity:
+            raise ValueError(f"{len(row.ids)} + {row.limit} tokens do not fit a slot of {self.slots.capacity}")
+        self.waiting.append(row)
+
+    def cancel(self, row: Row) -> None:
+        """Nobody wants this answer any more; its slot is free from the next step on."""
+        if row.finish_reason:
+            return
+        row.finish_reason = "cancelled"
+        if row is self.entering:
+            self.entering = None
+        elif row in self.waiting:
+            self.waiting.remove(row)
+
+    def end(self) -> None:
+        """There will be no more steps."""
+
+    @torch.inference_mode()
+    def abandon(self) -> None:
+        """Forget all rows, after a step that failed."""
+        self.waiting.clear()
+        self.live.clear()
+        self.entering = None
+        self.slots.pending.clear()
+        for slot in range(self.slots.rows):
+            self.slots.leave(slot)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """A part of the prompts, and one more token for each row behind its own."""
+        events: list[Event] = []
+        if any(row.finish_reason for row in self.live):  # cancelled
+            events += self._leave()
+        if self.entering or (self.waiting and len(self.live) < self.slots.rows):
+            events += self._take_all()
+            events += self._leave()
+            events += self._prefill()
+        # On a GPU the host is a step behind: it reads the tokens of one while the next is computed.
+        if self.live and not any(row.finish_reason for row in self.live):
+            self.slots.launch(len(self.live))
+            lag = 0 if any(row.watched for row in self.live) else self.slots.lag
+            while len(self.slots.pending) > lag:
+                events += self._accept(self.slots.take())
+        if any(row.finish_reason for row in self.live):
+            events += self._leave()
+        texts: dict[int, Event] = {}
+        for row, piece in events:
+            texts[id(row)] = row, texts.get(id(row), (row, ""))[1] + piece
+        return list(texts.values())
+
+    # ---- tokens ----
+
+    def _accept(self, ids: Sequence[int], start: int = 0) -> list[Event]:
+        """The next tokens of the rows in slots `start` and on."""
+        events, logits_BV = [], self.slots.logits_BV
+        for slot, id in enumerate(ids, start):
+            row = self.live[slot]
+            if row.finish_reason:
+                continue
+            if row.watched and logits_BV is not None:
+                row.record(id, logits_BV[slot - start])
+            piece = row.accept(id, self.engine.eos_ids)
+            if row.grammar is not None and not row.finish_reason:
+                row.grammar.advance(id)
+                self.slots.allow(slot, allowed_next(row, self.engine.config.decoder.vocab_size))
+            events.append((row, piece))
+        return events
+
+    def _take_all(self) -> list[Event]:
+        events: list[Event] = []
+        while self.slots.pending:
+            events += self._accept(self.slots.take())
+        return events
+
+    def _leave(self) -> list[Event]:
+        """Rows that have ended leave; the last one moves into the gap, so that a step takes the first slots alone."""
+        events, live, slots = self._take_all(), self.live, self.slots
+        for slot in reversed(range(len(live))):
+            if not live[slot].finish_reason:
+                continue
+            if self.memory is not None:
+                gone = live[slot]
+                self.memory.prefixes.put(slot, list(self.memory.keys(gone, [*gone.ids, *gone.token_ids[:-1]])))
+            last = live.pop()
+            slots.leave(slot)
+            if slot < len(live):
+                slots.move(slot, len(live), len(last.ids) + len(last.token_ids) - 1)
+                slots.leave(len(live))
+                live[slot] = last
+            if self.entering:
+                slots.move(len(live), len(live) + 1, self.entering.cached)
+        return events
+
+    # ---- prompts ----
+
+    def _prefill(self) -> list[Event]:
+        """One pass over parts of prompts; rows whose prompt ends with it get their first token."""
+        engine, slots, start = self.engine, self.slots, len(self.live)
+        spans = self._admit()
+        if not spans:
+            return []
+        began = engine.now()
+        visual = self._see(spans)
+        seen = engine.now()
+        logits_BV = self._pass(spans, visual)
+        complete = [row for row, _, end in spans if end == len(row.ids)]  # all but at most the last
+        self.entering = spans[-1][0] if len(complete) < len(spans) else None
+        ids: list[int] = []
+        if complete:
+            self.live += complete
+            ids = slots.first(logits_BV[: len(complete)], start)
+        done = engine.now()
+        for slot, (row, at, end) in enumerate(spans, start):
+            row.cached = end
+            row.vision_s, row.prefill_s = row.vision_s + seen - began, row.prefill_s + done - seen
+            self.prefilled_tokens += end - at
+            if self.memory is not None:
+                self.memory.prefixes.put(slot, row.block_keys[: end // BLOCK])
+        for row in complete:
+            row.pictures = []
+        return self._accept(ids, start)
+
+    def _admit(self) -> list[Span]:
+        """What the next pass computes: the rest of the row that is entering, and those that wait."""
+        spans: list[Span] = []
+        room, computing = self.chunk, set[bytes]()
+        if self.entering is not None:
+            room -= self._plan(self.entering, room, spans, computing)
+        while room > 0 and self.waiting and len(self.live) + len(spans) < self.slots.rows:
+            row, slot = self.waiting[0], len(self.live) + len(spans)
+            known = self._known(row)
+            if row.block_keys[known : known + 1] and row.block_keys[known] in computing:
+                break  # another row is computing what this one can take over after this pass
+            self.waiting.popleft()
+            if self.memory is not None:
+                self.memory.prefixes.fill(slot, row.block_keys[:known])
+                row.cached = row.reused = known * BLOCK
+            self.slots.enter(slot, row.sampling, row.limit, row.cached)
+            if row.grammar is not None:
+                self.slots.allow(slot, allowed_next(row, self.engine.config.decoder.vocab_size))
+            if row.sampling.repetition_penalty not in (None, 1):
+                self.slots.penalise(slot, row.ids, row.sampling.repetition_penalty)
+            room -= self._plan(row, room, spans, computing)
+        return spans
+
+    def _known(self, row: Row) -> int:
+        """Blocks of the prompt that are in the memory; never all of it: its last token has to be computed."""
+        return 0 if self.memory is None else self.memory.prefixes.known(row.block_keys[: (len(row.ids) - 1) // BLOCK])
+
+    def _plan(self, row: Row, room: int, spans: list[Span], computing: set[bytes]) -> int:
+        """Add the next part of a prompt, of at most `room` tokens; returns its length."""
+        end = min(len(row.ids), row.cached + room)
+        spans.append((row, row.cached, end))
+        computing.update(row.block_keys[row.cached // BLOCK :])
+        return end - row.cached
+
+    def _see(self, spans: Sequence[Span]) -> list[Tensor]:
+        """The visual tokens [T, D] of these parts of prompts, from each picture that is in one."""
+        needed = []  # (row, number of the picture, its first and last token in this part)
+        for row, at, end in spans:
+            first, last = self._visual(row.ids[:at]), self._visual(row.ids[:end])
+            ends = list(accumulate(picture.tokens for picture in row.pictures))
+            for number, (picture, stop) in enumerate(zip(row.pictures, ends)):
+                start = stop - picture.tokens
+                if start < last and stop > first:
+                    needed.append((row, number, max(first, start) - start, min(last, stop) - start))
+        pictures = [row.pictures[number] for row, number, _, _ in needed]
+        if self.memory is None:
+            self.engine.see(pictures)
+        else:
+            self._see_once([(row.picture_keys[number][0], row.pictures[number]) for row, number, _, _ in needed])
+        parts = [
+            picture.visual_TD[a:b] for picture, (_, _, a, b) in zip(pictures, needed) if picture.visual_TD is not None
+        ]
+        return parts
+
+    def _see_once(self, pictures: Sequence[tuple[bytes, Visual]]) -> None:
+        """From the memory what is there, and into it what is not."""
+        assert self.memory is not None
+        kept, first = self.memory.pictures, dict[bytes, Visual]()
+        for key, picture in pictures:
+            if picture.visual_TD is None:
+                picture.visual_TD = kept.get(key)
+            if picture.visual_TD is None:
+                first.setdefault(key, picture)
+        self.engine.see(list(first.values()))
+        for key, picture in pictures:
+            if key in first:
+                picture.visual_TD = first[key].visual_TD
+                assert picture.visual_TD is not None
+                kept.put(key, picture.visual_TD)
+
+    def _pass(self, spans: Sequence[Span], visual: Sequence[Tensor]) -> Tensor:
+        """One packed pass over parts of prompts -> logits [B, V] behind each."""
+        ids_T = torch.tensor([id for row, at, end in spans for id in row.ids[at:end]], device=self.engine.device)
+        cu_seqlens = list(accumulate((end - at for _, at, end in spans), initial=0))
+        slots = range(len(self.live), len(self.live) + len(spans))
+        cache = self.slots.cache
+        return self.engine.model(
+            ids_T, visual=visual, cache=cache, last_only=True, cu_seqlens=cu_seqlens, slots=list(slots)
+        )
+
+    def _visual(self, ids: list[int]) -> int:
+        return count_placeholders(self.engine.config.chat, ids)

@@ -1,0 +1,177 @@
+"""Cards, how long a step takes on one (an estimate), and which settings fit into so much memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from minillava.checkpoints.checkpoint import Checkpoint
+from minillava.checkpoints.hub import NANO, resolve
+from minillava.config import DecoderConfig, ImageConfig, LoRAConfig, ModelConfig, VisionConfig
+from minillava.errors import UserError
+from minillava.recipe import Recipe, StageConfig, with_tables
+from minillava.training.build import TOKENIZERS, new_config
+from minillava.training.plan import Plan
+
+MFU = 0.4  # share of the peak that training reaches: 0.35 to 0.5 is what tuned runs of 7B report; an assumption
+READING = 0.7  # share of the bandwidth that a decode step reaches; an assumption
+CONTEXT, FRAGMENTS = 0.8, 0.06  # GiB of CUDA's context and libraries; share lost to fragments; assumptions
+SIZES = (16, 24, 40, 80, 141)  # GB of the cards that people have
+
+
+@dataclass(frozen=True)
+class Card:
+    """From the makers' data sheets: memory, bytes a second, and dense bf16 FLOP/s with float32 sums."""
+
+    name: str
+    memory_gb: float
+    bandwidth: float
+    peak: float
+
+    @property
+    def usable(self) -> float:
+        """Bytes that PyTorch's tensors may take."""
+        return (self.memory_gb * 1e9) * (1 - FRAGMENTS) - CONTEXT * 2**30
+
+    def step_s(self, plan: Plan) -> float:
+        return plan.flops / (self.peak * MFU)
+
+    def token_s(self, plan: Plan) -> float:
+        return plan.token_bytes / (self.bandwidth * READING)
+
+
+CARDS = {
+    card.name.lower(): card
+    for card in (
+        Card("RTX-4060Ti-16GB", 16, 288e9, 44e12),
+        Card("L4", 24, 300e9, 121e12),
+        Card("RTX-3090", 24, 936e9, 71e12),
+        Card("RTX-4090", 24, 1008e9, 165e12),
+        Card("A100-40GB", 40, 1555e9, 312e12),
+        Card("L40S", 48, 864e9, 362e12),
+        Card("A100-80GB", 80, 2039e9, 312e12),
+        Card("H100", 80, 3350e9, 989e12),
+        Card("H200", 141, 4800e9, 989e12),
+    )
+}
+
+# Parts that the recipes download, so that a recipe can be planned before they are there.
+KNOWN: dict[str, Any] = {
+    "openai/clip-vit-large-patch14-336": (VisionConfig(), ImageConfig()),
+    "openai/clip-vit-large-patch14": (VisionConfig(image_size=224), ImageConfig(224)),
+    **{f"lmsys/vicuna-7b-v1.{n}": DecoderConfig() for n in (3, 5)},
+    **{f"lmsys/vicuna-13b-v1.{n}": DecoderConfig(32000, 5120, 13824, 40, 40, 40) for n in (3, 5)},
+}
+
+
+def recipe_model(recipe: Recipe, find: Callable[[str], Recipe]) -> tuple[ModelConfig, torch.dtype]:
+    """The config of a recipe's model and the dtype that its run starts in, from config.json alone.
+
+    A base in the folder of a run that was not made yet is what that recipe (`find` by its name) makes. Raises UserError
+    for parts that are not there and not known.
+    """
+    wanted = recipe.model
+    if wanted.base:
+        parts = Path(wanted.base).parts
+        if not Path(wanted.base).is_dir() and parts[:1] == ("runs",):
+            return recipe_model(find(parts[1]), find)[0], torch.bfloat16
+        checkpoint = Checkpoint(resolve(wanted.base, weights=False))
+        return with_tables(checkpoint.config, wanted.tables, "model"), stored_dtype(checkpoint)
+    named = {"vision_from": wanted.vision_from, "decoder_from": wanted.decoder_from}
+    known = {key: KNOWN[name] for key, name in named.items() if name in KNOWN}
+    vocab = (
+        Checkpoint(NANO).config.decoder.vocab_size
+        if wanted.tokenizer in TOKENIZERS
+        else ModelConfig().decoder.vocab_size
+    )
+    tokenizer: Any = SimpleNamespace(vocab_size=vocab, token_id=lambda _: None, bos_id=1, eos_id=2, pad_id=None)
+    tables = {name: dict(table) for name, table in wanted.tables.items()}
+    if "vision_from" in known:
+        vision, image = (dataclasses.asdict(part) for part in known["vision_from"])
+        tables |= {"vision": vision | tables["vision"], "image": image | tables["image"]}
+    if "decoder_from" in known:
+        tables["decoder"] = dataclasses.asdict(known["decoder_from"]) | tables["decoder"]
+    for name in [name for key, name in named.items() if name and key not in known]:
+        resolve(name, weights=False)
+    rest = replace(wanted, **tables, **dict.fromkeys(known, ""))  # type: ignore[arg-type]
+    return new_config(rest, tokenizer), torch.bfloat16 if any(named.values()) else torch.float32
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What a checkpoint is held in: float32, or bf16 for one in 16 bits."""
+    text = checkpoint.raw.get("text_config") or {}
+    name = next((raw[key] for raw in (checkpoint.raw, text) for key in ("dtype", "torch_dtype") if raw.get(key)), "")
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+# ---- what fits ----
+
+
+def settings(stage: StageConfig, quantize: str) -> Iterator[tuple[str, StageConfig, str]]:
+    """Ways to train a stage, each with less memory than the one before: (what changes, stage, quantize)."""
+    yield "as it is", stage, quantize
+    if stage.checkpointing != "full":
+        stage = replace(stage, checkpointing="full")
+        yield "checkpointing full", stage, quantize
+    if stage.optimizer == "adamw" and "decoder" in stage.lr and "decoder" not in stage.lora:
+        yield "checkpointing full, adamw8bit", replace(stage, optimizer="adamw8bit"), quantize
+    if "decoder" in stage.lr:
+        if "decoder" not in stage.lora:
+            stage = replace(stage, lora={**stage.lora, "decoder": LoRAConfig()})
+            yield "checkpointing full, LoRA of rank 128", stage, quantize
+        if not quantize:
+            yield "checkpointing full, LoRA, nf4-double", stage, "nf4-double"
+    elif not quantize and "vision" not in stage.lr:
+        yield "checkpointing full, nf4-double", stage, "nf4-double"
+
+
+def fit_training(
+    plan: Callable[[StageConfig, str], Plan], stage: StageConfig, quantize: str
+) -> Iterator[tuple[int, str, int, Plan | None]]:
+    """For each of SIZES: (GB, settings, micro-batch, its plan): the first settings that fit, and the most samples at a
+    time. Settings are "" where none fits."""
+    found: dict[tuple[str, int], Plan] = {}
+    ways = list(settings(stage, quantize))
+
+    def planned(way: int, micro: int) -> Plan:
+        name, changed, bits = ways[way]
+        if (name, micro) not in found:
+            found[name, micro] = plan(replace(changed, micro_batch=micro), bits)
+        return found[name, micro]
+
+    for size in SIZES:
+        room = Card("", size, 0, 0).usable
+        way = next((n for n in range(len(ways)) if planned(n, 1).peak <= room), None)
+        if way is None:
+            yield size, "", 0, None
+            continue
+        micro = 1
+        while 2 * micro <= stage.batch_size and planned(way, 2 * micro).peak <= room:
+            micro *= 2
+        yield size, ways[way][0], micro, planned(way, micro)
+
+
+def fit_answer(plan: Callable[[str, int], Plan]) -> Iterator[tuple[int, str, int, Plan | None]]:
+    """For each of SIZES the widest weights that fit, and how many answers at a time."""
+    found = {(bits, rows): plan(bits, rows) for bits in ("", "int8", "nf4") for rows in (1, 2)}
+    for size in SIZES:
+        room = Card("", size, 0, 0).usable
+        bits = next((b for b in ("", "int8", "nf4") if found[b, 1].peak <= room), None)
+        if bits is None:
+            yield size, "", 0, None
+            continue
+        each = max(1, found[bits, 2].peak - found[bits, 1].peak)
+        yield size, bits or "16 bits", 1 + int((room - found[bits, 1].peak) // each), found[bits, 1]
+
+
+def card_of(name: str) -> Card:
+    """The card of that name. Raises UserError with all names."""
+    if name.lower() not in CARDS:
+        raise UserError(f"card '{name}' is unknown (known: {', '.join(card.name for card in CARDS.values())})")
+    return CARDS[name.lower()]

@@ -1,0 +1,151 @@
+"""What a stage trains and on what: the interface that the trainer knows.
+
+A run has one LLaVA, which its stages train one after the other; a task names the parts of it (and, where it needs
+any, parts of its own, such as CLIP's text tower) and turns batches into losses.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minillava.chat.tokenizer import Tokenizer
+from minillava.checkpoints.checkpoint import Checkpoint
+from minillava.config import ModelConfig
+from minillava.errors import UserError, nearest
+from minillava.llava import LLaVAModel
+from minillava.recipe import Recipe, StageConfig
+
+# Name in a recipe -> module and factory (run, stage) -> Task.
+TASKS = {
+    "llava": "minillava.training.llava_task:LLaVATask",
+    "dpo": "minillava.training.dpo_task:DPOTask",
+    "clip": "minillava.synthetic.pretrain:ClipTask",
+    "text": "minillava.synthetic.pretrain:TextTask",
+    "shapes": "minillava.synthetic.task:ShapesTask",
+}
+
+
+@dataclass
+class Run:
+    """What the stages of a run share."""
+
+    recipe: Recipe
+    folder: Path
+    model: LLaVAModel
+    tokenizer: Tokenizer
+    device: torch.device
+    save_dtype: torch.dtype  # of exported checkpoints
+    base: Checkpoint | None = None  # what the recipe starts from, where it does from a whole model
+    read_weights: Callable[[LLaVAModel], None] | None = (
+        None  # gives a model that is on meta its weights; None: it has them
+    )
+    finished: list[StageConfig] = field(default_factory=list)  # stages whose results the model has, or shall be given
+
+    def __post_init__(self) -> None:
+        self.config: ModelConfig = self.model.config  # of the model that comes out; a stage's layout may differ
+
+
+class Task(ABC):
+    """One stage's work. Subclasses set what is here; of what is defined, the rest has defaults."""
+
+    trains: ClassVar[tuple[str, ...]] = ("vision", "projector", "decoder")  # the names of its parts
+    shared = False  # ranks share its steps and its model, and it may train adapters; of others every rank does all work
+    model: nn.Module  # what `loss` calls; what of it is in no part is frozen
+    parts: dict[str, nn.Module]  # by the name that `lr` has for them; disjoint, all inside `model`
+    stage: StageConfig
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the stage."""
+        if not self.stage.steps:
+            raise UserError(f"stage '{self.stage.name}': its data has no end; set steps instead of epochs")
+        return self.stage.steps
+
+    @abstractmethod
+    def batches(self, start: int, stop: int) -> Iterator[list[Any]]:
+        """The micro-batches of steps start to stop (exclusive). Step k holds the same whatever `start` was."""
+
+    @abstractmethod
+    def loss(self, call: Callable[..., Any], micro: Any) -> tuple[Tensor, int]:
+        """The SUM of the losses of a micro-batch and how many they are; `call` is `model` with the weights to use."""
+
+    def prepare(self, weights: Callable[[], AbstractContextManager[Callable[..., Any]]]) -> None:  # noqa: B027 most need not
+        """Called once, before step 1 and before a checkpoint is taken up: the model is as the stage began. `weights()`
+        is a context that gives `call`."""
+
+    def measures(self) -> dict[str, Tensor]:
+        """What the losses since the last call measured beside, in sums over the same; the log shows means."""
+        return {}
+
+    @abstractmethod
+    def tokens(self, micro: Any) -> int:
+        """How many tokens (or pairs) go through the model, for the rate that is shown."""
+
+    def flops(self, micro: Any) -> float:
+        """What a training step with it costs; 0 where nobody has counted."""
+        return 0.0
+
+    def counts(self, micros: list[Any]) -> dict[str, int]:
+        """What else the log should have of a step's data, in numbers that add up over ranks."""
+        return {}
+
+    def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
+        """Measurements by name; nothing where there is nothing to evaluate. Runs under no_grad and model.eval()."""
+        return {}
+
+    def probe(self, call: Callable[..., Any]) -> Tensor:
+        """Logits for an input that is always the same, by which a model with adapters is compared with the export."""
+        raise UserError(f"stage '{self.stage.name}': task '{self.stage.task}' trains no adapters; leave lora out")
+
+    def save(self, folder: Path) -> None:  # noqa: B027 a task whose result is no checkpoint writes none
+        """Export the result into a folder that does not exist yet."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs beside weights, step and random state, as JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 there is none
+        """Take back what `state` returned."""
+
+    def summary(self) -> str:
+        """A line for the end of the stage; empty for none."""
+        return ""
+
+
+def task_class(stage: StageConfig) -> type[Task]:
+    """The class of a stage's task. Raises UserError that suggests the nearest name."""
+    if stage.task not in TASKS:
+        raise UserError(f"stage '{stage.name}': no task '{stage.task}'{nearest(stage.task, TASKS)}")
+    return pkgutil.resolve_name(TASKS[stage.task])
+
+
+def check_stage(stage: StageConfig) -> None:
+    """Raises UserError for a task that there is not, and for what it cannot train, before any stage begins."""
+    cls = task_class(stage)
+    if stage.lora and not cls.shared:
+        raise UserError(f"stage '{stage.name}': task '{stage.task}' trains no adapters; leave lora out")
+    for name in stage.lr.keys() - set(cls.trains):
+        raise UserError(
+            f"stage '{stage.name}': lr for '{name}', which task '{stage.task}' has not{nearest(name, cls.trains)}"
+        )
+
+
+def make_task(run: Run, stage: StageConfig) -> Task:
+    """The task of a stage. Raises UserError as `check_stage` does."""
+    check_stage(stage)
+    return task_class(stage)(run, stage)  # type: ignore[call-arg]
+
+
+def shape_options(stage: StageConfig, **known: Any) -> dict[str, Any]:
+    """What a task reads of `shapes`, over the defaults `known`. Raises UserError for any other key."""
+    for key in stage.shapes.keys() - known.keys():
+        raise UserError(f"stage '{stage.name}': shapes.{key} is unknown{nearest(key, known)}")
+    return known | stage.shapes

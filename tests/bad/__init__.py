@@ -1,0 +1,1 @@
+"""Tables of bad inputs; ../bad_inputs.py runs them."""
