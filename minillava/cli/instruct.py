@@ -18,9 +18,9 @@ from minillava.cli.values import amount, whole
 from minillava.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from minillava.instruct.collect import Item
-    from minillava.instruct.models import Model
-    from minillava.instruct.scenes import Scene
+    from minillava.synthetic.instruct.collect import Item
+    from minillava.synthetic.instruct.models import Model
+    from minillava.synthetic.instruct.scenes import Scene
 
 INTERRUPTED = "stopped; the same command goes on"
 CONNECT_S = 10.0  # before anything is read
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--max-cost needs --price to count with; give both")
     for url in filter(None, (args.url, args.judge_url)):
         check_url(url)
-    from minillava.instruct.scenes import read_scenes
+    from minillava.synthetic.instruct.scenes import read_scenes
 
     scenes = read_scenes([Path(path) for path in args.scenes]) if args.scenes else []
     if args.dry_run:
@@ -112,9 +112,9 @@ def work(args: argparse.Namespace, scenes: Sequence[Scene], kinds: Sequence[str]
     """Make the samples."""
     from tqdm import tqdm
 
-    from minillava.instruct import collect
-    from minillava.instruct.prompts import judged, messages_for
-    from minillava.instruct.scenes import Scene
+    from minillava.synthetic.instruct import collect
+    from minillava.synthetic.instruct.prompts import judged, messages_for
+    from minillava.synthetic.instruct.scenes import Scene
 
     model = model_of(args, args.model, args.url)
     settings: dict[str, Any] = {"model": args.model, "url": args.url, "temperature": args.temperature}
@@ -141,7 +141,7 @@ def work(args: argparse.Namespace, scenes: Sequence[Scene], kinds: Sequence[str]
 
 def model_of(args: argparse.Namespace, name: str | None, url: str | None) -> Model:
     """Who is asked: behind an endpoint, or a checkpoint here."""
-    from minillava.instruct.models import Endpoint, Local
+    from minillava.synthetic.instruct.models import Endpoint, Local
 
     name = name or args.model
     if url is None:
@@ -151,7 +151,7 @@ def model_of(args: argparse.Namespace, name: str | None, url: str | None) -> Mod
 
 def dry_run(args: argparse.Namespace, scenes: Sequence[Scene], kinds: Sequence[str]) -> None:
     """A request of each kind, and how many tokens all of them have."""
-    from minillava.instruct.prompts import messages_for
+    from minillava.synthetic.instruct.prompts import messages_for
 
     source = args.tokenizer or (args.model if args.model and Path(args.model).is_dir() else None)
     tokenizer = None

@@ -859,7 +859,10 @@ def test_hub_ids_offline_say_what_is_missing(tmp_path):
         ("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 6\r\n\r\n<html>", "Expecting value"),
         ("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}", "'id'"),
         ("HTTP/1.1 500 Down\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", "500"),
-        ("HTTP/1.1 302 Found\r\nLocation: /again\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", "redirects|disconnected"),
+        (
+            "HTTP/1.1 302 Found\r\nLocation: /again\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
+            "redirects|disconnected",
+        ),
     ],
 )
 @pytest.mark.parametrize("what", ["model", "data"])

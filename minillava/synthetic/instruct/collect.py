@@ -19,12 +19,12 @@ from typing import Any
 from minillava.chat.messages import Message
 from minillava.errors import UserError
 from minillava.files import claimed, misfit, parse_json, read_text, refused, write_whole
-from minillava.instruct.journal import Journal, Reply
-from minillava.instruct.models import Model, Unanswered
-from minillava.instruct.prompts import judged, messages_for
-from minillava.instruct.replies import MARKER, Rejected, choice, conversation_of, sample
-from minillava.instruct.scenes import Scene
 from minillava.schema import read_json
+from minillava.synthetic.instruct.journal import Journal, Reply
+from minillava.synthetic.instruct.models import Model, Unanswered
+from minillava.synthetic.instruct.prompts import judged, messages_for
+from minillava.synthetic.instruct.replies import MARKER, Rejected, choice, conversation_of, sample
+from minillava.synthetic.instruct.scenes import Scene
 
 
 @dataclass

@@ -6,8 +6,8 @@ import re
 import zlib
 from typing import Any
 
-from minillava.instruct.prompts import KINDS, opening
-from minillava.instruct.scenes import Scene, in_picture
+from minillava.synthetic.instruct.prompts import KINDS, opening
+from minillava.synthetic.instruct.scenes import Scene, in_picture
 
 MARKER = "<image>"
 LINE = re.compile(r"^[\s*#>\-\d.)]*(question|q|answer|a)\s*\d*\s*(?:\*\*)?\s*:\s*(?:\*\*)?\s*(.*)$", re.I)

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from minillava.chat.messages import Message
 from minillava.errors import UserError
-from minillava.instruct.journal import Reply
-from minillava.instruct.replies import Rejected
+from minillava.synthetic.instruct.journal import Reply
+from minillava.synthetic.instruct.replies import Rejected
 
 LONGEST_WAIT_S = 60.0  # of our own accord
 LONGEST_ASKED_S = 900.0  # by a server; who asks for more has no time today

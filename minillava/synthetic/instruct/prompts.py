@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minillava.chat.messages import Message
-from minillava.instruct.scenes import Scene
+from minillava.synthetic.instruct.scenes import Scene
 
 READS = (
     "You are looking at one picture. What you see of it is written below: a few sentences by different people, then "

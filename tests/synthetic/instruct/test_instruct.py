@@ -19,11 +19,11 @@ from server import DETAIL, REASON, TALK, Server, well
 from minillava.cli import run_command
 from minillava.data.table import scan
 from minillava.errors import UserError
-from minillava.instruct import models
-from minillava.instruct.journal import Journal, Reply
-from minillava.instruct.prompts import KINDS, messages_for
-from minillava.instruct.replies import Rejected, check, choice, conversation_of
-from minillava.instruct.scenes import Box, Scene, read_scenes
+from minillava.synthetic.instruct import models
+from minillava.synthetic.instruct.journal import Journal, Reply
+from minillava.synthetic.instruct.prompts import KINDS, messages_for
+from minillava.synthetic.instruct.replies import Rejected, check, choice, conversation_of
+from minillava.synthetic.instruct.scenes import Box, Scene, read_scenes
 
 pytest.importorskip("openai")
 COCO = REAL / "llava" / "caps_boxes_coco2014_val_80.jsonl"
