@@ -33,7 +33,7 @@ from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig
 from minillava.decoder import Decoder
 from minillava.generation.engine import Engine, Request
 from minillava.generation.slots import Slots
-from minillava.layers.quantize import Scheme
+from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 from minillava.media.visual import Media
 from minillava.visual_tokens import image_span

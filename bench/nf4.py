@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from bench import ggml, machine
 from bench.cases import Case
 from minillava.layers import linear as layers
-from minillava.layers.quantize import Linear4bit, Scheme
+from minillava.layers.quantize import Linear4bit
+from minillava.layers.scheme import Scheme
 
 # label, N, K: q, k and v as one, output, gate and up as one, down; Vicuna-7B and Qwen2-7B
 LAYERS = [("7B", 12288, 4096), ("7B", 4096, 4096), ("7B", 22016, 4096), ("7B", 4096, 11008), ("7B", 11008, 4096)]

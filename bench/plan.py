@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from minillava.config import ChatConfig, DecoderConfig, ImageConfig, LoRAConfig, ModelConfig, VisionConfig
-from minillava.layers.quantize import Scheme, quantized_layer
+from minillava.layers.quantize import chosen_layers, quantized_layer
+from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 from minillava.recipe import StageConfig
 from minillava.training import parallel
@@ -87,7 +88,7 @@ def _model(config: ModelConfig, case: dict[str, Any]) -> LLaVAModel:
         p.data = p.data.to(held(case))
     if scheme := case.get("quantize"):
         how = Scheme.parse(scheme)
-        for layer in how.layers(model):
+        for layer in chosen_layers(model, how):
             old: Any = model.get_submodule(layer)
             model.set_submodule(layer, quantized_layer(old.weight.detach(), how, f"{layer}.weight"))
     return model

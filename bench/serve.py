@@ -28,7 +28,8 @@ from minillava.generation.engine import Engine, Request
 from minillava.generation.memory import Memory
 from minillava.generation.request import Row
 from minillava.generation.scheduler import Scheduler
-from minillava.layers.quantize import Linear4bit, Scheme
+from minillava.layers.quantize import Linear4bit
+from minillava.layers.scheme import Scheme
 from minillava.media.visual import Media
 from minillava.visual_tokens import image_span
 

@@ -36,7 +36,7 @@ from bench import machine
 from bench.train_made import build, draw, make_data
 from bench.train_peer import Peer, Spec, absent
 from minillava.data.batch import Batch
-from minillava.layers.quantize import Scheme
+from minillava.layers.scheme import Scheme
 from minillava.recipe import DataConfig, read_recipe, stage_index
 from minillava.training import parallel
 from minillava.training.build import read_config

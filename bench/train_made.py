@@ -16,7 +16,8 @@ from torch import Tensor
 from minillava.chat.templates import TEMPLATES
 from minillava.config import ModelConfig
 from minillava.layers.linear import Unallocated
-from minillava.layers.quantize import Linear4bit, Scheme
+from minillava.layers.quantize import Linear4bit, chosen_layers
+from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 from minillava.synthetic.train_tokenizer import train_small_tokenizer
 
@@ -91,7 +92,7 @@ def build(config: ModelConfig, scheme: Scheme | None, device: torch.device, dtyp
     """Made on the device, one tensor after the other."""
     with Unallocated():
         model = LLaVAModel(config)
-    small, state = scheme.layers(model) if scheme else set(), {}
+    small, state = chosen_layers(model, scheme) if scheme else set(), {}
     for name, parameter in list(model.named_parameters()):
         values = torch.empty(parameter.shape, dtype=dtype, device=device)
         draw(name, values)

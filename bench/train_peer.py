@@ -21,7 +21,7 @@ from minillava.checkpoints.names import rename
 from minillava.config import IGNORE, ModelConfig
 from minillava.data.batch import Batch
 from minillava.layers import lora
-from minillava.layers.quantize import Scheme
+from minillava.layers.scheme import Scheme
 from minillava.recipe import StageConfig
 from minillava.training.trainer import schedule
 

@@ -25,7 +25,7 @@ from minillava.generation.prompts import Prompt, is_batch, request_of, requests_
 from minillava.generation.sampling import Sampling
 from minillava.generation.score import Choice, score
 from minillava.kernels.cpu.library import library
-from minillava.layers.quantize import Scheme
+from minillava.layers.scheme import Scheme
 from minillava.layers.tensor_parallel import is_shared
 from minillava.media.sources import OwnSources, one_or_more
 from minillava.visual_tokens import frame_limit
@@ -59,7 +59,7 @@ class LLaVA:
         decoder (`layers.tensor_parallel`), each with its part of the weights; torch.distributed has to be there then.
 
         device: the GPU if there is one, else the CPU. dtype: see `default_dtype`. quantize: "nf4" puts the decoder's
-        linear layers in four bits while they are read; more in `layers.quantize.Scheme.parse`. Raises UserError for
+        linear layers in four bits while they are read; more in `minillava.layers.scheme`. Raises UserError for
         whatever is missing, damaged or not supported.
         """
         scheme = None if quantize is None else Scheme.parse(quantize)

@@ -68,7 +68,7 @@ def test_every_recipe_reads_and_reads_back_equal(path, tmp_path):
 def test_odd_values_read_back_equal(recipe_file):
     odd = 'C:\\data\\"x" \x7f\t\u00e9\U0001f600.json'
     recipe = read_recipe(recipe_file, ["stage.second.clip=inf", "stage.second.eps=1e-12"])
-    stages = (dataclasses.replace(recipe.stage[0], shapes={"a b": [1, 2.5, True, odd]}), recipe.stage[1])
+    stages = (dataclasses.replace(recipe.stage[0], data=(DataConfig(odd, odd),)), recipe.stage[1])
     recipe = dataclasses.replace(recipe, stage=stages, name=odd)
     recipe_file.write_text(to_toml(recipe))
     assert read_recipe(recipe_file) == recipe

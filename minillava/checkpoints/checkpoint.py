@@ -42,7 +42,8 @@ from minillava.config import ModelConfig
 from minillava.errors import UserError
 from minillava.layers import tensor_parallel
 from minillava.layers.linear import Unallocated
-from minillava.layers.quantize import Scheme
+from minillava.layers.quantize import chosen_layers
+from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 from minillava.schema import optional_json, read_json
 
@@ -136,7 +137,7 @@ class Checkpoint:
         plan, empty = files.plan, model.state_dict()
         if dtype is None:
             dtype = next(read([plan.source["decoder.embed.weight"]])).dtype
-        to_quantize = {f"{layer}.weight" for layer in quantize.layers(model)} if quantize else set()
+        to_quantize = {f"{layer}.weight" for layer in chosen_layers(model, quantize)} if quantize else set()
         if self._is_sum and sink is not None:
             raise UserError(
                 f"{self.folder}: a delta or adapters; load it on one device and save the whole, then use that"

@@ -14,7 +14,8 @@ from minillava.checkpoints.names import CLASS_TOKEN, EXPERT, Plan
 from minillava.checkpoints.tensor_files import Stored, finite, read, read_named
 from minillava.errors import UserError
 from minillava.layers.int8 import Linear8bit
-from minillava.layers.quantize import Linear4bit, Scheme, from_stored, quantized_layer
+from minillava.layers.quantize import Linear4bit, from_stored, quantized_layer
+from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 
 Quantized = Linear4bit | Linear8bit

@@ -20,6 +20,7 @@ from minillava.cli import ranks
 from minillava.cli.values import amount, whole
 from minillava.errors import UserError, nearest
 from minillava.files import named
+from minillava.layers.scheme import Scheme
 
 if TYPE_CHECKING:
     from minillava import LLaVA
@@ -96,20 +97,34 @@ def check(args: argparse.Namespace) -> None:
     """Raises UserError for what can be refused before torch is imported."""
     _check_request(args)
     _check_look(args)
-    check_device(args)
+    check_numbers(args)
 
 
-def check_device(args: argparse.Namespace) -> None:
-    """Raises UserError for a dtype or device that is unknown or not there."""
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises UserError for a dtype, a quantisation or a device that is unknown or not there."""
     if args.dtype is not None and args.dtype not in DTYPES:
         raise UserError(f"dtype '{args.dtype}' is unknown{nearest(args.dtype, DTYPES)}")
-    kind = (args.device or "cpu").partition(":")[0]
-    if kind not in DEVICES or not re.fullmatch(r"[a-z]+(:\d+)?", args.device or "cpu"):
-        raise UserError(f"device '{args.device}' is unknown{nearest(kind, DEVICES)}")
+    if args.quantize is not None:
+        Scheme.parse(args.quantize)
+    check_device(args.device or "cpu")
+
+
+def check_device(name: str) -> None:
+    """Raises UserError for a device that is unknown, or as far as can be seen from here not there."""
+    kind, _, number = name.partition(":")
+    if kind not in DEVICES or not re.fullmatch(r"[a-z]+(:\d+)?", name):
+        raise UserError(f"device '{name}' is unknown{nearest(kind, DEVICES)}")
+    if kind != "cuda" and int(number or 0):
+        raise UserError(f"device '{name}' is not there (a machine has one {kind}); use {kind}")
     if kind == "cuda" and sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in GPU_NODES):
-        raise UserError(
-            f"device '{args.device}' is not there (this machine has no GPU driver); leave it out, or use cpu"
-        )
+        raise UserError(f"device '{name}' is not there (this machine has no GPU driver); leave it out, or use cpu")
+
+
+def find_model(args: argparse.Namespace) -> Path:
+    """The folder of `--model`; `--base` becomes its folder. Raises UserError where there is none."""
+    if args.base is not None:
+        args.base = resolve(args.base)
+    return resolve(args.model)
 
 
 def _check_request(args: argparse.Namespace) -> None:
@@ -149,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
     """Load the model and answer."""
     began_s = time.perf_counter()
     check(args)
-    source = resolve(args.model)
+    source = find_model(args)
     if args.chat and ranks.world() > 1:
         raise UserError("--chat reads one terminal; leave out torchrun")
     model = ranks.load(source, args)

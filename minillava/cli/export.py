@@ -8,7 +8,8 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from minillava.checkpoints.hub import NANO, resolve
+from minillava.checkpoints.hub import NANO
+from minillava.cli.ask import find_model
 from minillava.errors import UserError
 
 FORMS = ("F16", "Q8_0", "Q4_0")
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     """Say what is different there, write, and name the files."""
     if find_spec("gguf") is None:
         raise UserError("GGUF files need the package gguf; pip install minillava[gguf]")
-    source = resolve(args.model)
+    source = find_model(args)
     from minillava.checkpoints import gguf
     from minillava.checkpoints.checkpoint import Checkpoint
 

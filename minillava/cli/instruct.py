@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from minillava.checkpoints.hub import resolve
 from minillava.cli.values import amount, whole
 from minillava.errors import UserError, nearest
 
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("nobody to ask; give --model, and --url where it is behind an endpoint")
     if args.questions and not args.images:
         raise UserError("--questions: the answers need the pictures; give --images DIR")
+    if args.images and not Path(args.images).is_dir():
+        raise UserError(f"{args.images}: no such folder of pictures; check the path")
     prices = prices_of(args.price)
     if args.max_cost and not any(prices):
         raise UserError("--max-cost needs --price to count with; give both")
@@ -78,6 +81,10 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         dry_run(args, scenes[: args.limit], kinds)
         return
+    if not args.url:  # checkpoints in this process
+        resolve(args.model)
+        if args.judge and not args.judge_url:
+            resolve(args.judge)
     work(args, scenes, kinds, prices)
 
 
@@ -157,7 +164,6 @@ def dry_run(args: argparse.Namespace, scenes: Sequence[Scene], kinds: Sequence[s
     tokenizer = None
     if source:
         from minillava.chat.tokenizer import load_tokenizer
-        from minillava.checkpoints.hub import resolve
 
         tokenizer = load_tokenizer(resolve(source))
     about = "" if tokenizer else "about "

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 
-from minillava.checkpoints.hub import NANO, resolve
+from minillava.checkpoints.hub import NANO
 from minillava.cli import ask
 from minillava.cli.values import amount, some_path, whole
 from minillava.errors import UserError
@@ -54,13 +54,13 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"{args.out}: {what}; give another file")
     if args.images is not None and not args.images.is_dir():
         raise UserError(f"{args.images}: no such folder of pictures; check the path")
-    ask.check_device(args)
+    ask.check_numbers(args)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load the model, answer what is not answered yet."""
     check(args)
-    source = resolve(args.model)
+    source = ask.find_model(args)
     from tqdm import tqdm
 
     from minillava import LLaVA

@@ -12,10 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minillava.checkpoints.hub import resolve
 from minillava.cli.train import find_recipe, packaged
 from minillava.cli.values import whole
 from minillava.errors import UserError
-from minillava.recipe import Recipe, read_recipe, stage_index
+from minillava.layers.scheme import Scheme
+from minillava.recipe import Recipe, read_recipe, stage_index, with_tables
+from minillava.training.cards import card_of
+from minillava.training.tasks import check_words
 
 if TYPE_CHECKING:
     from minillava.training.plan import Plan
@@ -48,8 +52,6 @@ def run(args: argparse.Namespace) -> None:
     if not size:
         raise UserError(f"--picture is '{args.picture}'; give width x height, as 1024x768, or 0x0 for none")
     width, height = map(int, size.groups())
-    from minillava.training.fit import card_of
-
     args.picture = (width, height) if width and height else None
     args.card = card_of(args.card)
     is_recipe = args.what in packaged() or Path(args.what).suffix == ".toml"
@@ -57,24 +59,25 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.what}: --set and --stage are for recipes; leave them out")
     if is_recipe and args.quantize:
         raise UserError(f"{args.what}: --quantize is for models that answer; give --set model.quantize={args.quantize}")
+    if args.quantize:
+        Scheme.parse(args.quantize)
     for line in (_recipe if is_recipe else _model)(args):
         print(line, flush=True)
 
 
 def _recipe(args: argparse.Namespace) -> Iterator[str]:
-    from minillava.recipe import with_tables
-    from minillava.training.fit import fit_training, recipe_model
-    from minillava.training.plan import plan_training
-    from minillava.training.task import TASKS
-
     def find(name: str) -> Recipe:
         return read_recipe(find_recipe(name))
 
     recipe = read_recipe(find_recipe(args.what), args.set)
-    config, held = recipe_model(recipe, find)
+    check_words(recipe)
     stages = recipe.stage if args.stage is None else (recipe.stage[stage_index(recipe, args.stage)],)
+    from minillava.training.fit import fit_training, recipe_model  # they import torch
+    from minillava.training.plan import plan_training
+
+    config, held = recipe_model(recipe, find)
     for stage in stages:
-        if stage.task not in ("llava", "shapes") and stage.task in TASKS:
+        if stage.task not in ("llava", "shapes"):
             yield f"stage {stage.name}: task '{stage.task}' is not planned; llava and shapes are"
             continue
         its = with_tables(config, {"chat": stage.chat, "layout": stage.layout}, f"stage '{stage.name}'")
@@ -96,14 +99,14 @@ def _recipe(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _model(args: argparse.Namespace) -> Iterator[str]:
+    source = resolve(args.what, weights=False)
     import torch
 
     from minillava.checkpoints.checkpoint import Checkpoint
-    from minillava.checkpoints.hub import resolve
     from minillava.training.fit import fit_answer
     from minillava.training.plan import plan_answer
 
-    config = Checkpoint(resolve(args.what, weights=False)).config
+    config = Checkpoint(source).config
 
     def plan(quantize: str, rows: int) -> Plan:
         how = (quantize, args.cpu, args.tokens, args.new, rows, args.picture)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minillava.checkpoints.hub import NANO, resolve
+from minillava.checkpoints.hub import NANO
 from minillava.cli import ask, ranks
 from minillava.cli.values import amount, whole
 from minillava.errors import UserError
@@ -64,7 +64,7 @@ def check(args: argparse.Namespace) -> None:
         check_address(args.host, args.port)
     if args.pictures is not None and not Path(args.pictures).is_dir():
         raise UserError(f"{args.pictures}: no such folder of pictures; check the path")
-    ask.check_device(args)
+    ask.check_numbers(args)
 
 
 def check_address(host: str, port: int) -> None:
@@ -80,7 +80,7 @@ def check_address(host: str, port: int) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load the model and serve until SIGTERM or Ctrl-C; what runs then is finished."""
     check(args)
-    source = resolve(args.model)
+    source = ask.find_model(args)
     import uvicorn
 
     from minillava.generation.serve.app import Access, Server

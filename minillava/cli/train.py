@@ -13,6 +13,7 @@ from minillava.cli.ask import check_device
 from minillava.cli.values import whole
 from minillava.errors import UserError, nearest
 from minillava.recipe import Recipe, differences, read_recipe, stage_index
+from minillava.training.tasks import check_words
 
 INTERRUPTED = "stopped; --resume continues from the last checkpoint"
 
@@ -82,10 +83,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 def run(args: argparse.Namespace) -> None:
     """Train, or show samples, or export what a run has so far."""
     recipe = _recipe(args)
+    check_words(recipe)
     if args.stage is not None:
         stage_index(recipe, args.stage)
     if recipe.device != "auto":
-        check_device(argparse.Namespace(device=recipe.device, dtype=None))
+        check_device(recipe.device)
     from minillava.training import parallel
     from minillava.training.pipeline import export_newest, inspect_recipe, run_recipe
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from minillava.chat.tokenizer import check_unicode
 from minillava.checkpoints.hub import resolve
-from minillava.cli.ask import check_device
+from minillava.cli.ask import check_numbers, find_model
 from minillava.cli.values import whole
 from minillava.errors import UserError
 
@@ -45,7 +45,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and report."""
-    check_device(args)
+    check_numbers(args)
     check_unicode(args.prompt)
     if args.against == "transformers" and args.quantize:
         raise UserError("--against transformers is for weights as they are; leave one of it and --quantize out")
@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--plot needs matplotlib; pip install 'minillava[plots]'")
     if args.image and not Path(args.image).is_file():
         raise UserError(f"{args.image}: no such image file; check the path")
-    source = resolve(args.model)
+    source = find_model(args)
+    if args.against not in (None, "transformers"):
+        args.against = resolve(args.against)
     report = _report(args, source)
     first = report.first
     if args.json:

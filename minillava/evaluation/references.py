@@ -19,7 +19,7 @@ from minillava.config import ModelConfig
 from minillava.errors import UserError
 from minillava.evaluation.trace import Trace, our_stages, plain_in, record
 from minillava.layers.cache import KVCache
-from minillava.layers.quantize import Scheme
+from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 from minillava.processor import Example
 from minillava.schema import optional_json

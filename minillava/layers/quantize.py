@@ -13,22 +13,21 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minillava.errors import UserError, nearest
+from minillava.errors import UserError
 from minillava.kernels import nf4_dequantize as kernel
 from minillava.kernels.cpu import product as cpu
 from minillava.kernels.nf4_dequantize import BLOCKSIZES, CODES, NESTED, scales
 from minillava.kernels.nf4_matmul import nf4_matmul
 from minillava.layers.int8 import Linear8bit
+from minillava.layers.scheme import PARTS, Scheme
 
-PARTS = {"decoder": "decoder.blocks.", "vision": "vision.", "projector": "projector.", "head": "decoder.head"}
-TYPES = {*CODES, "int8"}
 # What bitsandbytes writes beside `X.weight`; the last of four bits' is JSON.
 COMPANION = re.compile(
     r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4)|SCB|weight_format)"
@@ -36,49 +35,16 @@ COMPANION = re.compile(
 SMALLEST = 1e-38  # bitsandbytes' guard against division by zero
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """What is quantised and how."""
-
-    quant_type: str = "nf4"
-    double: bool = False  # scales in 8 bits: 4.13 bits a weight instead of 4.5
-    blocksize: int = 64  # weights that share a scale
-    parts: tuple[str, ...] = ("decoder",)  # linear layers of decoder, vision, projector; head
-    exact: bool = False  # no CPU rounds inputs to bytes
-    types: tuple[tuple[str, str], ...] = ()  # (part, type) of parts with one of their own
-
-    @classmethod
-    def parse(cls, text: str) -> Scheme:
-        """TYPE[-double][-BLOCKSIZE][-exact][:PART[=TYPE],...], as in "nf4", "nf4-double", "fp4-128:decoder,vision",
-        "int8", "nf4:decoder,head=int8"."""
-        how, colon, parts = text.partition(":")
-        quant_type, *options = how.split("-")
-        of = [part.partition("=") for part in parts.split(",")] if colon else [(part, "", "") for part in cls.parts]
-        for wrong in [t for t in (quant_type, *(t for _, sign, t in of if sign)) if t not in TYPES]:
-            raise UserError(f"quantize '{text}': type '{wrong}' is unknown{nearest(wrong, TYPES)}")
-        known = {"double", "exact", *map(str, BLOCKSIZES)} if quant_type in CODES else {"exact"}
-        for wrong in [o for o in options if o not in known]:
-            raise UserError(f"quantize '{text}': '{wrong}' is unknown{nearest(wrong, known)}")
-        for wrong in [p for p, _, _ in of if p not in PARTS]:
-            raise UserError(f"quantize '{text}': part '{wrong}' is unknown{nearest(wrong, PARTS)}")
-        blocksize = next((int(o) for o in options if o.isdigit()), cls.blocksize)
-        types = tuple((part, t) for part, _, t in of if t)
-        return cls(quant_type, "double" in options, blocksize, tuple(p for p, _, _ in of), "exact" in options, types)
-
-    def type_of(self, name: str) -> str:
-        """The type of a weight of that name."""
-        return next((t for part, t in self.types if name.startswith(PARTS[part])), self.quant_type)
-
-    def layers(self, model: nn.Module) -> set[str]:
-        """The names of the linear layers of `model` that are to be quantised; UserError if a part has none."""
-        linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        found: dict[str, set[str]] = {p: {n for n in linear if n.startswith(PARTS[p])} for p in self.parts}
-        stacked = any(p.ndim == 3 and name.startswith(PARTS["decoder"]) for name, p in model.named_parameters())
-        if stacked and "decoder" in self.parts:
-            raise UserError("quantize: this decoder's routed experts share one tensor; leave 'decoder' out of it")
-        for part in [p for p, names in found.items() if not names]:
-            raise UserError(f"quantize: this model's {part} has no linear layer of its own; leave '{part}' out")
-        return set().union(*found.values())
+def chosen_layers(model: nn.Module, scheme: Scheme) -> set[str]:
+    """The names of the linear layers of `model` that are to be quantised; UserError if a part has none."""
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found: dict[str, set[str]] = {p: {n for n in linear if n.startswith(PARTS[p])} for p in scheme.parts}
+    stacked = any(p.ndim == 3 and name.startswith(PARTS["decoder"]) for name, p in model.named_parameters())
+    if stacked and "decoder" in scheme.parts:
+        raise UserError("quantize: this decoder's routed experts share one tensor; leave 'decoder' out of it")
+    for part in [p for p, names in found.items() if not names]:
+        raise UserError(f"quantize: this model's {part} has no linear layer of its own; leave '{part}' out")
+    return set().union(*found.values())
 
 
 # ---- values to codes ----

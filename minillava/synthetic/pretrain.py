@@ -32,7 +32,8 @@ from minillava.recipe import StageConfig
 from minillava.synthetic import shapes
 from minillava.training.filler_rows import rounded_up
 from minillava.training.llava_task import exact
-from minillava.training.task import Run, Task, shape_options
+from minillava.training.task import Run, Task
+from minillava.training.tasks import options
 from minillava.vit import VisionTower
 
 
@@ -237,7 +238,7 @@ class TextTask(Stream):
 
     def __init__(self, run: Run, stage: StageConfig):
         super().__init__(run, stage)
-        self.turns = shape_options(stage, turns=8)["turns"]
+        self.turns = options(stage)["turns"]
         self.samples = split_data(stage, self.seed)[0] if stage.data else []
         self.model = run.model
         self.parts = {"decoder": run.model.decoder}

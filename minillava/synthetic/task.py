@@ -26,19 +26,19 @@ from minillava.synthetic.pretrain import exact_all
 from minillava.synthetic.samples import Samples
 from minillava.training import parallel
 from minillava.training.llava_task import LLaVATask
-from minillava.training.task import shape_options
+from minillava.training.tasks import options
 
 PER_SCENE = 4  # questions about each scene of an evaluation
 
 
 class ShapesTask(LLaVATask):
-    """`shapes`: samples (how many there are), turns (0: captions), scenes (of each split in an evaluation)."""
+    """Its options are in `minillava.training.tasks`."""
 
     def read_samples(self, seed: int) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        options = shape_options(self.stage, samples=20000, turns=10, scenes=100)
-        self.scenes = options["scenes"]
-        kind = "picture" if options["turns"] else "caption"
-        return Samples(options["samples"], seed, (kind,), options["turns"]), []
+        chosen = options(self.stage)
+        self.scenes = chosen["scenes"]
+        kind = "picture" if chosen["turns"] else "caption"
+        return Samples(chosen["samples"], seed, (kind,), chosen["turns"]), []
 
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
         if self.config.chat.template == "plain":

@@ -25,7 +25,7 @@ from minillava.config import ImageConfig, ModelConfig
 from minillava.device import compute_dtype
 from minillava.errors import UserError
 from minillava.layers import lora
-from minillava.layers.quantize import Scheme
+from minillava.layers.scheme import Scheme
 from minillava.layers.sharded import assign
 from minillava.llava import LLaVAModel
 from minillava.projector import Projector

@@ -33,7 +33,8 @@ from minillava.kernels.frame import PLAIN
 from minillava.kernels.nf4_dequantize import NESTED
 from minillava.layers.cache import KVCache
 from minillava.layers.int8 import Linear8bit
-from minillava.layers.quantize import Linear4bit, Scheme
+from minillava.layers.quantize import Linear4bit, chosen_layers
+from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 from minillava.recipe import StageConfig
 from minillava.training import parallel
@@ -159,7 +160,7 @@ def make_model(config: ModelConfig, dtype: torch.dtype, scheme: Scheme | None, o
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     if scheme:
-        for name in scheme.layers(model):
+        for name in chosen_layers(model, scheme):
             model.set_submodule(name, _in_few_bits(model.get_submodule(name), scheme.type_of(f"{name}.weight"), scheme))
     return model
 

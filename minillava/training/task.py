@@ -23,15 +23,7 @@ from minillava.config import ModelConfig
 from minillava.errors import UserError, nearest
 from minillava.llava import LLaVAModel
 from minillava.recipe import Recipe, StageConfig
-
-# Name in a recipe -> module and factory (run, stage) -> Task.
-TASKS = {
-    "llava": "minillava.training.llava_task:LLaVATask",
-    "dpo": "minillava.training.dpo_task:DPOTask",
-    "clip": "minillava.synthetic.pretrain:ClipTask",
-    "text": "minillava.synthetic.pretrain:TextTask",
-    "shapes": "minillava.synthetic.task:ShapesTask",
-}
+from minillava.training.tasks import TASKS, check_task
 
 
 @dataclass
@@ -121,14 +113,13 @@ class Task(ABC):
 
 
 def task_class(stage: StageConfig) -> type[Task]:
-    """The class of a stage's task. Raises UserError that suggests the nearest name."""
-    if stage.task not in TASKS:
-        raise UserError(f"stage '{stage.name}': no task '{stage.task}'{nearest(stage.task, TASKS)}")
+    """The class of a stage's task."""
     return pkgutil.resolve_name(TASKS[stage.task])
 
 
 def check_stage(stage: StageConfig) -> None:
     """Raises UserError for a task that there is not, and for what it cannot train, before any stage begins."""
+    check_task(stage)
     cls = task_class(stage)
     if stage.lora and not cls.shared:
         raise UserError(f"stage '{stage.name}': task '{stage.task}' trains no adapters; leave lora out")
@@ -142,10 +133,3 @@ def make_task(run: Run, stage: StageConfig) -> Task:
     """The task of a stage. Raises UserError as `check_stage` does."""
     check_stage(stage)
     return task_class(stage)(run, stage)  # type: ignore[call-arg]
-
-
-def shape_options(stage: StageConfig, **known: Any) -> dict[str, Any]:
-    """What a task reads of `shapes`, over the defaults `known`. Raises UserError for any other key."""
-    for key in stage.shapes.keys() - known.keys():
-        raise UserError(f"stage '{stage.name}': shapes.{key} is unknown{nearest(key, known)}")
-    return known | stage.shapes

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from bad.flags import FILES, flags
 from helpers import ROOT, disk_of
 
 from minillava import api
@@ -53,6 +54,11 @@ def test_help_is_light(words):
         (["train", "--set", "sead=1"], "did you mean 'seed'"),
         (["train", "--set", "device=gpu"], "device 'gpu' is unknown"),
         (["train", "--stage", "claps"], "did you mean 'clip'"),
+        (["train", "--set", "stage.clip.task=clop"], "stage 'clip': no task 'clop' (did you mean 'clip'?)"),
+        (["train", "--set", "stage.text.shapes.turn=1"], "stage 'text': shapes.turn is unknown (did you mean 'turns'"),
+        (["train", "--set", "model.quantize=nf5"], "quantize 'nf5': type 'nf5' is unknown"),
+        (["instruct", "--questions", __file__, "--images", ".", "--model", "nowhere"], "nowhere: no such folder"),
+        (["instruct", "--questions", __file__, "--images", "no", "--model", "nano"], "no: no such folder of pictures"),
         (["serve", "--host", "no.such.host.invalid"], "cannot listen at no.such.host.invalid"),
         (["jobs", "missing.jsonl", "out.jsonl"], "missing.jsonl: no such file"),
         (["inspect", "nowhere"], "nowhere: no such folder"),
@@ -68,6 +74,37 @@ def test_mistakes_cost_no_import(words, reason):
     done = python("-c", program)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ") and reason in done.stderr
+
+
+NO_TORCH = """
+import contextlib, io, json, sys
+
+class Torch:
+    def find_spec(self, name, path=None, target=None):
+        assert name != "torch", "torch"
+
+sys.meta_path.insert(0, Torch())
+from minillava.cli import main
+for name, words in json.load(sys.stdin).items():
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            status = main(words)
+    except AssertionError as error:
+        status = error
+    if status != 2:
+        print(name, status)
+"""
+
+
+def test_no_bad_value_of_a_flag_costs_the_import(tmp_path):
+    """All of tests/bad/flags.py, in one process that has no torch."""
+    for files in FILES.values():
+        for path, content in files.items():
+            (tmp_path / path).write_text(content if isinstance(content, str) else json.dumps(content))
+    cases = {case.name: case.words for case in flags()}
+    command = [sys.executable, "-c", NO_TORCH]
+    done = subprocess.run(command, cwd=tmp_path, input=json.dumps(cases), capture_output=True, text=True)
+    assert len(cases) > 300 and done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
 
 
 def test_a_video_file_needs_pyav(capsys, monkeypatch):

@@ -12,7 +12,8 @@ from minillava.generation.engine import Engine, Request
 from minillava.generation.memory import BLOCK, Memory
 from minillava.generation.sampling import Sampling
 from minillava.generation.scheduler import Scheduler
-from minillava.layers.quantize import Linear4bit, Scheme
+from minillava.layers.quantize import Linear4bit
+from minillava.layers.scheme import Scheme
 from minillava.media.visual import media
 from minillava.processor import user_message
 

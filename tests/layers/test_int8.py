@@ -11,7 +11,8 @@ from helpers import PIXELS, load_model, logits_here, logits_there
 from minillava.checkpoints.save import save_model
 from minillava.errors import UserError
 from minillava.layers.int8 import Linear8bit
-from minillava.layers.quantize import Linear4bit, Scheme
+from minillava.layers.quantize import Linear4bit
+from minillava.layers.scheme import Scheme
 
 
 def test_bytes_and_scales_are_those_of_bitsandbytes():

@@ -10,7 +10,7 @@ from minillava.checkpoints.save import save_model
 from minillava.config import LoRAConfig
 from minillava.errors import UserError
 from minillava.layers import lora
-from minillava.layers.quantize import Scheme
+from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 
 

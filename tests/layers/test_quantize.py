@@ -23,7 +23,9 @@ from minillava.cli import run_command
 from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from minillava.errors import UserError
 from minillava.kernels.nf4_dequantize import BLOCKSIZES, CODES
-from minillava.layers.quantize import Linear4bit, Scheme, cat_rows, quant_state
+from minillava.layers import scheme
+from minillava.layers.quantize import Linear4bit, cat_rows, chosen_layers, quant_state
+from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 from minillava.media.image import open_image, prepare
 from minillava.visual_tokens import image_span
@@ -190,6 +192,7 @@ def test_what_does_not_fit_is_refused_by_name():
 
 
 def test_schemes():
+    assert (tuple(CODES), BLOCKSIZES) == (scheme.FOUR_BITS, scheme.BLOCKSIZES)
     assert Scheme.parse("nf4") == Scheme()
     assert Scheme.parse("fp4-double-128:vision,head") == Scheme("fp4", True, 128, ("vision", "head"))
     for text, message in {
@@ -433,7 +436,7 @@ def test_onevision_15_as_bitsandbytes_quantises_it(bnb, onevision15, tmp_path, o
 def test_experts_and_a_tower_whose_files_join_q_k_and_v_are_refused_in_a_line(tmp_path):
     experts = DecoderConfig(64, 32, 48, 1, 2, 2, 16, num_experts=4, experts_per_token=2, expert_size=32)
     with pytest.raises(UserError, match=r"^quantize: .*routed experts share one tensor; leave 'decoder' out of it$"):
-        Scheme().layers(LLaVAModel(ModelConfig(decoder=experts)))
+        chosen_layers(LLaVAModel(ModelConfig(decoder=experts)), Scheme())
     rice = VisionConfig(64, 128, 1, 4, 14, 14, activation="gelu", rotary=True, select_layers=(-1,))
     dense = dataclasses.replace(experts, num_experts=0, qk_norm=True, model_type="qwen3")
     model = LLaVAModel(ModelConfig(rice, ProjectorConfig(merge=2), dense, ImageConfig(14, "native")))

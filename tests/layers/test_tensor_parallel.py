@@ -19,7 +19,7 @@ from minillava.checkpoints.save import save_model
 from minillava.config import DecoderConfig
 from minillava.errors import UserError
 from minillava.layers import tensor_parallel
-from minillava.layers.quantize import Scheme
+from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 
 FAMILIES = {

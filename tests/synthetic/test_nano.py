@@ -10,15 +10,13 @@ import torch
 from minillava.chat.messages import Message
 from minillava.chat.tokenizer import load_tokenizer
 from minillava.config import IGNORE
-from minillava.errors import UserError
 from minillava.generation.engine import Engine, Request
 from minillava.media.visual import media
 from minillava.processor import Example
-from minillava.recipe import StageConfig, read_recipe
+from minillava.recipe import read_recipe
 from minillava.synthetic import pretrain, shapes, train_tokenizer
 from minillava.synthetic import task as shapes_task
 from minillava.training.pipeline import run_recipe
-from minillava.training.task import shape_options
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "nano.toml"
 
@@ -58,12 +56,6 @@ def test_every_word_of_the_world_is_one_token(tmp_path):
     assert {word: len(tokenizer.encode(f" {word}", first=False)) for word in words} == dict.fromkeys(words, 1)
     strange = "Zwölf Boxkämpfer"
     assert tokenizer.decode(tokenizer.encode(strange, first=True)) == strange
-
-
-def test_an_unknown_option_of_the_world_is_refused():
-    with pytest.raises(UserError, match=r"stage 'a': shapes\.turn is unknown \(did you mean 'turns'\?\)"):
-        shape_options(StageConfig(name="a", shapes={"turn": 1}), turns=8)
-    assert shape_options(StageConfig(shapes={"turns": 1}), turns=8, scenes=9) == {"turns": 1, "scenes": 9}
 
 
 def test_a_question_is_asked_of_its_own_scene_and_once():

@@ -12,7 +12,8 @@ from minillava.cli.train import find_recipe
 from minillava.config import DecoderConfig, LoRAConfig, ModelConfig, VisionConfig
 from minillava.errors import UserError
 from minillava.recipe import StageConfig, read_recipe
-from minillava.training.fit import CARDS, Card, card_of, fit_training, recipe_model, settings
+from minillava.training.cards import CARDS, Card, card_of
+from minillava.training.fit import fit_training, recipe_model, settings
 from minillava.training.plan import Plan, plan_answer, plan_training
 
 SMALL = dataclasses.replace(

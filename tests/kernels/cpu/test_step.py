@@ -12,7 +12,8 @@ from minillava.kernels.cpu import step as step_cpu
 from minillava.layers import pages
 from minillava.layers.cache import KVCache
 from minillava.layers.linear import Linear
-from minillava.layers.quantize import Linear4bit, Scheme
+from minillava.layers.quantize import Linear4bit
+from minillava.layers.scheme import Scheme
 from minillava.layers.stack import Stack
 
 CACHED = [5, 37, 1, 18]  # tokens of each row in the cache

@@ -1,0 +1,38 @@
+"""Words of a recipe that are known without torch: tasks, their options, quantisations."""
+
+import pytest
+
+from minillava.errors import UserError
+from minillava.recipe import ModelRecipe, Recipe, StageConfig
+from minillava.training.tasks import check_words, options
+
+
+@pytest.mark.parametrize(
+    ("task", "shapes", "words"),
+    [
+        ("lava", {}, "no task 'lava' (did you mean 'llava'?)"),
+        ("llava", {"turns": 1}, "task 'llava' has no option shapes.turns; leave it out"),
+        ("shapes", {"turn": 1}, "shapes.turn is unknown (did you mean 'turns'?)"),
+        ("text", {"scenes": 1}, "shapes.scenes is unknown (known: turns)"),
+        ("shapes", {"scenes": 0}, "shapes.scenes is 0, expected a whole number, 1 or more"),
+        ("text", {"turns": -1}, "shapes.turns is -1, expected a whole number, 0 or more"),
+        ("text", {"turns": True}, "shapes.turns is true, expected a whole number"),
+        ("text", {"turns": "many"}, "shapes.turns is 'many', expected a whole number"),
+    ],
+)
+def test_a_wrong_word_is_one_line_that_names_it(task, shapes, words):
+    with pytest.raises(UserError) as caught:
+        check_words(Recipe(stage=(StageConfig(name="a", task=task, shapes=shapes),)))
+    assert str(caught.value).startswith(f"stage 'a': {words}")
+
+
+def test_a_wrong_quantisation():
+    with pytest.raises(UserError, match=r"quantize 'nf5'.*'nf4'"):
+        check_words(Recipe(model=ModelRecipe(quantize="nf5")))
+
+
+def test_options_have_the_tasks_defaults():
+    stage = StageConfig(task="shapes", shapes={"turns": 0, "scenes": 2})
+    check_words(Recipe(model=ModelRecipe(quantize="nf4"), stage=(stage,)))
+    assert options(stage) == {"samples": 20000, "turns": 0, "scenes": 2}
+    assert options(StageConfig(task="text")) == {"turns": 8}
