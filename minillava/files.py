@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 from minillava.errors import UserError
 
+ANSWER_S = 10.0  # that the hub may take for an answer
 LOCK, PARTIAL, GONE = ".lock", ".partial", ".gone"
 LFS = b"version https://git-lfs"
 POINTER = "is a pointer of Git LFS, not the file itself; fetch that with 'git lfs pull'"
@@ -121,6 +123,42 @@ def claimed(folder: Path) -> Iterator[None]:
                 file.truncate(0)
                 os.write(file.fileno(), who.encode())  # unbuffered: nothing is left to fail when it is closed
         yield
+
+
+# ---- the hub ----
+
+
+@contextlib.contextmanager
+def answered_soon() -> Iterator[None]:
+    """Have every question to the hub inside be answered within ANSWER_S, or raise TimeoutError.
+
+    By itself its client waits without end, or asks again for minutes. What is streamed, the bytes of files, keeps the
+    client's own bound of the silence between two pieces, and may take as long as they come.
+    """
+    from huggingface_hub.utils import get_session
+
+    session = get_session()
+    send = session.send
+
+    def send_soon(request: Any, **how: Any) -> Any:
+        if how.get("stream"):
+            return send(request, **how)
+        if hasattr(request, "extensions"):  # httpx; before huggingface_hub 1.0 it is requests
+            request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), ANSWER_S)
+        else:
+            how["timeout"] = ANSWER_S
+        try:
+            return send(request, **how)
+        except Exception as error:
+            if re.search("Timeout|Connect", type(error).__name__):  # which the hub's library would try again
+                raise TimeoutError(str(error) or "timed out") from error
+            raise
+
+    session.send = send_soon  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        session.send = send  # type: ignore[method-assign]
 
 
 # ---- read ----

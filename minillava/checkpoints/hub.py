@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from minillava.errors import UserError
+from minillava.files import answered_soon
 
-ANSWER_S = 10.0  # that a hub may take for its first answer
 NANO = Path(__file__).resolve().parents[1] / "nano"  # the model that ships
 
 
@@ -25,22 +26,26 @@ def resolve(source: Path | str, weights: bool = True) -> Path:
         raise UserError(f"{source}: {what}; give a checkpoint's folder, or a hub id as OWNER/NAME")
     from huggingface_hub import HfApi, snapshot_download
 
-    small, reason = ["*.json", "*.jinja", "*.model", "*.txt"], ""
-    try:  # snapshot_download waits without end for a hub that takes a call and does not answer
-        HfApi().model_info(str(source), timeout=ANSWER_S)
+    try:
+        with answered_soon():
+            HfApi().model_info(str(source))
+            return _fetched(functools.partial(snapshot_download, str(source)), weights)
     except Exception as error:  # noqa: BLE001 what the hub's client and its transports raise has no common class
         reason = _in_a_line(error)
     try:
-        fetch = functools.partial(snapshot_download, str(source), local_files_only=bool(reason))
-        found = Path(fetch(allow_patterns=[*small, *["*.safetensors"] * weights]))
-        if weights and not any(found.glob("*.safetensors")):  # older checkpoints
-            found = Path(fetch(allow_patterns=[*small, "*.bin"]))
-    except Exception as error:  # noqa: BLE001
-        reason = reason or _in_a_line(error)
+        return _fetched(functools.partial(snapshot_download, str(source), local_files_only=True), weights)
+    except Exception:  # noqa: BLE001
         raise UserError(
             f"{source}: no such folder here, not in the local Hugging Face cache, and not downloaded ({reason}); "
             f"fetch it where there is a network ('hf download {source}') or give a folder"
         ) from None
+
+
+def _fetched(fetch: Callable[..., str], weights: bool) -> Path:
+    small = ["*.json", "*.jinja", "*.model", "*.txt"]
+    found = Path(fetch(allow_patterns=[*small, *["*.safetensors"] * weights]))
+    if weights and not any(found.glob("*.safetensors")):  # older checkpoints
+        found = Path(fetch(allow_patterns=[*small, "*.bin"]))
     return found
 
 

@@ -11,17 +11,17 @@ from typing import Any
 from minillava.data.columns import open_columns
 from minillava.data.rows import HUB, Rows, open_file
 from minillava.errors import UserError
+from minillava.files import answered_soon
 
-ANSWER_S = 10.0  # that the hub may take for its first answer
 ENDINGS = ("parquet", "arrow", "tar", "jsonl", "json")  # the first of which there are files is taken
 
 
 def filesystem(place: str) -> Any:
-    """The hub as a file system, which waits without end where the hub does not answer: so it is asked first."""
+    """The hub as a file system, asked first whether the data set is there: a file system says less about why not."""
     from huggingface_hub import HfApi, HfFileSystem
 
     repo, revision = repository(place)
-    HfApi().dataset_info(repo, revision=revision, timeout=ANSWER_S)
+    HfApi().dataset_info(repo, revision=revision)
     return HfFileSystem()
 
 
@@ -32,11 +32,12 @@ def open_hub(source: str, stream: bool) -> list[Rows]:
     """
     place = source.removeprefix("hf://").rstrip("/")
     try:
-        hub = filesystem(place)
-        files = find(hub, place)
-        if stream:
-            return [open_columns(file, hub) for file in files]
-        return [open_file(fetched(file)) for file in files]
+        with answered_soon():
+            hub = filesystem(place)
+            files = find(hub, place)
+            if stream:
+                return [open_columns(file, hub) for file in files]
+            return [open_file(fetched(file)) for file in files]
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 what the hub's client and its transports raise has no common class

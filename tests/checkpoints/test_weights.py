@@ -6,14 +6,10 @@ import math
 import os
 import re
 import shutil
-import socketserver
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from helpers import REAL, encode, load_model, pieces, read_config
@@ -22,17 +18,14 @@ from safetensors.torch import load_file, save_file
 from minillava.chat.messages import Message
 from minillava.chat.templates import TEMPLATES
 from minillava.chat.tokenizer import load_tokenizer
-from minillava.checkpoints import hub
 from minillava.checkpoints.chat_files import jinja_of
 from minillava.checkpoints.checkpoint import Checkpoint
 from minillava.checkpoints.config_parts import read_decoder, read_vision
-from minillava.checkpoints.hub import resolve
 from minillava.checkpoints.names import LAYOUTS, kinds, rename
 from minillava.checkpoints.save import save_model
 from minillava.checkpoints.tensor_files import inspect_folder
 from minillava.cli import run_command
 from minillava.config import ChatConfig
-from minillava.data import hub as data_hub
 from minillava.errors import UserError
 from minillava.synthetic.train_tokenizer import train_small_tokenizer
 
@@ -832,70 +825,6 @@ def test_unreadable_json_is_named(folder):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json: not found"):
         read_config(folder)
-
-
-def test_hub_ids_offline_say_what_is_missing(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
-        resolve(tmp_path / "nowhere")
-    code = (
-        "from minillava.checkpoints.hub import UserError, resolve\n"
-        "try: resolve('llava-hf/llava-1.5-7b-hf')\n"
-        "except UserError as error: print(error)"
-    )
-    for settings in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
-        env = os.environ | {"HF_HOME": str(tmp_path)} | settings
-        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-        assert (
-            out.startswith("llava-hf/llava-1.5-7b-hf: no such folder") and "hf download" in out and out.count("\n") == 1
-        )
-
-
-@pytest.mark.parametrize(
-    ("reply", "reason"),
-    [
-        (None, "timed out"),
-        ("", "disconnected"),
-        ("no HTTP\r\n\r\n", "illegal status line"),
-        ("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 6\r\n\r\n<html>", "Expecting value"),
-        ("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}", "'id'"),
-        ("HTTP/1.1 500 Down\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", "500"),
-        (
-            "HTTP/1.1 302 Found\r\nLocation: /again\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
-            "redirects|disconnected",
-        ),
-    ],
-)
-@pytest.mark.parametrize("what", ["model", "data"])
-def test_a_hub_that_answers_badly_or_not_at_all(tmp_path, monkeypatch, reply, reason, what):
-    """One line within moments, and what is in the cache is taken."""
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self):
-            if reply is None and b"/api/agent" not in self.request.recv(9999):
-                ended.wait(30)
-            self.request.sendall((nothing if reply is None else reply).encode())
-
-    # Without "close" a client asks again over the connection that this server ends.
-    nothing = "HTTP/1.1 404 None\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-    ended = threading.Event()
-    monkeypatch.setattr(hub if what == "model" else data_hub, "ANSWER_S", 0.3)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
-        began_s = time.monotonic()
-        with pytest.raises(UserError, match=reason) as caught:
-            resolve("some/model") if what == "model" else data_hub.open_hub("hf://datasets/some/set", stream=False)
-        assert "\n" not in str(caught.value) and time.monotonic() - began_s < 5
-        if what == "model":
-            cached = tmp_path / "models--some--model"
-            (cached / "snapshots" / "abc").mkdir(parents=True)
-            (cached / "refs").mkdir()
-            (cached / "refs" / "main").write_text("abc")
-            (cached / "snapshots" / "abc" / "model.safetensors").write_text("")
-            assert resolve("some/model") == cached / "snapshots" / "abc"
-        ended.set()
-        server.shutdown()
 
 
 # ---- saving ----
