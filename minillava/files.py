@@ -164,8 +164,15 @@ def answered_soon() -> Iterator[None]:
 # ---- read ----
 
 
+def check_null(text: str, where: object) -> None:
+    """Raises UserError for a text with a byte of value 0, which ends a path wherever a system takes one."""
+    if "\0" in text:
+        raise UserError(f"{where} is {shown(text)}, with a byte of value 0 in it, which no path can have; take it out")
+
+
 def read_text(path: Path) -> str:
     """The UTF-8 text of a file. Raises UserError."""
+    check_null(str(path), "a path")
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from minillava.config import ChatConfig, LayoutConfig, LoRAConfig, ModelConfig
 from minillava.errors import UserError, nearest
-from minillava.files import read_text
+from minillava.files import check_null, read_text
 from minillava.schema import from_dict, to_dict
 
 # Keys that may be others when a run is resumed: where and how it computes, what it shows, how long and how fast it
@@ -266,6 +266,8 @@ def _check(recipe: Recipe, where: str) -> None:
         if not holds:
             raise UserError(f"{where}: {message}")
 
+    for key, value in _flat("", to_dict(recipe)):
+        check_null(value if isinstance(value, str) else "", f"{where}: {key}")
     check_ranges(recipe, RANGES, f"{where}: ")
     check_ranges(from_dict(ModelConfig, recipe.model.tables, f"{where}: model"), RANGES, f"{where}: model.")
     require(bool(recipe.stage), "has no [[stage]]; add one")

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from minillava import __version__
 from minillava.cli import threads
 from minillava.errors import UserError, nearest
-from minillava.files import refused
+from minillava.files import check_null, refused
 
 COMMANDS = {  # module of this folder -> what it does
     "ask": "answer a question about pictures and videos; with no arguments, about a drawn scene",
@@ -46,13 +46,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
     def parse_args(self, *given: Any, **more: Any) -> Any:
-        """Refuses empty texts too: what a shell makes of a variable that is not set."""
+        """Refuses empty texts too, which a shell makes of a variable that is not set, and bytes that end a path."""
         found = super().parse_args(*given, **more)
         for action in self._actions:
             value = getattr(found, action.dest, None)
-            if action.default != value and "" in (value if isinstance(value, list) else [value]):
-                raise UserError(f"{action.option_strings[0] if action.option_strings else action.metavar} is empty; "
-                                "give a value, or leave it out")  # fmt: skip
+            name = action.option_strings[0] if action.option_strings else action.metavar or action.dest
+            for text in map(str, value if isinstance(value, list) else [value]):
+                if not text and action.default != value:
+                    raise UserError(f"{name} is empty; give a value, or leave it out")
+                check_null(text, name)
         return found
 
     def print_help(self, file: Any = None) -> None:

@@ -10,6 +10,7 @@ from bad.contents import Case
 from minillava.cli import COMMANDS
 
 COUNTS = ("zwei", "1.5", "", "1e3", "0x10", "-1")
+NULL = "a\0b"
 AMOUNTS = ("zwei", "", "nan", "inf", "-1", "1,5")
 FLAGS = {  # command -> a flag -> bad values
     "ask": {
@@ -23,10 +24,11 @@ FLAGS = {  # command -> a flag -> bad values
         "--dtype": ("float31", "", "int8", "FLOAT32", "float64", "complex64"),
         "--device": ("gpu", "", "cuda:x", "cuda:-1", "cpu:7", "tpu", "cuda:99", "meta"),
         "--quantize": ("nf5", "", "nf4:", "nf4:brain", "int9", "nf4:decoder,head=int3", "=", "nf4-doubel"),
-        "--model": ("nowhere", "", "a/b/c", "no/where/at/all", "bad id!"),
-        "--base": ("nowhere", ""),
-        "--image": ("missing.png", "", ".", "file:///x.png"),
-        "--video": ("missing.mp4", ""),
+        "--model": ("nowhere", "", "a/b/c", "no/where/at/all", "bad id!", NULL),
+        "--base": ("nowhere", "", NULL),
+        "--image": ("missing.png", "", ".", "file:///x.png", NULL),
+        "--video": ("missing.mp4", "", NULL),
+        "--out": (NULL,),
     },
     "chat": {"--temperature": ("hot", "-0.1"), "--imgae": ("x.png",), "--seed": ("x",)},
     "serve": {
@@ -38,7 +40,7 @@ FLAGS = {  # command -> a flag -> bad values
         "--body-mb": (*COUNTS, "0"),
         "--cache-gib": (*AMOUNTS, "0"),
         "--prefix-gib": AMOUNTS,
-        "--pictures": ("nowhere", ""),
+        "--pictures": ("nowhere", "", NULL),
         "--dtype": ("int8",),
         "--device": ("gpu",),
         "--quantize": ("nf5",),
@@ -49,7 +51,7 @@ FLAGS = {  # command -> a flag -> bad values
         "--inspect": (*COUNTS, "0"),
         "--stage": ("pretrian", ""),
         "--set": ("seed", "=1", "", "sead=1", "seed.x=1", ".=1", "stage.x.steps=1"),
-        "--out": ("",),
+        "--out": ("", NULL),
         "--steps": ("3",),
     },
     "plan": {
@@ -69,9 +71,17 @@ FLAGS = {  # command -> a flag -> bad values
         "--device": ("gpu",),
         "--quantize": ("nf5",),
         "--against": ("nowhere", ""),
+        "--plot": (NULL,),
     },
-    "export": {"--type": ("Q5", "", "f16"), "--model": ("nowhere",), "--base": ("nowhere",)},
+    "export": {
+        "--type": ("Q5", "", "f16"),
+        "--model": ("nowhere",),
+        "--base": ("nowhere",),
+        "--gguf": (NULL,),
+        "--name": (NULL,),
+    },
     "instruct": {
+        "--out": (NULL,),
         "--kinds": ("chats", "", ","),
         "--limit": COUNTS,
         "--concurrency": (*COUNTS, "0"),
@@ -90,14 +100,14 @@ FLAGS = {  # command -> a flag -> bad values
         "--temperature": AMOUNTS,
         "--top-p": (*AMOUNTS, "0", "1.01"),
         "--seed": (*COUNTS[:-1], "9" * 30),
-        "--images": ("nowhere", ""),
+        "--images": ("nowhere", "", NULL),
         "--dtype": ("int8",),
         "--device": ("gpu",),
         "--model": ("nowhere",),
         "--quantize": ("nf5",),
     },
     "evaluate": {"--max-new-tokens": (*COUNTS, "0"), "--slots": (*COUNTS, "0"), "--questions": ("missing.jsonl", "")},
-    "convert": {"--turns": (*COUNTS, "0"), "--seed": COUNTS[:-1]},
+    "convert": {"--turns": (*COUNTS, "0"), "--seed": COUNTS[:-1], "--out": (NULL,)},
 }
 BEGIN = {  # what a command needs besides, and its files
     "ask": (("--prompt", "What?"), {}),
