@@ -16,12 +16,17 @@ import random
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from minillava.errors import UserError
+from minillava.files import answered_soon, named, refused
+
+HUB, FILE = "uoft-cs/cifar10", "plain_text/train-00000-of-00001.parquet"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VEHICLES = {"airplane", "automobile", "ship", "truck"}
 PER_CLASS = 2000
@@ -79,30 +84,45 @@ def _sample(name: str, image: str, turns: list[tuple[str, str]]) -> dict[str, An
 
 
 def read_parquet(path: Path) -> Iterator[tuple[Image.Image, str]]:
-    """Pictures and classes of the hub's file: columns `img` (PNG bytes) and `label`."""
+    """Pictures and classes of the hub's file: columns `img` (PNG bytes) and `label`. Raises UserError for another."""
     from pyarrow.parquet import ParquetFile
 
-    for batch in ParquetFile(path).iter_batches(1000, columns=["img", "label"]):
-        for row in batch.to_pylist():
-            yield Image.open(io.BytesIO(row["img"]["bytes"])), CLASSES[row["label"]]
+    try:
+        for batch in ParquetFile(path).iter_batches(1000, columns=["img", "label"]):
+            for row in batch.to_pylist():
+                yield Image.open(io.BytesIO(row["img"]["bytes"])).convert("RGB"), CLASSES[row["label"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:  # pyarrow's are some of these
+        why = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: is not the training file of CIFAR-10 ({why}); fetch it again") from None
 
 
-def main() -> int:
+def download() -> Path:
+    """The hub's training file, in its cache. Raises UserError where it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with answered_soon():
+            return Path(hf_hub_download(HUB, FILE, repo_type="dataset"))
+    except Exception as error:  # noqa: BLE001 what the hub's client and its transports raise has no common class
+        why = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"CIFAR-10 was not downloaded ({why}); give {FILE} of huggingface.co/datasets/{HUB} by --parquet"
+        ) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 after a line about what is missing."""
     parser = argparse.ArgumentParser(prog="python -m minillava.recipes.cifar10", description="CIFAR-10 for LLaVA.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("cifar10"), help="where to (default: cifar10)")
     parser.add_argument("--parquet", type=Path, metavar="FILE", help="the hub's training file, where it is there")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
-        import pyarrow  # noqa: F401
-        from huggingface_hub import hf_hub_download
-
-        name = "plain_text/train-00000-of-00001.parquet"
-        path = args.parquet or hf_hub_download("uoft-cs/cifar10", name, repo_type="dataset")
-        count = write(args.folder, read_parquet(Path(path)))
-    except (ImportError, OSError) as error:
-        hint = "pip install pyarrow" if isinstance(error, ImportError) else "give the training file by --parquet"
-        print(f"error: CIFAR-10 was not read ({str(error).splitlines()[0]}); {hint}", file=sys.stderr)
+        if find_spec("pyarrow") is None:
+            raise UserError("CIFAR-10 is in parquet, which needs pyarrow; pip install pyarrow")
+        with named(args.folder):
+            count = write(args.folder, read_parquet(args.parquet or download()))
+    except (UserError, OSError) as error:
+        print(f"error: {refused(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
     print(f"{count:,} pictures in {args.folder}/pictures.zip, with captions.json and questions.json")
     return 0
