@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -144,8 +145,8 @@ class Recipe:
 def read_recipe(path: Path, sets: Sequence[str] = (), out: str | None = None) -> Recipe:
     """The recipe in a TOML file, with `--set` changes applied and everything checked.
 
-    Paths are relative to the working folder or, where nothing is there, to the file's. Raises UserError that
-    names the file and the key.
+    Paths are relative to the working folder or, where nothing is there, to the file's, and made absolute. Raises
+    UserError that names the file and the key.
     """
     try:
         values = tomllib.loads(read_text(path))
@@ -165,17 +166,18 @@ def read_recipe(path: Path, sets: Sequence[str] = (), out: str | None = None) ->
 
 
 def _find_files(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with `folder` put before each path that is there and not in the working folder."""
+    """The recipe with each path that is there, in the working folder or in `folder`, made absolute: a copy of it means
+    the same files wherever it is read."""
 
     def find(path: str) -> str:
-        return str(folder / path) if path and not Path(path).exists() and (folder / path).exists() else path
+        there = [str(place) for place in (Path(path), folder / path) if path and _is_there(place)]
+        return os.path.abspath(there[0]) if there else path
 
     def find_all(files: tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:
-        return tuple(replace(file, path=find_data(file.path), images=find(file.images)) for file in files)
-
-    def find_data(path: str) -> str:
-        beside = str(folder / path)
-        return beside if glob.has_magic(path) and not glob.glob(path) and glob.glob(beside) else find(path)
+        return tuple(
+            replace(f, path=find(f.path), images=find(f.images), fetch=os.path.abspath(f.fetch) if f.fetch else "")
+            for f in files
+        )
 
     m, made = recipe.model, ("data", "shapes")  # tokenizers that are made, not found
     model = replace(
@@ -184,6 +186,10 @@ def _find_files(recipe: Recipe, folder: Path) -> Recipe:
     )  # fmt: skip
     stages = (replace(s, data=find_all(s.data), eval_data=find_all(s.eval_data)) for s in recipe.stage)
     return replace(recipe, model=model, stage=tuple(stages))
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or (glob.has_magic(str(path)) and bool(glob.glob(str(path))))
 
 
 def _set(values: dict[str, Any], text: str) -> None:

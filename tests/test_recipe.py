@@ -114,9 +114,30 @@ def test_paths_are_relative_to_the_working_folder_or_to_the_recipe(recipe_file, 
         str(tmp_path / "a.zip"),
         str(tmp_path / "t"),
     )
-    assert (second.path, second.images) == ("b.json", "")  # the working folder's comes first
+    assert (second.path, second.images) == (str(work / "b.json"), "")  # the working folder's comes first
     assert read_recipe(recipe_file, ["model.tokenizer=data"]).model.tokenizer == "data"  # a word, whatever lies there
     assert read_recipe(recipe_file, ["model.base=no/where"]).model.base == "no/where"
+
+
+def test_a_copy_of_a_recipe_means_the_same_files_wherever_it_is_read(recipe_file, tmp_path, monkeypatch):
+    """Of two folders with files of the same names those where it was read first; patterns and new folders too."""
+    for name in ("work", "other"):
+        (tmp_path / name / "base").mkdir(parents=True)
+        (tmp_path / name / "b.json").touch()
+        (tmp_path / name / "c1.json").touch()
+    monkeypatch.chdir(tmp_path / "work")
+    sets = [
+        "model.base=base",
+        "stage.second.data=[{path='c*.json', fetch='new'}]",
+        "stage.first.data=[{path='b.json'}]",
+    ]
+    recipe = read_recipe(recipe_file, sets)
+    assert recipe.model.base == str(tmp_path / "work" / "base")
+    copy = tmp_path / "other" / "recipe.toml"
+    copy.write_text(to_toml(recipe))
+    for folder in ("other", "."):
+        monkeypatch.chdir(tmp_path / folder)
+        assert read_recipe(copy) == recipe
 
 
 @pytest.mark.parametrize(

@@ -647,6 +647,20 @@ def test_resume_needs_no_set_and_takes_changes_of_steps_and_rates(world, tmp_pat
     assert "stage 'finetune' is finished" in capsys.readouterr().err
 
 
+def test_a_run_is_resumed_from_another_folder(world, finished, tmp_path, monkeypatch):
+    """It was begun with relative paths; the other folder has files of the same names."""
+    out, other = str(tmp_path / "run"), tmp_path / "other"
+    other.mkdir()
+    for name in ("data.json", "text.json"):
+        (other / name).write_text("[]")
+    (tmp_path / "near.toml").write_text(RECIPE.format(root="."))
+    monkeypatch.chdir(world)
+    assert main(["train", str(tmp_path / "near.toml"), "--out", out, "--stage", "pretrain"]) == 0
+    monkeypatch.chdir(other)
+    assert main(["train", "--resume", "--out", out]) == 0
+    assert computed(tmp_path / "run") == computed(finished)
+
+
 def test_steps_that_are_behind_already(world, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "finish", interrupt)
