@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from minillava.errors import UserError
 
@@ -96,33 +96,59 @@ def is_empty(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Have a folder, which is made where it is not there, to oneself for as long as this lasts.
+    """Have a folder, which is made where it is not there, to oneself for as long as this lasts, by the file .lock.
 
-    The lock is the system's own (POSIX record locks, which NFS has too) on the file .lock, and ends with the process,
-    however that ends. Where there is none (Windows, some network disks) a line says so and nothing is locked.
     Raises UserError where another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            import fcntl
-
-            # Not flock: workers that outlive a killed process would inherit that.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            who = " ".join(file.read(200).split()) or "another process"
-            raise UserError(
-                f"{folder}: {who} is writing there; wait for its end, stop it, or choose another folder with --out"
-            ) from None
-        except (ImportError, OSError) as error:
-            print(f"{folder}: cannot be locked here ({error}); start no second run in it")
-        else:
-            who = f"process {os.getpid()} of {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')},\n"
-            with named(folder):
-                file.truncate(0)
-                os.write(file.fileno(), who.encode())  # unbuffered: nothing is left to fail when it is closed
+        _lock(file, folder, "another folder with --out")
         yield
+
+
+@contextlib.contextmanager
+def claimed_file(path: Path) -> Iterator[None]:
+    """Have a file to oneself, which need not be there, by a lock beside it that goes at the end.
+
+    Raises UserError where another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}{LOCK}")
+    while True:
+        with lock.open("a+", encoding="utf-8") as file:
+            _lock(file, path, "another file")
+            if not (lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())):
+                continue  # the one before has removed it since it was opened
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows removes no open file
+                    lock.unlink()
+            return
+
+
+def _lock(file: IO[str], place: Path, remedy: str) -> None:
+    """Lock an open file, and write into it who has it.
+
+    The lock is the system's own (POSIX record locks, which NFS has too), and ends with the process, however that ends.
+    Where there is none (Windows, some network disks) a line says so and nothing is locked.
+    """
+    try:
+        import fcntl
+
+        # Not flock: workers that outlive a killed process would inherit that.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        who = " ".join(file.read(200).split()) or "another process"
+        raise UserError(f"{place}: {who} is writing there; wait for its end, stop it, or choose {remedy}") from None
+    except (ImportError, OSError) as error:
+        print(f"{place}: cannot be locked here ({error}); start no second run in it")
+    else:
+        who = f"process {os.getpid()} of {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')},\n"
+        with named(place):
+            file.truncate(0)
+            os.write(file.fileno(), who.encode())  # unbuffered: nothing is left to fail when it is closed
 
 
 # ---- the hub ----

@@ -14,8 +14,8 @@ from minillava.errors import UserError
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from minillava.files import claimed
-with claimed(Path(sys.argv[1])):
+from minillava.files import claimed, claimed_file
+with (claimed_file if sys.argv[1].endswith(".jsonl") else claimed)(Path(sys.argv[1])):
     worker = os.fork() if sys.argv[2:] else -1
     if worker:
         print(os.getpid(), worker, flush=True)
@@ -51,6 +51,32 @@ def test_a_folder_is_one_processs_until_that_ends(tmp_path, holder):
     other.wait()
     with files.claimed(tmp_path / "a" / "run"):
         assert files.is_empty(tmp_path / "a" / "run")
+
+
+def test_a_file_is_one_processs_until_that_ends(tmp_path, holder):
+    out = tmp_path / "a" / "out.jsonl"
+    other, _ = holder(out)
+    with pytest.raises(UserError, match=rf"process {other.pid} of .*another file$"), files.claimed_file(out):
+        pass
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    with files.claimed_file(out), files.claimed_file(out.with_name("other.jsonl")):
+        assert sorted(path.name for path in out.parent.iterdir()) == [".other.jsonl.lock", ".out.jsonl.lock"]
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_lock_that_was_removed_since_it_was_opened_is_none(tmp_path, monkeypatch):
+    out, locks, lock = tmp_path / "out.jsonl", [], files._lock
+
+    def late(file, *more):
+        if not locks:
+            (tmp_path / ".out.jsonl.lock").unlink()  # by the one that had it
+        locks.append(file)
+        lock(file, *more)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with files.claimed_file(out):
+        assert len(locks) == 2 and (tmp_path / ".out.jsonl.lock").is_file()
 
 
 def test_a_link_is_the_same_folder_and_another_folder_is_not(tmp_path, holder):

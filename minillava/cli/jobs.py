@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from minillava.checkpoints.hub import NANO
 from minillava.cli import ask
 from minillava.cli.values import amount, some_path, whole
 from minillava.errors import UserError
-from minillava.files import write_whole
+from minillava.files import claimed_file, write_whole
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -61,6 +62,15 @@ def run(args: argparse.Namespace) -> int:
     """Load the model, answer what is not answered yet."""
     check(args)
     source = ask.find_model(args)
+    with claimed_file(args.out):
+        return _answer(args, source)
+
+
+def _answer(args: argparse.Namespace, source: Path) -> int:
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("rows", "out", "slots", "device")}
+    begun = args.out.with_name(f".{args.out.name}.settings.json")
+    if begun.is_file() and begun.read_bytes() != json.dumps(settings).encode():
+        raise UserError(f"{args.out}: was begun with other settings; repeat those, or choose another file")
     from tqdm import tqdm
 
     from minillava import LLaVA
@@ -69,14 +79,9 @@ def run(args: argparse.Namespace) -> int:
     from minillava.generation.sampling import Sampling
     from minillava.media.sources import OwnSources
 
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("rows", "out", "slots", "device")}
-    begun = args.out.with_name(f".{args.out.name}.settings.json")
-    if begun.is_file() and begun.read_bytes() != json.dumps(settings).encode():
-        raise UserError(f"{args.out}: was begun with other settings; repeat those, or choose another file")
     how = Request(max_new_tokens=args.max_new_tokens, sampling=Sampling(args.temperature, args.top_p, seed=args.seed))
     how.sampling.check()
     model = LLaVA.from_pretrained(source, args.dtype, args.device, args.quantize, args.base)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(begun, json.dumps(settings))
     total = sum(1 for _ in jobs.lines(args.rows))
     with tqdm(total=total, unit="row", file=sys.stderr) as bar:
