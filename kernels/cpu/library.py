@@ -40,7 +40,7 @@ FEW = 16  # rows that read each weight once
 _memory = threading.local()
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 ARGUMENTS = {
-    "nf4_values": (_pointer, _pointer, _long, _int, _int),
+    "weight_values": (_pointer, _pointer, _int, _int),
     "nf4_codes": (_pointer, _int, *[_pointer] * 4, _long, _long, _int),
     "few_rows": (_pointer, _pointer, _pointer, _long, _int, _int),
     "many_rows": (_pointer, _pointer, _pointer, _pointer, _long, _int, _int),
@@ -49,7 +49,7 @@ ARGUMENTS = {
     "rms_norm": (_pointer, _pointer, _pointer, _long, _long, ctypes.c_float, _int),
     "swiglu": (_pointer, _pointer, _pointer, _long, _long, _long, _int),
     "quick_gelu": (_pointer, _pointer, _long, _int),
-    "nf4_tiles": (_pointer, _pointer, _pointer, _long, _long, _long, _int),
+    "nf4_tiles": (_pointer, _pointer, _pointer, _long, _int),
     "attention_tiles": (_pointer, _int),
     "attention_room": (_pointer, _long, _long, _long),
 }

@@ -16,7 +16,7 @@ void rms_norm(const uint16_t *x, const uint16_t *w, uint16_t *y, long N, long D,
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (long n = 0; n < N; n++) {
     float row[D];
-    for (long i = 0; i < D; i += W) V(storeu_ps)(row + i, load_bf16(x + n * D + i));
+    load_all(row, x + n * D, D);
     normalise(row, w, y + n * D, D, eps);
   }
 }

@@ -7,9 +7,12 @@
 #endif
 #define SPAN 32 // inputs that are rounded to bytes together
 
+// What inputs are prepared as: fp32, of each 2 W the even ones first; bf16; bf16 in the order of codes; bytes.
+enum form { FLOATS, WORDS, ORDERED, SPANS };
+
 typedef struct { // of a thread
   uint16_t *half; // [M, K] in bf16
-  char *prepared; // the same as a product wants it, rows `next` bytes apart
+  char *prepared; // the same in a form, rows `next` bytes apart
   float *scales;  // of two outputs, where they are nested
   long next;
 } inputs;
@@ -22,55 +25,85 @@ static long padded(long M) { // rows that are computed: groups of MOST, and 1, 2
   return M - rest + (rest > 4 ? MOST : rest == 3 ? 4 : rest);
 }
 
-// A group of a row of bytes: G registers of inputs, of codes first the even ones; W factors, one for each 4 G inputs;
-// what OFFSET has added in sums of those.
-#define GROUP(G) (((G) + 2) * SIZE)
+static enum form form_of(const matrix *w, int fp32) {
+  if (fp32) return FLOATS;
+  if (w->kind == BYTES || w->kind == ROUNDED) return SPANS;
+#ifdef __AVX512BF16__
+  return w->kind == CODES ? ORDERED : WORDS;
+#endif
+  return FLOATS;
+}
 
-// x [n] as bytes of their largest magnitude; returns what a byte is worth, which is no number if one of x is none.
-INLINE float round_span(const float *x, int8_t *to, const int n) {
-  floats most = V(setzero_ps)(), none = V(setzero_ps)();
-  for (int i = 0; i < n; i += W) {
-    floats of = V(loadu_ps)(x + i);
-    most = V(max_ps)(most, V(max_ps)(of, V(sub_ps)(V(setzero_ps)(), of)));
-    none = V(fmadd_ps)(of, V(setzero_ps)(), none);
-  }
-  float top = largest(most), inverse = top > 1e-30f ? 127 / top : 0;
+// x [n] as bytes of their largest magnitude, with `apart` the odd ones so far behind the even ones; returns what a byte
+// is worth, which is no number if one of x is none.
+INLINE float round_span(const float *x, int8_t *to, const int n, const int apart) {
+  int8_t plain[n];
+  float top = magnitude(x, n), inverse = top > 1e-30f ? 127 / top : 0;
   for (int i = 0; i < n; i++) {
     float shifted = x[i] * inverse + 12582912.f; // 1.5 * 2^23: the integer is in its low bits
     int32_t bits;
     memcpy(&bits, &shifted, 4);
-    to[i] = bits;
+    plain[i] = bits;
   }
-  return top / 127 + sum(none);
+  for (int i = 0; i < n / 2 && apart; i++) to[i] = plain[2 * i], to[apart + i] = plain[2 * i + 1];
+  if (!apart) memcpy(to, plain, n);
+  return top / 127;
 }
 
-// G * SIZE inputs by SPANs.
-static void round_group(const int G, const float *x, int8_t *to) {
-  int8_t plain[2 * SIZE];
-  float *factors = (float *)(to + G * SIZE);
-  for (int s = 0; s < G * SIZE; s += SPAN) {
-    float factor = round_span(x + s, plain + s, SPAN);
-    for (int i = 0; i < SPAN / (4 * G); i++) factors[s / (4 * G) + i] = factor;
-  }
-  if (G == 1) memcpy(to, plain, SIZE);
-  else
-    for (int i = 0; i < SIZE; i++) to[i] = plain[2 * i], to[SIZE + i] = plain[2 * i + 1];
-  ints offset = BITS(setzero)(), each = V(set1_epi8)((char)OFFSET);
-  for (int i = 0; i < G && OFFSET; i++)
-    offset = V(sub_epi32)(offset, dot_bytes(BITS(setzero)(), each, load(to + i * SIZE)));
-  store(to + (G + 1) * SIZE, offset);
-}
+// A group of a row of bytes: G registers of inputs, of codes first the even ones; W factors, one for each 4 G inputs;
+// what OFFSET has added in sums of those.
+#define GROUP(G) (((G) + 2) * SIZE)
 
 static void round_row(const int G, const uint16_t *x, int8_t *to, long K) {
   for (long k = 0; k < K; k += G * SIZE, to += GROUP(G)) {
-    float some[2 * SIZE] = {0};
-    for (long i = k; i < K && i < k + G * SIZE; i += W) V(storeu_ps)(some + i - k, load_bf16(x + i));
-    round_group(G, some, to);
+    float some[2 * SIZE] = {0}, *factors = (float *)(to + G * SIZE);
+    load_all(some, x + k, K - k < G * SIZE ? K - k : G * SIZE);
+    for (int s = 0; s < G * SIZE; s += SPAN) {
+      float factor = round_span(some + s, to + s / G, SPAN, (G - 1) * SIZE);
+      for (int i = 0; i < SPAN / (4 * G); i++) factors[s / (4 * G) + i] = factor;
+    }
+    ints offset = BITS(setzero)(), each = V(set1_epi8)((char)OFFSET);
+    for (int i = 0; i < G && OFFSET; i++)
+      offset = V(sub_epi32)(offset, dot_bytes(BITS(setzero)(), each, load(to + i * SIZE)));
+    store(to + (G + 1) * SIZE, offset);
+  }
+}
+
+// A row in the order in which `add_ordered` looks codes up. Of a word's codes the second comes first: its first byte
+// begins with its high half.
+static void order_row(const uint16_t *x, uint16_t *to, long K) {
+  for (long k = 0; k < K; k += 128)
+    for (int j = 0; j < 32; j++)
+      for (int i = 0; i < 4; i++) {
+        long from = k + 4 * j + (i ^ 1);
+        to[k + 32 * i + j] = from < K ? x[from] : 0;
+      }
+}
+
+// What products with `w` want of M rows: in bf16, or of x in fp32, for products in fp32.
+static void prepare(const matrix *w, inputs *in, const float *x, long M) {
+  long K = w->K;
+  enum form form = form_of(w, x != 0);
+  in->next = prepared_room(K);
+  memset(in->prepared + M * in->next, 0, (padded(M) - M) * in->next);
+  for (long m = 0; m < M; m++) {
+    void *to = in->prepared + m * in->next;
+    const uint16_t *row = x ? 0 : in->half + m * K;
+    if (x)
+      for (long i = 0; i < K; i++) ((float *)to)[i / (2 * W) * 2 * W + i % 2 * W + i % (2 * W) / 2] = x[m * K + i];
+    else if (form == SPANS && w->kind == ROUNDED) round_row(2, row, to, K);
+    else if (form == SPANS) round_row(1, row, to, K);
+    else if (form == ORDERED) order_row(row, to, K);
+    else {
+      prepare_numbers(row, to, K);
+      memset((number *)to + K, 0, (up_to(K, 64) - K) * sizeof(number));
+    }
   }
 }
 
 typedef struct {
-  ints table;   // the 16 values: of ROUNDED as bytes, of CODES in bf16, twice
+  table floats; // the 16 values
+  ints table;   // of ROUNDED as bytes, of CODES in bf16, twice
   ints spread;  // of a group's scales to the lanes of 8 inputs each
   __m128i mask; // of that many scales
 } lookup;
@@ -79,221 +112,141 @@ static lookup lookup_for(const matrix *w) {
   int lanes[W], mask[4];
   uint16_t values[SIZE / 2] = {0};
   if (w->kind < CODES) return (lookup){0};
-  for (int i = 0; i < W; i++) lanes[i] = (8 * i) >> w->codes.shift;
+  for (int i = 0; i < W; i++) lanes[i] = (8 * i) >> w->shift;
   for (int i = 0; i < 4; i++) mask[i] = -(i <= lanes[W - 1]);
-  for (int i = 0; i < SIZE / 2; i++) values[i] = half(w->codes.values[i % 16]);
-  return (lookup){w->kind == ROUNDED ? rounded_table(w) : load(values), load(lanes), _mm_loadu_si128((__m128i *)mask)};
+  for (int i = 0; i < SIZE / 2; i++) values[i] = half(w->table[i % 16]);
+  ints found = w->kind == ROUNDED ? rounded_table(w) : load(values);
+  return (lookup){table_of(w), found, load(lanes), _mm_loadu_si128((__m128i *)mask)};
 }
 
-// Outputs n and n + apart of M rows as bytes: y [2, M].
-INLINE void by_bytes(const int M, const int rounded, const matrix *w, const inputs *in, const lookup *t, long n,
-                     long apart, float *y) {
-  const int G = 1 + rounded, shift = w->codes.shift;
-  long K = w->K;
-  const uint8_t *at[2], *base = rounded ? w->codes.codes : w->values;
-  const float *scales[2];
-  floats sums[2][MOST];
-  EACH(r, 2) {
-    long from = (n + r * apart) * K, first = from >> shift;
-    at[r] = base + (rounded ? from / 2 : from);
-    float *room = in->scales + r * (K / 32 + 2);
-    if (rounded) scales[r] = scales_of(&w->codes, first, (from + K - 1) >> shift, room) - first;
-    EACH(m, M) sums[r][m] = V(setzero_ps)();
+// ---- what a step of inputs adds to sums [M, 2] of an output, whose weights and scales for it are at `at` and `by` ----
+
+#define ADDS const int M, const enum kind kind, const lookup *t, const uint8_t *at, const float *by, const char *x, \
+             long next, floats (*sums)[2]
+#define CHAINS (M > MOST / 2 ? 1 : 2) // sums of a few rows, as they have to wait for each otherwise
+
+INLINE void add_floats(ADDS) { // 2 W inputs
+  pair of = values_at(kind, t->floats, at);
+  EACH(m, M) {
+    floats x0 = V(loadu_ps)((float *)(x + m * next)), x1 = V(loadu_ps)((float *)(x + m * next) + W), *sum = sums[m];
+    if (kind < CODES) {
+      sum[0] = V(fmadd_ps)(of.even, x0, sum[0]);
+      sum[CHAINS - 1] = V(fmadd_ps)(of.odd, x1, sum[CHAINS - 1]);
+    } else sum[0] = V(fmadd_ps)(V(fmadd_ps)(of.odd, x1, V(mul_ps)(of.even, x0)), all_of(*by), sum[0]);
   }
-  const int8_t *x = (int8_t *)in->prepared;
-  for (long k = 0; k < K; k += G * SIZE, x += GROUP(G))
-    EACH(r, 2) {
-      const uint8_t *codes = at[r] + k / G;
-      const float *some = rounded ? scales[r] + (((n + r * apart) * K + k) >> shift) : 0;
-      uint8_t rest[SIZE];
-      float few[4] = {0};
-      if (K - k < G * SIZE) { // a row's end, and maybe the memory's
-        memset(rest, 0, SIZE);
-        memcpy(rest, codes, (K - k) / G);
-        for (long i = 0; rounded && i <= (K - k - 1) >> shift; i++) few[i] = some[i];
-        codes = rest, some = few;
-      } else _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
-      two of;
-      floats by;
-      if (rounded) {
-        of = rounded_codes(t->table, codes);
-        by = pick(_mm_maskload_ps(some, t->mask), t->spread);
-      } else of.even = signed_bytes(codes);
-      EACH(m, M) {
-        const int8_t *row = x + m * in->next;
-        ints dot = dot_bytes(OFFSET ? load(row + (G + 1) * SIZE) : BITS(setzero)(), of.even, load(row));
-        if (rounded) dot = dot_bytes(dot, of.odd, load(row + SIZE));
-        floats factor = V(loadu_ps)((const float *)(row + G * SIZE));
-        if (rounded) factor = V(mul_ps)(factor, by);
-        sums[r][m] = V(fmadd_ps)(V(cvtepi32_ps)(dot), factor, sums[r][m]);
-      }
-    }
-  EACH(r, 2)
-    EACH(m, M) y[r * M + m] = sum(sums[r][m]) * (rounded ? 1 : w->scales[n + r * apart]) / 127;
 }
 
-// The same in fp32, of inputs that have the even ones of each 2 W first.
-INLINE void by_pairs(const int M, const enum kind kind, const matrix *w, const inputs *in, long n, long apart,
-                     float *y) {
-  long K = w->K, next = in->next / 4;
-  const float *x = (float *)in->prepared;
-  table t = table_of(w);
-  floats sums[2][MOST];
-  EACH(r, 2)
-    EACH(m, M) sums[r][m] = V(setzero_ps)();
-  for (long k = 0; k < K; k += 2 * W)
-    EACH(r, 2) {
-      long e = (n + r * apart) * K + k;
-      pair of = values_at(kind, w, t, e);
-      floats by = kind == CODES ? all_of(scale(&w->codes, e)) : all_of(1);
-      if (kind == HALVES) _mm_prefetch((const char *)w->values + 2 * e + AHEAD, _MM_HINT_T0);
-      if (kind == CODES) _mm_prefetch((const char *)w->codes.codes + e / 2 + AHEAD, _MM_HINT_T0);
-      EACH(m, M) {
-        floats x0 = V(loadu_ps)(x + m * next + k), x1 = V(loadu_ps)(x + m * next + k + W);
-        if (kind == CODES) sums[r][m] = V(fmadd_ps)(V(fmadd_ps)(of.odd, x1, V(mul_ps)(of.even, x0)), by, sums[r][m]);
-        else sums[r][m] = V(fmadd_ps)(of.odd, x1, V(fmadd_ps)(of.even, x0, sums[r][m]));
-      }
-    }
-  EACH(r, 2)
-    EACH(m, M) y[r * M + m] = sum(sums[r][m]) * (kind == BYTES ? w->scales[n + r * apart] / 127 : 1);
+INLINE void add_bytes(ADDS) { // a GROUP
+  const int G = kind == ROUNDED ? 2 : 1;
+  two of = {signed_bytes(at)};
+  floats all = V(setzero_ps)();
+  if (G == 2) of = rounded_codes(t->table, at), all = pick(_mm_maskload_ps(by, t->mask), t->spread);
+  EACH(m, M) {
+    const char *row = x + m * next;
+    ints dot = dot_bytes(OFFSET ? load(row + (G + 1) * SIZE) : BITS(setzero)(), of.even, load(row));
+    if (G == 2) dot = dot_bytes(dot, of.odd, load(row + SIZE));
+    floats factor = V(loadu_ps)((const float *)(row + G * SIZE));
+    if (G == 2) factor = V(mul_ps)(factor, all);
+    sums[m][0] = V(fmadd_ps)(V(cvtepi32_ps)(dot), factor, sums[m][0]);
+  }
 }
 
 #ifdef __AVX512BF16__
-// A row as `by_codes` wants it, filled up with zeros to whole 128s. Of a word's codes the second comes first: its first
-// byte begins with its high half.
-static void in_order(const uint16_t *x, uint16_t *y, long K) {
-  for (long k = 0; k < K; k += 128) {
-    uint64_t four[32] = {0};
-    memcpy(four, x + k, K - k < 128 ? (K - k) * 2 : 256);
-    for (int j = 0; j < 32; j++) {
-      y[k + j] = four[j] >> 16;
-      y[k + 32 + j] = four[j];
-      y[k + 64 + j] = four[j] >> 48;
-      y[k + 96 + j] = four[j] >> 32;
-    }
+INLINE void add_words(ADDS) { // 64 inputs in bf16
+  EACH(i, 2)
+    EACH(m, M)
+      sums[m][i % CHAINS] = dot(sums[m][i % CHAINS], (uint16_t *)at + 32 * i, (number *)(x + m * next) + 32 * i);
+}
+
+// 128 inputs: a 16-bit word holds four codes, in four places; shifted there, its low bits look up 32 of them at once,
+// and x has the inputs in the same order.
+INLINE void add_ordered(ADDS) {
+  ints words = load(at), found[4];
+  floats all = pick(_mm_maskload_ps(by, t->mask), t->spread);
+  EACH(i, 4) found[i] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * i), t->table);
+  EACH(m, M) {
+    floats dots = V(setzero_ps)();
+    EACH(i, 4) dots = _mm512_dpbf16_ps(dots, (__m512bh)found[i], (__m512bh)load(x + m * next + 64 * i));
+    sums[m][0] = V(fmadd_ps)(dots, all, sums[m][0]);
   }
 }
-
-// Outputs n and n + apart of M rows: y [2, M]. By groups of 128 inputs: a 16-bit word holds four codes, in four
-// places; shifted there, its low bits look up 32 of them at once, and x has the inputs in the same order.
-INLINE void by_codes(const int M, const matrix *of, const inputs *in, const lookup *t, long n, long apart,
-                     float *y) {
-  const weight *w = &of->codes;
-  const uint16_t *x = (uint16_t *)in->prepared;
-  const uint8_t *codes[2];
-  const float *scales[2]; // of block 0 of the weight, if that had a place there
-  long K = of->K, from[2], next = in->next / 2;
-  floats sums[2][MOST];
-  EACH(r, 2) {
-    from[r] = (n + r * apart) * K, codes[r] = w->codes + from[r] / 2;
-    long first = from[r] >> w->shift, last = (from[r] + K - 1) >> w->shift;
-    scales[r] = scales_of(w, first, last, in->scales + r * (K / 32 + 2)) - first;
-    EACH(m, M) sums[r][m] = V(setzero_ps)();
-  }
-  __mmask8 all = w->shift < 7 ? (1 << (128 >> w->shift)) - 1 : 1;
-  for (long k = 0; k < K; k += 128)
-    EACH(r, 2) {
-      const float *at = scales[r] + ((from[r] + k) >> w->shift);
-      ints words;
-      floats some, dots[MOST];
-      if (K - k >= 128) {
-        words = load(codes[r] + k / 2);
-        some = _mm512_castps128_ps512(_mm_maskz_loadu_ps(all, at));
-      } else {
-        words = _mm512_maskz_loadu_epi8((1ull << (K - k) / 2) - 1, codes[r] + k / 2);
-        some = _mm512_castps128_ps512(_mm_maskz_loadu_ps((1 << (((K - k - 1) >> w->shift) + 1)) - 1, at));
-      }
-      _mm_prefetch((const char *)codes[r] + k / 2 + AHEAD, _MM_HINT_T0);
-      EACH(m, M) dots[m] = V(setzero_ps)();
-      EACH(i, 4) {
-        __m512bh found = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * i), t->table);
-        EACH(m, M) dots[m] = _mm512_dpbf16_ps(dots[m], found, (__m512bh)load(x + m * next + k + 32 * i));
-      }
-      some = _mm512_permutexvar_ps(t->spread, some);
-      EACH(m, M) sums[r][m] = V(fmadd_ps)(dots[m], some, sums[r][m]);
-    }
-  EACH(r, 2)
-    EACH(m, M) y[r * M + m] = sum(sums[r][m]);
-}
-
-// The same for a weight in bf16; up to four rows have two sums, as they have to wait for each otherwise.
-INLINE void by_halves(const int M, const matrix *of, const inputs *in, long n, long apart, float *y) {
-  const uint16_t *w = (const uint16_t *)of->values + n * of->K;
-  const number *x = (number *)in->prepared;
-  const int chains = M > 4 ? 1 : 2;
-  long K = of->K, next = in->next / 2;
-  floats sums[2][MOST][2];
-  EACH(r, 2)
-    EACH(m, M) sums[r][m][0] = sums[r][m][1] = V(setzero_ps)();
-  for (long k = 0; k < K; k += 64)
-    EACH(i, 2) {
-      if (k + 32 * i == K) break;
-      EACH(r, 2) {
-        const uint16_t *at = w + r * apart * K + k + 32 * i;
-        _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
-        EACH(m, M) sums[r][m][i % chains] = dot(sums[r][m][i % chains], at, x + m * next + k + 32 * i);
-      }
-    }
-  EACH(r, 2)
-    EACH(m, M) y[r * M + m] = sum(V(add_ps)(sums[r][m][0], sums[r][m][1]));
-}
-#endif
-
-// What products with `w` want of M rows: in bf16, or of x in fp32, for products in fp32.
-static void prepare(const matrix *w, inputs *in, const float *x, long M) {
-  long K = w->K;
-  in->next = prepared_room(K);
-  memset(in->prepared + M * in->next, 0, (padded(M) - M) * in->next);
-  for (long m = 0; m < M; m++) {
-    void *to = in->prepared + m * in->next;
-    const uint16_t *row = x ? 0 : in->half + m * K;
-    if (x)
-      for (long i = 0; i < K; i++) ((float *)to)[i / (2 * W) * 2 * W + i % 2 * W + i % (2 * W) / 2] = x[m * K + i];
-    else if (w->kind == ROUNDED) round_row(2, row, to, K);
-    else if (w->kind == BYTES) round_row(1, row, to, K);
-#ifdef __AVX512BF16__
-    else if (w->kind == CODES) in_order(row, to, K);
-#endif
-    else prepare_numbers(row, to, K);
-  }
-}
-
-// M rows by outputs n and n + apart: y [2, M].
-INLINE void two_outputs(const int M, int exact, const matrix *w, const inputs *in, const lookup *t, long n, long apart,
-                        float *y) {
-  if (!exact && w->kind == ROUNDED) by_bytes(M, 1, w, in, t, n, apart, y);
-  else if (!exact && w->kind == BYTES) by_bytes(M, 0, w, in, t, n, apart, y);
-#ifdef __AVX512BF16__
-  else if (!exact && w->kind == CODES) by_codes(M, w, in, t, n, apart, y);
-  else if (w->kind == HALVES) by_halves(M, w, in, n, apart, y);
 #else
-  else if (w->kind == HALVES) by_pairs(M, HALVES, w, in, n, apart, y);
+#define add_words add_floats
+#define add_ordered add_floats
 #endif
-  else if (w->kind == BYTES) by_pairs(M, BYTES, w, in, n, apart, y);
-  else by_pairs(M, CODES, w, in, n, apart, y);
+
+// Outputs n and n + apart of M rows: y [2, M].
+INLINE void two_outputs(const int M, const enum kind kind, const enum form form, const matrix *w, const inputs *in,
+                        const lookup *t, long n, long apart, float *y) {
+  const int G = kind == ROUNDED ? 2 : 1, step = (int[]){2 * W, 64, 128, G * SIZE}[form];
+  const int wide = (int[]){8 * W, 128, 256, GROUP(G)}[form]; // bytes of a step's inputs
+  long K = w->K, shift = w->shift, at[2] = {n * K, (n + apart) * K};
+  const float *scales[2] = {0};
+  floats sums[2][MOST][2];
+  EACH(r, 2) {
+    if (kind >= CODES) scales[r] = scales_of(w, n + r * apart, in->scales + r * (K / 32 + 2));
+    EACH(m, M) sums[r][m][0] = sums[r][m][1] = V(setzero_ps)();
+  }
+  const char *x = in->prepared;
+  for (long k = 0; k < K; k += step, x += wide)
+    EACH(r, 2) {
+      const uint8_t *some = address(kind, w, at[r] + k);
+      const float *by = kind < CODES ? 0 : scales[r] + ((at[r] + k) >> shift);
+      uint8_t rest[128];
+      float few[4] = {0};
+      if (form != FLOATS && K - k < step) { // a row's end, and maybe the memory's
+        memset(rest, 0, sizeof rest);
+        memcpy(rest, some, address(kind, w, K - k) - address(kind, w, 0));
+        for (long i = 0; kind >= CODES && i <= (K - k - 1) >> shift; i++) few[i] = by[i];
+        some = rest, by = few;
+      } else
+        for (int i = 0; i < address(kind, w, step) - address(kind, w, 0); i += 64)
+          _mm_prefetch((const char *)some + i + AHEAD, _MM_HINT_T0);
+      if (form == FLOATS) add_floats(M, kind, t, some, by, x, in->next, sums[r]);
+      else if (form == WORDS) add_words(M, kind, t, some, by, x, in->next, sums[r]);
+      else if (form == ORDERED) add_ordered(M, kind, t, some, by, x, in->next, sums[r]);
+      else add_bytes(M, kind, t, some, by, x, in->next, sums[r]);
+    }
+  EACH(r, 2)
+    EACH(m, M) {
+      float by = kind == BYTES ? scale(w, n + r * apart, 0) : form == SPANS ? 1.f / 127 : 1;
+      y[r * M + m] = sum(V(add_ps)(sums[r][m][0], sums[r][m][1])) * by;
+    }
 }
 
-// Outputs `from` to `to` of M prepared rows: y [M, step] is set to them, or has them added. `exact`: prepared in fp32.
+// The same for whatever the weight is.
+INLINE void two_of(const int M, int fp32, const matrix *w, const inputs *in, const lookup *t, long n, long apart,
+                   float *y) {
+#define AS(kind, form) two_outputs(M, kind, form, w, in, t, n, apart, y)
+  enum form form = form_of(w, fp32);
+  if (form == SPANS) w->kind == ROUNDED ? AS(ROUNDED, SPANS) : AS(BYTES, SPANS);
+  else if (form == ORDERED) AS(CODES, ORDERED);
+  else if (form == WORDS) AS(HALVES, WORDS);
+  else if (w->kind == HALVES) AS(HALVES, FLOATS);
+  else w->kind == BYTES ? AS(BYTES, FLOATS) : AS(CODES, FLOATS);
+}
+
+// Outputs `from` to `to` of M prepared rows: y [M, step] is set to them, or has them added. `fp32`: prepared so.
 // Two outputs at a time, far apart, are read faster than one or two neighbours (bench/LOG.md).
-static void product(long M, const matrix *w, const inputs *in, int exact, long from, long to, float *y, long step,
+static void product(long M, const matrix *w, const inputs *in, int fp32, long from, long to, float *y, long step,
                     int add) {
   long apart = (to - from) / 2;
   lookup t = lookup_for(w);
   for (long n = from; n < to - apart; n++) {
     int both = n < from + apart; // of an odd number one is left
-    long first = both ? n : n + apart, second = both ? n + apart : first;
+    long first = both ? n : n + apart, far = both ? apart : 0;
     for (long at = 0, some; at < M; at += some) {
       inputs rows = {0, in->prepared + at * in->next, in->scales, in->next};
       float sums[2 * MOST];
       some = M - at < MOST ? M - at : MOST;
       int as = padded(some);
-      if (as == 1) two_outputs(1, exact, w, &rows, &t, first, second - first, sums);
-      else if (as == 2) two_outputs(2, exact, w, &rows, &t, first, second - first, sums);
-      else if (as == 4) two_outputs(4, exact, w, &rows, &t, first, second - first, sums);
-      else two_outputs(MOST, exact, w, &rows, &t, first, second - first, sums);
+      if (as == 1) two_of(1, fp32, w, &rows, &t, first, far, sums);
+      else if (as == 2) two_of(2, fp32, w, &rows, &t, first, far, sums);
+      else if (as == 4) two_of(4, fp32, w, &rows, &t, first, far, sums);
+      else two_of(MOST, fp32, w, &rows, &t, first, far, sums);
       for (long r = 0; r < 1 + both; r++)
         for (long m = 0; m < some; m++) {
-          long n = r ? second : first;
+          long n = first + r * far;
           float value = sums[r * as + m] + (w->bias ? whole(w->bias[n]) : 0), *of = y + (at + m) * step + n;
           *of = add ? *of + value : value;
         }

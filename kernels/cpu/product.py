@@ -21,17 +21,14 @@ MANY = 64  # rows up to which AMX tiles take 4-bit weights, and weight @ x^T rea
 _pointer, _long = ctypes.c_void_p, ctypes.c_long
 
 
-class _Codes(ctypes.Structure):
-    pointers = ("codes", "absmax", "nested", "dynamic", "values")
-    _fields_ = [*((name, _pointer) for name in pointers), ("groups", _long), ("shift", ctypes.c_int)]
-
-
 class Matrix(ctypes.Structure):
     """A linear layer [N, K] in C: addresses of tensors that are contiguous and outlive it."""
 
+    pointers = ("bias", "values", "scales", "nested", "dynamic", "table")
     _fields_ = [
-        *(("N", _long), ("K", _long), ("bias", _pointer), ("values", _pointer), ("scales", _pointer)),
-        *(("codes", _Codes), ("kind", ctypes.c_int)),
+        *((name, _long) for name in "NK"),
+        *((name, _pointer) for name in pointers),
+        *(("groups", _long), ("shift", ctypes.c_int), ("kind", ctypes.c_int)),
     ]
 
 
@@ -67,19 +64,16 @@ class Weight:
 
     def matrix(self, bias_N: Tensor | None = None) -> Matrix:
         """With a bias in bf16."""
-        address = [None if t is None else t.data_ptr() for t in (bias_N, self.values, self.scales)]
-        if self.codes is None:
-            return Matrix(*self.shape, *address, _Codes(), self.kind)
-        *parts, blocksize = self.codes
-        pointers = (None if t is None else t.data_ptr() for t in parts)
+        *parts, blocksize = self.codes or (self.values, self.scales, None, None, None, 1)
+        pointers = (None if t is None else t.data_ptr() for t in (bias_N, *parts))
         groups = 0 if parts[2] is None else parts[2].stride(0)
-        return Matrix(*self.shape, *address, _Codes(*pointers, groups, blocksize.bit_length() - 1), self.kind)
+        return Matrix(*self.shape, *pointers, groups, blocksize.bit_length() - 1, self.kind)
 
 
 def values(weight: Weight, out: Tensor) -> Tensor:
-    """`out`, bf16 or fp32 and contiguous, becomes the values of a weight in codes."""
-    half, codes, threads = int(out.dtype == torch.bfloat16), weight.matrix().codes, torch.get_num_threads()
-    cpu.library().nf4_values(ctypes.byref(codes), out.data_ptr(), out.numel(), half, threads)
+    """`out`, bf16 or fp32 and contiguous, becomes the values of a weight."""
+    half, threads = out.dtype == torch.bfloat16, torch.get_num_threads()
+    cpu.library().weight_values(ctypes.byref(weight.matrix()), out.data_ptr(), half, threads)
     return out
 
 
@@ -148,12 +142,10 @@ def multiply(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The weight's values [N, K], in memory that the next call overwrites."""
-    if weight.codes is not None:
-        return values(weight, cpu.workspace("values", weight.shape, dtype))
-    assert weight.values is not None
-    if weight.scales is None:
+    if weight.kind == HALVES and dtype == torch.bfloat16:
+        assert weight.values is not None
         return weight.values
-    return torch.mul(weight.values, weight.scales[:, None] / 127, out=cpu.workspace("values", weight.shape, dtype))
+    return values(weight, cpu.workspace("values", weight.shape, dtype))
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor | None:
@@ -186,8 +178,7 @@ def _by_tiles(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
     x: Any = F.pad(x_MK, (0, 0, 0, 16 * blocks - M)).view(16 * blocks, K // 64, 16, 2, 2)
     x = x.flip(-1).permute(0, 1, 3, 4, 2).reshape(16 * blocks, K)  # in the order of the codes
     x = x.view(torch.int32).T.contiguous()  # pairs of inputs, of all rows
-    y_NM, codes = torch.empty(N, 16 * blocks), weight.matrix().codes
-    sizes = blocks, N, K, torch.get_num_threads()
-    code.nf4_tiles(x.data_ptr(), ctypes.byref(codes), y_NM.data_ptr(), *sizes)
+    y_NM, matrix = torch.empty(N, 16 * blocks), ctypes.byref(weight.matrix())
+    code.nf4_tiles(x.data_ptr(), matrix, y_NM.data_ptr(), blocks, torch.get_num_threads())
     y_MN = y_NM[:, :M].T
     return (y_MN if bias_N is None else y_MN + bias_N).to(x_MK.dtype, memory_format=torch.contiguous_format)

@@ -13,24 +13,23 @@
 #define APART 64
 #define SPAN_OF_MANY 64
 
-// Rows g * ROWS_AT_ONCE and on, inputs k to k + n (whole 2 Ws), as fp32 [n, ROWS_AT_ONCE], of 2 W the even ones first.
-static void rows_of_floats(const void *x, int fp32, long M, long K, long g, float *to) {
-  float some[ROWS_AT_ONCE][2 * W] = {0};
-  ints lanes = lanes_times(2 * W);
-  for (long k = 0; k < K; k += 2 * W) {
+// 4 n bytes of each of ROWS_AT_ONCE rows to [n, ROWS_AT_ONCE], 4 bytes at a time.
+INLINE void turned(const void *rows, const int n, char *to) {
+  ints lanes = lanes_times(n);
+  for (int j = 0; j < n; j++)
+    EACH(v, 2) store(to + (j * 2 + v) * SIZE, to_ints(gather((const float *)rows + v * W * n + j, lanes)));
+}
+
+// Rows g * ROWS_AT_ONCE and on as fp32 [K, ROWS_AT_ONCE].
+static void rows_of_floats(const void *x, int fp32, long M, long K, long g, char *to) {
+  float some[ROWS_AT_ONCE][32] = {0};
+  for (long k = 0; k < K; k += 32, to += sizeof some) {
     for (long r = 0; r < ROWS_AT_ONCE && g * ROWS_AT_ONCE + r < M; r++) {
       long at = (g * ROWS_AT_ONCE + r) * K + k;
-      if (fp32)
-        for (int j = 0; j < W; j++)
-          some[r][j] = ((const float *)x)[at + 2 * j], some[r][W + j] = ((const float *)x)[at + 2 * j + 1];
-      else {
-        pair of = halves(load((const uint16_t *)x + at));
-        V(storeu_ps)(some[r], of.even);
-        V(storeu_ps)(some[r] + W, of.odd);
-      }
+      if (fp32) memcpy(some[r], (const float *)x + at, sizeof some[r]);
+      else load_all(some[r], (const uint16_t *)x + at, 32);
     }
-    for (int j = 0; j < 2 * W; j++, to += ROWS_AT_ONCE)
-      EACH(v, 2) V(storeu_ps)(to + v * W, gather(some[v * W] + j, lanes));
+    turned(some, 32, to);
   }
 }
 
@@ -39,29 +38,17 @@ static void rows_of_floats(const void *x, int fp32, long M, long K, long g, floa
 // The same as bytes, by spans [16, ROWS_AT_ONCE, 4].
 static void rows_of_bytes(const uint16_t *x, int even_first, long M, long K, long g, char *to) {
   int8_t some[ROWS_AT_ONCE][SPAN_OF_MANY] = {0};
-  ints lanes = lanes_times(SPAN_OF_MANY / 4);
   for (long k = 0; k < K; k += SPAN_OF_MANY, to += OF_BYTES) {
-    float *factors = (float *)(to + ROWS_AT_ONCE * SPAN_OF_MANY);
-    for (long r = 0; r < ROWS_AT_ONCE; r++) {
-      float values[SPAN_OF_MANY] = {0};
-      const uint16_t *row = x + (g * ROWS_AT_ONCE + r) * K;
-      for (long i = k; i < K && i < k + SPAN_OF_MANY && g * ROWS_AT_ONCE + r < M; i += W)
-        V(storeu_ps)(values + i - k, load_bf16(row + i));
-      factors[r] = round_span(values, some[r], SPAN_OF_MANY);
-      if (even_first) {
-        int8_t plain[SPAN_OF_MANY];
-        memcpy(plain, some[r], SPAN_OF_MANY);
-        for (int i = 0; i < SPAN_OF_MANY / 2; i++)
-          some[r][i] = plain[2 * i], some[r][SPAN_OF_MANY / 2 + i] = plain[2 * i + 1];
-      }
+    float *factors = (float *)(to + ROWS_AT_ONCE * SPAN_OF_MANY), values[SPAN_OF_MANY] = {0};
+    for (long r = 0; r < ROWS_AT_ONCE && g * ROWS_AT_ONCE + r < M; r++) {
+      load_all(values, x + (g * ROWS_AT_ONCE + r) * K + k, K - k < SPAN_OF_MANY ? K - k : SPAN_OF_MANY);
+      factors[r] = round_span(values, some[r], SPAN_OF_MANY, even_first ? SPAN_OF_MANY / 2 : 0);
     }
+    turned(some, SPAN_OF_MANY / 4, to);
     EACH(v, 2) {
-      ints offset = BITS(setzero)();
-      for (int q = 0; q < SPAN_OF_MANY / 4; q++) {
-        ints four = to_ints(gather((float *)some[v * W] + q, lanes));
-        store(to + (q * ROWS_AT_ONCE + v * W) * 4, four);
-        if (OFFSET) offset = V(sub_epi32)(offset, dot_bytes(BITS(setzero)(), V(set1_epi8)((char)OFFSET), four));
-      }
+      ints offset = BITS(setzero)(), each = V(set1_epi8)((char)OFFSET);
+      for (int q = 0; q < SPAN_OF_MANY / 4 && OFFSET; q++)
+        offset = V(sub_epi32)(offset, dot_bytes(BITS(setzero)(), each, load(to + (q * 2 + v) * SIZE)));
       store(factors + ROWS_AT_ONCE + v * W, offset);
     }
   }
@@ -115,34 +102,21 @@ static void tile_of_bytes(const char *x, const char *w, const float *scales, lon
   }
 }
 
-// Inputs k to k + depth of output n, in fp32, or as bytes with a scale for each span.
-INLINE void decode(const matrix *w, const enum kind kind, long n, long k, long depth, float *to) {
-  table t = table_of(w);
-  for (long i = 0; i < depth; i += 2 * W) {
-    long e = n * w->K + k + i;
-    pair of = values_at(kind, w, t, e);
-    floats by = all_of(kind == CODES ? scale(&w->codes, e) : kind == BYTES ? w->scales[n] / 127 : 1);
-    if (kind != HALVES) of = (pair){V(mul_ps)(of.even, by), V(mul_ps)(of.odd, by)};
-    V(storeu_ps)(to + i, of.even);
-    V(storeu_ps)(to + i + W, of.odd);
-  }
-}
-
+// Inputs k to k + depth of output n as bytes, with a scale for each span.
 static void decode_bytes(const matrix *w, ints table, long n, long k, long depth, char *to, float *scales) {
   for (long i = 0; i < depth; i += SPAN_OF_MANY, to += SPAN_OF_MANY, scales++) {
     long e = n * w->K + k + i;
+    uint8_t some[SPAN_OF_MANY + SIZE] = {0}; // a row may end in half a span
+    *scales = scale(w, n, e);
     if (w->kind == BYTES) {
-      char some[SPAN_OF_MANY + SIZE] = {0}; // a row may end in half a span
-      memcpy(some, (const char *)w->values + e, depth - i < SPAN_OF_MANY ? depth - i : SPAN_OF_MANY);
+      memcpy(some, address(BYTES, w, e), depth - i < SPAN_OF_MANY ? depth - i : SPAN_OF_MANY);
       for (int j = 0; j < SPAN_OF_MANY; j += SIZE) store(to + j, signed_bytes(some + j));
-      *scales = w->scales[n] / 127;
     } else {
-      uint8_t some[2 * SIZE];
-      memcpy(some, w->codes.codes + e / 2, SPAN_OF_MANY / 2);
+      memcpy(some, address(ROUNDED, w, e), SPAN_OF_MANY / 2);
       two of = rounded_codes(table, some);
       memcpy(to, &of.even, SPAN_OF_MANY / 2);
       memcpy(to + SPAN_OF_MANY / 2, &of.odd, SPAN_OF_MANY / 2);
-      *scales = scale(&w->codes, e) / 127;
+      *scales /= 127;
     }
   }
 }
@@ -162,7 +136,7 @@ static void put_rows(const matrix *w, const float *sums, long next, long n, long
 
 // Whether `many_rows` multiplies bytes.
 int many_as_bytes(const matrix *w, int fp32) {
-  return OFFSET && !fp32 && (w->kind == BYTES || (w->kind == ROUNDED && w->codes.shift >= 6 && w->K % 64 == 0));
+  return OFFSET && !fp32 && (w->kind == BYTES || (w->kind == ROUNDED && w->shift >= 6 && w->K % 64 == 0));
 }
 
 static long group_room(const matrix *w, int fp32) { // bytes of ROWS_AT_ONCE rows
@@ -174,19 +148,19 @@ static long group_room(const matrix *w, int fp32) { // bytes of ROWS_AT_ONCE row
 long many_room(const matrix *w, long M, int fp32) { return (M / ROWS_AT_ONCE + 1) * group_room(w, fp32); }
 
 // y [M, N] = x [M, K] W^T + bias, in bf16 or fp32 the bias apart; K in whole 32s. `room` as `many_room` has it.
-void many_rows(const void *x, const matrix *w, void *y, void *room, long M, int fp32, int threads) {
+void many_rows(const void *x, const matrix *w, void *y, char *room, long M, int fp32, int threads) {
   long N = w->N, K = w->K, groups = up_to(M, ROWS_AT_ONCE) / ROWS_AT_ONCE, next = groups * ROWS_AT_ONCE + W;
   long each = group_room(w, fp32), spans = DEPTH / SPAN_OF_MANY;
-  int bytes = many_as_bytes(w, fp32);
+  int bytes = many_as_bytes(w, fp32), apart = bytes ? DEPTH : DEPTH * 4;
 #pragma omp parallel num_threads(threads)
   {
-    float *sums = aligned_alloc(64, DECODED * (next + DEPTH + spans) * 4), *decoded = sums + DECODED * next;
-    float *scales = decoded + DECODED * DEPTH;
+    float *sums = aligned_alloc(64, DECODED * (next + spans + DEPTH) * 4), *scales = sums + DECODED * next;
+    char *decoded = (char *)(scales + DECODED * spans);
     ints table = w->kind == ROUNDED ? rounded_table(w) : BITS(setzero)();
 #pragma omp for schedule(dynamic)
     for (long g = 0; g < groups; g++) {
-      if (bytes) rows_of_bytes(x, w->kind == ROUNDED, M, K, g, (char *)room + g * each);
-      else rows_of_floats(x, fp32, M, K, g, (float *)((char *)room + g * each));
+      if (bytes) rows_of_bytes(x, w->kind == ROUNDED, M, K, g, room + g * each);
+      else rows_of_floats(x, fp32, M, K, g, room + g * each);
     }
 #pragma omp for schedule(dynamic)
     for (long n = 0; n < N; n += DECODED) {
@@ -194,18 +168,15 @@ void many_rows(const void *x, const matrix *w, void *y, void *room, long M, int 
       for (long k = 0; k < K; k += DEPTH) {
         long depth = K - k < DEPTH ? K - k : DEPTH, some = N - n < DECODED ? N - n : DECODED;
         for (long i = 0; i < some; i++) {
-          if (bytes) decode_bytes(w, table, n + i, k, depth, (char *)decoded + i * DEPTH, scales + i * spans);
-          else if (w->kind == HALVES) decode(w, HALVES, n + i, k, depth, decoded + i * DEPTH);
-          else if (w->kind == BYTES) decode(w, BYTES, n + i, k, depth, decoded + i * DEPTH);
-          else decode(w, CODES, n + i, k, depth, decoded + i * DEPTH);
+          if (bytes) decode_bytes(w, table, n + i, k, depth, decoded + i * apart, scales + i * spans);
+          else decode(w, n + i, k, depth, 0, decoded + i * apart);
         }
         for (long g = 0; g < groups; g++)
           for (long i = 0; i < some; i += TILE) {
-            const char *rows = (char *)room + g * each + k / SPAN_OF_MANY * OF_BYTES, *of = (char *)decoded + i * DEPTH;
-            const float *whole = (float *)((char *)room + g * each) + k * ROWS_AT_ONCE;
+            const char *rows = room + g * each + (bytes ? k / SPAN_OF_MANY * OF_BYTES : k * ROWS_AT_ONCE * 4);
             float *to = sums + i * next + g * ROWS_AT_ONCE;
-            if (bytes) tile_of_bytes(rows, of, scales + i * spans, depth, to, next);
-            else tile_of_floats(whole, decoded + i * DEPTH, depth, to, next);
+            if (bytes) tile_of_bytes(rows, decoded + i * apart, scales + i * spans, depth, to, next);
+            else tile_of_floats((float *)rows, (float *)(decoded + i * apart), depth, to, next);
           }
       }
       put_rows(w, sums, next, n, M, fp32, y);

@@ -156,7 +156,7 @@ void decoder_step(const decoder *d, const cache *c, uint16_t *x, const uint16_t 
   long prepared = padded(M) * prepared_room(most), rows = up_to(longest + 1, 16);
   float *stream = malloc(M * (D + heads) * sizeof(float)), *qkv = stream + M * D;
   uint16_t *seen = malloc(M * (d->H * d->K + I) * 2), *inner = seen + M * d->H * d->K;
-  for (long i = 0; i < M * D; i++) stream[i] = whole(x[i]);
+  load_all(stream, x, M * D);
 #pragma omp parallel num_threads(threads)
   {
     int t = omp_get_thread_num(), of = omp_get_num_threads();

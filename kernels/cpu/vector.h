@@ -23,7 +23,8 @@ INLINE ints to_ints(floats v) { return _mm512_castps_si512(v); }
 INLINE ints load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE void store(void *p, ints v) { _mm512_storeu_si512(p, v); }
 INLINE ints words_of_bytes(const void *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
-INLINE ints words_of_halves(const void *p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256(p)); }
+INLINE ints words_of_halves(const void *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
+INLINE void store_halves(void *p, ints words) { _mm256_storeu_si256(p, _mm512_cvtepi32_epi16(words)); }
 INLINE floats nearest(floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE float sum(floats v) { return _mm512_reduce_add_ps(v); }
 INLINE float largest(floats v) { return _mm512_reduce_max_ps(v); }
@@ -31,9 +32,6 @@ INLINE floats pick(__m128 from, ints lanes) { return _mm512_permutexvar_ps(lanes
 typedef struct { floats all; } table; // of 16 floats
 INLINE table load_table(const float *p) { return (table){_mm512_loadu_ps(p)}; }
 INLINE floats look_up(table t, ints i) { return _mm512_permutexvar_ps(i, t.all); } // by the low four bits
-INLINE ints count_above(ints n, floats v, float bound) { // n, and one more where v is above
-  return _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(v, _mm512_set1_ps(bound), _CMP_GT_OQ), n, _mm512_set1_epi32(1));
-}
 INLINE ints bytes16(const void *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(p)); }
 INLINE floats gather(const float *p, ints at) { return _mm512_i32gather_ps(at, p, 4); }
 
@@ -61,7 +59,10 @@ INLINE ints to_ints(floats v) { return _mm256_castps_si256(v); }
 INLINE ints load(const void *p) { return _mm256_loadu_si256(p); }
 INLINE void store(void *p, ints v) { _mm256_storeu_si256(p, v); }
 INLINE ints words_of_bytes(const void *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
-INLINE ints words_of_halves(const void *p) { return _mm256_cvtepi16_epi32(_mm_loadu_si128(p)); }
+INLINE ints words_of_halves(const void *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
+INLINE void store_halves(void *p, ints words) { // of 16 bits
+  _mm_storeu_si128(p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08)));
+}
 INLINE floats nearest(floats v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE float sum(floats v) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -82,9 +83,6 @@ INLINE floats look_up(table t, ints i) { // by the low three bits, and bit 3 shi
   floats low = _mm256_permutevar8x32_ps(t.low, i), high = _mm256_permutevar8x32_ps(t.high, i);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
 }
-INLINE ints count_above(ints n, floats v, float bound) {
-  return _mm256_sub_epi32(n, _mm256_castps_si256(_mm256_cmp_ps(v, _mm256_set1_ps(bound), _CMP_GT_OQ)));
-}
 INLINE ints bytes16(const void *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(p)); }
 INLINE floats gather(const float *p, ints at) { return _mm256_i32gather_ps(p, at, 4); }
 
@@ -95,6 +93,7 @@ INLINE floats sums_of(const floats *v) { // of 8
 }
 #endif
 
+typedef int32_t int32s __attribute__((vector_size(SIZE))); // for operators
 INLINE floats all_of(float value) { return V(set1_ps)(value); }
 INLINE ints lanes_times(long step) { // lane i: i * step
   int at[W];
@@ -124,32 +123,31 @@ INLINE ints joined(pair v) { // to bf16, in their order
   return BITS(or)(V(srli_epi32)(rounded(v.even), 16), odd);
 }
 
-#ifdef __AVX512F__
-INLINE floats load_bf16(const uint16_t *p) {
-  return to_floats(V(slli_epi32)(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
-}
+INLINE floats load_bf16(const uint16_t *p) { return to_floats(V(slli_epi32)(words_of_halves(p), 16)); }
+INLINE void store_bf16(uint16_t *p, floats v) {
 #ifdef __AVX512BF16__
-INLINE void store_bf16(uint16_t *p, floats v) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+  _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v));
 #else
-INLINE void store_bf16(uint16_t *p, floats v) {
-  _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(V(srli_epi32)(rounded(v), 16)));
-}
+  store_halves(p, V(srli_epi32)(rounded(v), 16));
 #endif
-#else
-INLINE floats load_bf16(const uint16_t *p) {
-  return to_floats(V(slli_epi32)(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
-INLINE void store_bf16(uint16_t *p, floats v) {
-  ints of = V(srli_epi32)(rounded(v), 16), packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(of, of), 0x08);
-  _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
-}
-#endif
 INLINE uint16_t half(float value) {
   uint16_t of[W];
   store_bf16(of, all_of(value));
   return of[0];
 }
 
+INLINE void store_pair(float *y, pair v) { // in their order
+  floats low = V(unpacklo_ps)(v.even, v.odd), high = V(unpackhi_ps)(v.even, v.odd); // of each 128 bits
+  EACH(i, W / 4) {
+    _mm_storeu_ps(y + 8 * i, ((__m128 *)&low)[i]);
+    _mm_storeu_ps(y + 8 * i + 4, ((__m128 *)&high)[i]);
+  }
+}
+
+static inline void load_all(float *y, const uint16_t *x, long n) { // whole Ws
+  for (long i = 0; i < n; i += W) V(storeu_ps)(y + i, load_bf16(x + i));
+}
 static inline void store_all(uint16_t *y, const float *x, long n) {
   for (; n >= W; n -= W, x += W, y += W) store_bf16(y, V(loadu_ps)(x));
   for (; n > 0; n--) *y++ = half(*x++);
@@ -200,6 +198,17 @@ INLINE ints dot_bytes(ints acc, ints w, ints x) { // both in -127 to 127, so tha
   return V(add_epi32)(acc, V(madd_epi16)(two, V(set1_epi16)(1)));
 }
 #endif
+
+// The largest magnitude of x [n], whole Ws; no number if one of x is none.
+INLINE float magnitude(const float *x, long n) {
+  floats most = V(setzero_ps)(), none = V(setzero_ps)();
+  for (long i = 0; i < n; i += W) {
+    floats of = V(loadu_ps)(x + i);
+    most = V(max_ps)(most, V(max_ps)(of, V(sub_ps)(V(setzero_ps)(), of)));
+    none = V(fmadd_ps)(of, V(setzero_ps)(), none);
+  }
+  return largest(most) + sum(none);
+}
 
 // ---- e^x ----
 
