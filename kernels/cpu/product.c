@@ -7,8 +7,8 @@
 #endif
 #define SPAN 32 // inputs that are rounded to bytes together
 
-// What inputs are prepared as: fp32, of each 2 W the even ones first; bf16; bf16 in the order of codes; bytes.
-enum form { FLOATS, WORDS, ORDERED, SPANS };
+// What inputs are prepared as: fp32, of each 2 W the even ones first; bf16; bytes.
+enum form { FLOATS, WORDS, SPANS };
 
 typedef struct { // of a thread
   uint16_t *half; // [M, K] in bf16
@@ -26,18 +26,14 @@ static long padded(long M) { // rows that are computed: groups of MOST, and 1, 2
 }
 
 static enum form form_of(const matrix *w, int fp32) {
-  if (fp32) return FLOATS;
-  if (w->kind == BYTES || w->kind == ROUNDED) return SPANS;
-#ifdef __AVX512BF16__
-  return w->kind == CODES ? ORDERED : WORDS;
-#endif
-  return FLOATS;
+  if (!fp32 && (w->kind == BYTES || w->kind == ROUNDED)) return SPANS;
+  return sizeof(number) == 2 && !fp32 && w->kind == HALVES ? WORDS : FLOATS;
 }
 
 // x [n] as bytes of their largest magnitude, with `apart` the odd ones so far behind the even ones; returns what a byte
 // is worth, which is no number if one of x is none.
 INLINE float round_span(const float *x, int8_t *to, const int n, const int apart) {
-  int8_t plain[n];
+  int8_t plain[64];
   float top = magnitude(x, n), inverse = top > 1e-30f ? 127 / top : 0;
   for (int i = 0; i < n; i++) {
     float shifted = x[i] * inverse + 12582912.f; // 1.5 * 2^23: the integer is in its low bits
@@ -69,17 +65,6 @@ static void round_row(const int G, const uint16_t *x, int8_t *to, long K) {
   }
 }
 
-// A row in the order in which `add_ordered` looks codes up. Of a word's codes the second comes first: its first byte
-// begins with its high half.
-static void order_row(const uint16_t *x, uint16_t *to, long K) {
-  for (long k = 0; k < K; k += 128)
-    for (int j = 0; j < 32; j++)
-      for (int i = 0; i < 4; i++) {
-        long from = k + 4 * j + (i ^ 1);
-        to[k + 32 * i + j] = from < K ? x[from] : 0;
-      }
-}
-
 // What products with `w` want of M rows: in bf16, or of x in fp32, for products in fp32.
 static void prepare(const matrix *w, inputs *in, const float *x, long M) {
   long K = w->K;
@@ -93,30 +78,24 @@ static void prepare(const matrix *w, inputs *in, const float *x, long M) {
       for (long i = 0; i < K; i++) ((float *)to)[i / (2 * W) * 2 * W + i % 2 * W + i % (2 * W) / 2] = x[m * K + i];
     else if (form == SPANS && w->kind == ROUNDED) round_row(2, row, to, K);
     else if (form == SPANS) round_row(1, row, to, K);
-    else if (form == ORDERED) order_row(row, to, K);
-    else {
-      prepare_numbers(row, to, K);
-      memset((number *)to + K, 0, (up_to(K, 64) - K) * sizeof(number));
-    }
+    else if (form == FLOATS) evens_first(row, to, K);
+    else memcpy(to, row, K * 2), memset((uint16_t *)to + K, 0, 64);
   }
 }
 
 typedef struct {
   table floats; // the 16 values
-  ints table;   // of ROUNDED as bytes, of CODES in bf16, twice
+  ints bytes;   // the same, twice
   ints spread;  // of a group's scales to the lanes of 8 inputs each
   __m128i mask; // of that many scales
 } lookup;
 
 static lookup lookup_for(const matrix *w) {
   int lanes[W], mask[4];
-  uint16_t values[SIZE / 2] = {0};
   if (w->kind < CODES) return (lookup){0};
   for (int i = 0; i < W; i++) lanes[i] = (8 * i) >> w->shift;
   for (int i = 0; i < 4; i++) mask[i] = -(i <= lanes[W - 1]);
-  for (int i = 0; i < SIZE / 2; i++) values[i] = half(w->table[i % 16]);
-  ints found = w->kind == ROUNDED ? rounded_table(w) : load(values);
-  return (lookup){table_of(w), found, load(lanes), _mm_loadu_si128((__m128i *)mask)};
+  return (lookup){table_of(w), rounded_table(w), load(lanes), _mm_loadu_si128((__m128i *)mask)};
 }
 
 // ---- what a step of inputs adds to sums [M, 2] of an output, whose weights and scales for it are at `at` and `by` ----
@@ -140,7 +119,7 @@ INLINE void add_bytes(ADDS) { // a GROUP
   const int G = kind == ROUNDED ? 2 : 1;
   two of = {signed_bytes(at)};
   floats all = V(setzero_ps)();
-  if (G == 2) of = rounded_codes(t->table, at), all = pick(_mm_maskload_ps(by, t->mask), t->spread);
+  if (G == 2) of = rounded_codes(t->bytes, at), all = pick(_mm_maskload_ps(by, t->mask), t->spread);
   EACH(m, M) {
     const char *row = x + m * next;
     ints dot = dot_bytes(OFFSET ? load(row + (G + 1) * SIZE) : BITS(setzero)(), of.even, load(row));
@@ -157,29 +136,15 @@ INLINE void add_words(ADDS) { // 64 inputs in bf16
     EACH(m, M)
       sums[m][i % CHAINS] = dot(sums[m][i % CHAINS], (uint16_t *)at + 32 * i, (number *)(x + m * next) + 32 * i);
 }
-
-// 128 inputs: a 16-bit word holds four codes, in four places; shifted there, its low bits look up 32 of them at once,
-// and x has the inputs in the same order.
-INLINE void add_ordered(ADDS) {
-  ints words = load(at), found[4];
-  floats all = pick(_mm_maskload_ps(by, t->mask), t->spread);
-  EACH(i, 4) found[i] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * i), t->table);
-  EACH(m, M) {
-    floats dots = V(setzero_ps)();
-    EACH(i, 4) dots = _mm512_dpbf16_ps(dots, (__m512bh)found[i], (__m512bh)load(x + m * next + 64 * i));
-    sums[m][0] = V(fmadd_ps)(dots, all, sums[m][0]);
-  }
-}
 #else
 #define add_words add_floats
-#define add_ordered add_floats
 #endif
 
 // Outputs n and n + apart of M rows: y [2, M].
 INLINE void two_outputs(const int M, const enum kind kind, const enum form form, const matrix *w, const inputs *in,
                         const lookup *t, long n, long apart, float *y) {
-  const int G = kind == ROUNDED ? 2 : 1, step = (int[]){2 * W, 64, 128, G * SIZE}[form];
-  const int wide = (int[]){8 * W, 128, 256, GROUP(G)}[form]; // bytes of a step's inputs
+  const int G = kind == ROUNDED ? 2 : 1, step = form == FLOATS ? 2 * W : form == WORDS ? 64 : G * SIZE;
+  const int wide = form == SPANS ? GROUP(G) : step * (form == WORDS ? 2 : 4); // bytes of a step's inputs
   long K = w->K, shift = w->shift, at[2] = {n * K, (n + apart) * K};
   const float *scales[2] = {0};
   floats sums[2][MOST][2];
@@ -204,7 +169,6 @@ INLINE void two_outputs(const int M, const enum kind kind, const enum form form,
           _mm_prefetch((const char *)some + i + AHEAD, _MM_HINT_T0);
       if (form == FLOATS) add_floats(M, kind, t, some, by, x, in->next, sums[r]);
       else if (form == WORDS) add_words(M, kind, t, some, by, x, in->next, sums[r]);
-      else if (form == ORDERED) add_ordered(M, kind, t, some, by, x, in->next, sums[r]);
       else add_bytes(M, kind, t, some, by, x, in->next, sums[r]);
     }
   EACH(r, 2)
@@ -220,7 +184,6 @@ INLINE void two_of(const int M, int fp32, const matrix *w, const inputs *in, con
 #define AS(kind, form) two_outputs(M, kind, form, w, in, t, n, apart, y)
   enum form form = form_of(w, fp32);
   if (form == SPANS) w->kind == ROUNDED ? AS(ROUNDED, SPANS) : AS(BYTES, SPANS);
-  else if (form == ORDERED) AS(CODES, ORDERED);
   else if (form == WORDS) AS(HALVES, WORDS);
   else if (w->kind == HALVES) AS(HALVES, FLOATS);
   else w->kind == BYTES ? AS(BYTES, FLOATS) : AS(CODES, FLOATS);
@@ -254,8 +217,8 @@ static void product(long M, const matrix *w, const inputs *in, int fp32, long fr
   }
 }
 
-// y [M, N] = x [M, K] W^T + bias in bf16, or all in fp32, the bias apart; K in whole 32s, of codes in bf16 or as bytes
-// also in whole blocks or 128s.
+// y [M, N] = x [M, K] W^T + bias in bf16, or all in fp32, the bias apart; K in whole 32s, of codes as bytes also in
+// whole blocks or 128s.
 void few_rows(const void *x, const matrix *w, void *y, long M, int fp32, int threads) {
   long N = w->N, K = w->K, size = padded(M) * prepared_room(K);
   float *sums = fp32 ? y : malloc(M * N * sizeof(float));

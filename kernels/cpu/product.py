@@ -48,12 +48,8 @@ class Weight:
         """How the C code multiplies it."""
         if self.codes is None:
             return HALVES if self.scales is None else BYTES
-        return ROUNDED if self.rounded and self.whole else CODES
-
-    @property
-    def whole(self) -> bool:
-        """Whether groups of 128 inputs begin and end with blocks: what products of halves and bytes want of codes."""
-        return self.codes is None or self.shape[1] % min(self.codes[-1], 128) == 0
+        whole = self.shape[1] % min(self.codes[-1], 128) == 0  # groups of 128 inputs begin and end with blocks
+        return ROUNDED if self.rounded and whole else CODES
 
     def fits(self) -> bool:
         """Whether the C code is there and takes it."""
@@ -91,8 +87,6 @@ def codes(flat: Tensor, bounds: Tensor, order: Tensor, absmax: Tensor, packed: T
 
 def few_rows(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
     """x weight^T + bias in x's type, bf16 or fp32, each weight read once for FEW rows."""
-    if x_MK.dtype == torch.bfloat16 and not weight.whole:
-        return few_rows(x_MK.float(), weight, None if bias_N is None else bias_N.float()).to(x_MK.dtype)
     parts = [_multiplied(some, weight, bias_N, False) for some in x_MK.split(cpu.FEW)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -109,7 +103,7 @@ def _multiplied(x_MK: Tensor, weight: Weight, bias_N: Tensor | None, many: bool)
     matrix = weight.matrix(inside)
     pointers = x_MK.data_ptr(), ctypes.byref(matrix), y_MN.data_ptr()
     if many:
-        room = cpu.workspace("rows", (code.many_room(pointers[1], M, fp32),), torch.uint8)
+        room = cpu.workspace("rows", (M + -M % 32, weight.shape[1]), torch.float32)
         code.many_rows(*pointers, room.data_ptr(), M, fp32, threads)
     else:
         code.few_rows(*pointers, M, fp32, threads)

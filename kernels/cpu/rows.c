@@ -10,14 +10,13 @@
 #endif
 #define DECODED 48 // outputs decoded together
 #define DEPTH 512  // inputs of them
-#define APART 64
 #define SPAN_OF_MANY 64
 
 // 4 n bytes of each of ROWS_AT_ONCE rows to [n, ROWS_AT_ONCE], 4 bytes at a time.
 INLINE void turned(const void *rows, const int n, char *to) {
   ints lanes = lanes_times(n);
   for (int j = 0; j < n; j++)
-    EACH(v, 2) store(to + (j * 2 + v) * SIZE, to_ints(gather((const float *)rows + v * W * n + j, lanes)));
+    EACH(v, 2) store(to + (j * 2 + v) * SIZE, (ints)(gather((const float *)rows + v * W * n + j, lanes)));
 }
 
 // Rows g * ROWS_AT_ONCE and on as fp32 [K, ROWS_AT_ONCE].
@@ -54,51 +53,40 @@ static void rows_of_bytes(const uint16_t *x, int even_first, long M, long K, lon
   }
 }
 
-// y [TILE, next] += x [K, ROWS_AT_ONCE]^T w [TILE, DEPTH]^T in fp32, some inputs' products summed apart: less rounding.
-static void tile_of_floats(const float *x, const float *w, long K, float *y, long next) {
-  for (long k = 0, end; k < K; k = end) {
-    floats sums[TILE][2];
-    end = K - k < APART ? K : k + APART;
-    EACH(n, TILE) sums[n][0] = sums[n][1] = V(setzero_ps)();
-    for (; k < end; k++, x += ROWS_AT_ONCE) {
-      floats x0 = V(loadu_ps)(x), x1 = V(loadu_ps)(x + W);
-      EACH(n, TILE) {
-        floats of = all_of(w[n * DEPTH + k]);
-        sums[n][0] = V(fmadd_ps)(of, x0, sums[n][0]);
-        sums[n][1] = V(fmadd_ps)(of, x1, sums[n][1]);
-      }
-    }
-    EACH(n, TILE) {
-      float *at = y + n * next;
-      V(storeu_ps)(at, V(add_ps)(V(loadu_ps)(at), sums[n][0]));
-      V(storeu_ps)(at + W, V(add_ps)(V(loadu_ps)(at + W), sums[n][1]));
-    }
-  }
+INLINE ints add_product(ints acc, ints w, ints x) { // in fp32; in assembler, as gcc copies sums of changing types
+#ifdef __AVX512F__
+  __asm__("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(w), "vm"(x));
+#else
+  __asm__("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(w), "xm"(x));
+#endif
+  return acc;
 }
 
-// The same for bytes, `scales` [TILE, DEPTH / SPAN_OF_MANY] of the weight.
-static void tile_of_bytes(const char *x, const char *w, const float *scales, long K, float *y, long next) {
-  for (long k = 0; k < K; k += SPAN_OF_MANY, x += OF_BYTES, w += SPAN_OF_MANY, scales++) {
-    const float *factors = (const float *)(x + ROWS_AT_ONCE * SPAN_OF_MANY);
-    ints sums[TILE][2], o0 = load(factors + ROWS_AT_ONCE), o1 = load(factors + ROWS_AT_ONCE + W);
-    EACH(n, TILE) sums[n][0] = o0, sums[n][1] = o1;
-    for (int q = 0; q < SPAN_OF_MANY / 4; q++) {
-      ints x0 = load(x + q * ROWS_AT_ONCE * 4), x1 = load(x + q * ROWS_AT_ONCE * 4 + SIZE);
+// y [TILE, next] += x [K, ROWS_AT_ONCE]^T w [TILE, DEPTH]^T in fp32, or as bytes, `scales` [TILE, DEPTH / SPAN_OF_MANY]
+// those of the weight; a span's products are summed apart: less rounding.
+INLINE void tile(const int bytes, const char *x, const char *w, const float *scales, long K, float *y, long next) {
+  const int each = bytes ? 4 : 1, apart = bytes ? DEPTH : DEPTH * 4; // inputs in four bytes
+  for (long k = 0; k < K; k += SPAN_OF_MANY, w += SPAN_OF_MANY / each * 4, scales++) {
+    const char *factors = x + ROWS_AT_ONCE * SPAN_OF_MANY;
+    ints sums[TILE][2];
+    EACH(n, TILE)
+      EACH(v, 2) sums[n][v] = bytes ? load(factors + (2 + v) * SIZE) : BITS(setzero)();
+    for (int q = 0; q < (bytes || K - k >= SPAN_OF_MANY ? SPAN_OF_MANY : K - k) / each; q++, x += 2 * SIZE) {
+      ints x0 = load(x), x1 = load(x + SIZE);
       EACH(n, TILE) {
-        int four;
-        memcpy(&four, w + n * DEPTH + 4 * q, 4);
-        ints of = V(set1_epi32)(four);
-        sums[n][0] = dot_bytes(sums[n][0], of, x0);
-        sums[n][1] = dot_bytes(sums[n][1], of, x1);
+        ints of = (ints)all_of(*(const float *)(w + n * apart + 4 * q));
+        sums[n][0] = bytes ? dot_bytes(sums[n][0], of, x0) : add_product(sums[n][0], of, x0);
+        sums[n][1] = bytes ? dot_bytes(sums[n][1], of, x1) : add_product(sums[n][1], of, x1);
       }
     }
-    floats f0 = V(loadu_ps)(factors), f1 = V(loadu_ps)(factors + W);
-    EACH(n, TILE) {
-      floats by = all_of(scales[n * (DEPTH / SPAN_OF_MANY)]);
-      float *at = y + n * next;
-      V(storeu_ps)(at, V(fmadd_ps)(V(mul_ps)(V(cvtepi32_ps)(sums[n][0]), f0), by, V(loadu_ps)(at)));
-      V(storeu_ps)(at + W, V(fmadd_ps)(V(mul_ps)(V(cvtepi32_ps)(sums[n][1]), f1), by, V(loadu_ps)(at + W)));
-    }
+    EACH(n, TILE)
+      EACH(v, 2) {
+        float *at = y + n * next + v * W;
+        floats by = all_of(scales[n * (DEPTH / SPAN_OF_MANY)]), found = (floats)sums[n][v];
+        if (bytes) found = V(cvtepi32_ps)(sums[n][v]) * V(loadu_ps)((float *)factors + v * W);
+        V(storeu_ps)(at, bytes ? V(fmadd_ps)(found, by, V(loadu_ps)(at)) : V(add_ps)(found, V(loadu_ps)(at)));
+      }
+    if (bytes) x = factors + 4 * SIZE;
   }
 }
 
@@ -134,24 +122,13 @@ static void put_rows(const matrix *w, const float *sums, long next, long n, long
   }
 }
 
-// Whether `many_rows` multiplies bytes.
-int many_as_bytes(const matrix *w, int fp32) {
-  return OFFSET && !fp32 && (w->kind == BYTES || (w->kind == ROUNDED && w->shift >= 6 && w->K % 64 == 0));
-}
-
-static long group_room(const matrix *w, int fp32) { // bytes of ROWS_AT_ONCE rows
-  int bytes = many_as_bytes(w, fp32);
-  return bytes ? up_to(w->K, SPAN_OF_MANY) / SPAN_OF_MANY * OF_BYTES : w->K * ROWS_AT_ONCE * 4;
-}
-
-// Bytes of memory that `many_rows` wants.
-long many_room(const matrix *w, long M, int fp32) { return (M / ROWS_AT_ONCE + 1) * group_room(w, fp32); }
-
-// y [M, N] = x [M, K] W^T + bias, in bf16 or fp32 the bias apart; K in whole 32s. `room` as `many_room` has it.
+// y [M, N] = x [M, K] W^T + bias, in bf16 or fp32 the bias apart; K in whole 32s. `room`: 4 K bytes for
+// each of M rows, M in whole 32s.
 void many_rows(const void *x, const matrix *w, void *y, char *room, long M, int fp32, int threads) {
   long N = w->N, K = w->K, groups = up_to(M, ROWS_AT_ONCE) / ROWS_AT_ONCE, next = groups * ROWS_AT_ONCE + W;
-  long each = group_room(w, fp32), spans = DEPTH / SPAN_OF_MANY;
-  int bytes = many_as_bytes(w, fp32), apart = bytes ? DEPTH : DEPTH * 4;
+  long each = ROWS_AT_ONCE * K * 4, spans = DEPTH / SPAN_OF_MANY;
+  int by_spans = w->kind == BYTES || (w->kind == ROUNDED && w->shift >= 6 && w->K % 64 == 0);
+  int bytes = OFFSET && !fp32 && by_spans, apart = bytes ? DEPTH : DEPTH * 4;
 #pragma omp parallel num_threads(threads)
   {
     float *sums = aligned_alloc(64, DECODED * (next + spans + DEPTH) * 4), *scales = sums + DECODED * next;
@@ -175,8 +152,8 @@ void many_rows(const void *x, const matrix *w, void *y, char *room, long M, int 
           for (long i = 0; i < some; i += TILE) {
             const char *rows = room + g * each + (bytes ? k / SPAN_OF_MANY * OF_BYTES : k * ROWS_AT_ONCE * 4);
             float *to = sums + i * next + g * ROWS_AT_ONCE;
-            if (bytes) tile_of_bytes(rows, decoded + i * apart, scales + i * spans, depth, to, next);
-            else tile_of_floats((float *)rows, (float *)(decoded + i * apart), depth, to, next);
+            if (bytes) tile(1, rows, decoded + i * apart, scales + i * spans, depth, to, next);
+            else tile(0, rows, decoded + i * apart, scales, depth, to, next);
           }
       }
       put_rows(w, sums, next, n, M, fp32, y);

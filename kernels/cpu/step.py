@@ -86,10 +86,8 @@ class Step:
         parts = [part for layer in layers for part in vars(layer).values() if part is not None]
         products = [part for part in parts if isinstance(part, Product)]
         halves = [norm, *(p for p in parts if isinstance(p, Tensor)), *(p.bias for p in products if p.bias is not None)]
-        return (
-            all(t.dtype == torch.bfloat16 and t.is_cpu and t.is_contiguous() for t in halves)
-            and all(p.weight.fits() and not any(size % 32 for size in p.weight.shape) for p in products)
-            and all(p.weight.whole for p in products)
+        return all(t.dtype == torch.bfloat16 and t.is_cpu and t.is_contiguous() for t in halves) and all(
+            p.weight.fits() and not any(size % 32 for size in p.weight.shape) for p in products
         )
 
     def __reduce__(self):

@@ -18,10 +18,6 @@
 #define BITS(op) _mm512_##op##_si512
 typedef __m512 floats;
 typedef __m512i ints;
-INLINE floats to_floats(ints v) { return _mm512_castsi512_ps(v); }
-INLINE ints to_ints(floats v) { return _mm512_castps_si512(v); }
-INLINE ints load(const void *p) { return _mm512_loadu_si512(p); }
-INLINE void store(void *p, ints v) { _mm512_storeu_si512(p, v); }
 INLINE ints words_of_bytes(const void *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
 INLINE ints words_of_halves(const void *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
 INLINE void store_halves(void *p, ints words) { _mm256_storeu_si256(p, _mm512_cvtepi32_epi16(words)); }
@@ -54,26 +50,18 @@ INLINE floats sums_of(const floats *v) {
 #define BITS(op) _mm256_##op##_si256
 typedef __m256 floats;
 typedef __m256i ints;
-INLINE floats to_floats(ints v) { return _mm256_castsi256_ps(v); }
-INLINE ints to_ints(floats v) { return _mm256_castps_si256(v); }
-INLINE ints load(const void *p) { return _mm256_loadu_si256(p); }
-INLINE void store(void *p, ints v) { _mm256_storeu_si256(p, v); }
 INLINE ints words_of_bytes(const void *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
 INLINE ints words_of_halves(const void *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
 INLINE void store_halves(void *p, ints words) { // of 16 bits
   _mm_storeu_si128(p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08)));
 }
 INLINE floats nearest(floats v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE float sum(floats v) {
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
-}
-INLINE float largest(floats v) {
-  __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
-}
+#define HALVED(op, v) \
+  __m128 four = op(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); \
+  four = op(four, _mm_movehl_ps(four, four)); \
+  return _mm_cvtss_f32(op(four, _mm_movehdup_ps(four)));
+INLINE float sum(floats v) { HALVED(_mm_add_ps, v) }
+INLINE float largest(floats v) { HALVED(_mm_max_ps, v) }
 INLINE floats pick(__m128 from, ints lanes) {
   return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(from), lanes);
 }
@@ -93,6 +81,12 @@ INLINE floats sums_of(const floats *v) { // of 8
 }
 #endif
 
+INLINE ints load(const void *p) {
+  ints v;
+  memcpy(&v, p, SIZE);
+  return v;
+}
+INLINE void store(void *p, ints v) { memcpy(p, &v, SIZE); }
 typedef int32_t int32s __attribute__((vector_size(SIZE))); // for operators
 INLINE floats all_of(float value) { return V(set1_ps)(value); }
 INLINE ints lanes_times(long step) { // lane i: i * step
@@ -112,18 +106,18 @@ INLINE float whole(uint16_t half) {
 
 typedef struct { floats even, odd; } pair; // 2 W neighbours
 INLINE pair halves(ints v) { // of 2 W numbers in bf16
-  return (pair){to_floats(V(slli_epi32)(v, 16)), to_floats(BITS(and)(v, V(set1_epi32)((int)0xffff0000)))};
+  return (pair){(floats)(V(slli_epi32)(v, 16)), (floats)(BITS(and)(v, V(set1_epi32)((int)0xffff0000)))};
 }
 INLINE ints rounded(floats v) { // to bf16 in the upper half: to the nearest, ties to even
-  ints odd = BITS(and)(V(srli_epi32)(to_ints(v), 16), V(set1_epi32)(1));
-  return V(add_epi32)(to_ints(v), V(add_epi32)(odd, V(set1_epi32)(0x7fff)));
+  ints odd = BITS(and)(V(srli_epi32)((ints)(v), 16), V(set1_epi32)(1));
+  return V(add_epi32)((ints)(v), V(add_epi32)(odd, V(set1_epi32)(0x7fff)));
 }
 INLINE ints joined(pair v) { // to bf16, in their order
   ints odd = BITS(and)(rounded(v.odd), V(set1_epi32)((int)0xffff0000));
   return BITS(or)(V(srli_epi32)(rounded(v.even), 16), odd);
 }
 
-INLINE floats load_bf16(const uint16_t *p) { return to_floats(V(slli_epi32)(words_of_halves(p), 16)); }
+INLINE floats load_bf16(const uint16_t *p) { return (floats)(V(slli_epi32)(words_of_halves(p), 16)); }
 INLINE void store_bf16(uint16_t *p, floats v) {
 #ifdef __AVX512BF16__
   _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v));
@@ -153,6 +147,13 @@ static inline void store_all(uint16_t *y, const float *x, long n) {
   for (; n > 0; n--) *y++ = half(*x++);
 }
 
+static void evens_first(const uint16_t *x, float *y, long n) { // in fp32, of 2 W the even ones first; whole 2 Ws
+  for (long i = 0; i < n; i += 2 * W) {
+    pair of = halves(load(x + i));
+    V(storeu_ps)(y + i, of.even);
+    V(storeu_ps)(y + i + W, of.odd);
+  }
+}
 #ifdef __AVX512BF16__
 typedef uint16_t number; // as it is
 INLINE floats dot(floats acc, const uint16_t *a, const number *x) { // of 2 W
@@ -160,18 +161,12 @@ INLINE floats dot(floats acc, const uint16_t *a, const number *x) { // of 2 W
 }
 static void prepare_numbers(const uint16_t *x, number *y, long n) { memcpy(y, x, n * 2); }
 #else
-typedef float number; // of 2 W the even ones first
+typedef float number;
 INLINE floats dot(floats acc, const uint16_t *a, const number *x) {
   pair of = halves(load(a));
   return V(fmadd_ps)(of.odd, V(loadu_ps)(x + W), V(fmadd_ps)(of.even, V(loadu_ps)(x), acc));
 }
-static void prepare_numbers(const uint16_t *x, number *y, long n) {
-  for (long i = 0; i < n; i += 2 * W) {
-    pair of = halves(load(x + i));
-    V(storeu_ps)(y + i, of.even);
-    V(storeu_ps)(y + i + W, of.odd);
-  }
-}
+#define prepare_numbers evens_first
 #endif
 
 // ---- products of bytes: weights have OFFSET added where the instruction wants one side without sign ----
@@ -218,14 +213,10 @@ INLINE floats exponential(floats x) {
   floats n = nearest(V(mul_ps)(x, all_of(1.44269504f)));
   floats r = V(fnmadd_ps)(n, all_of(1.42860677e-6f), V(fnmadd_ps)(n, all_of(0.693145752f), x));
   floats p = all_of(1.f / 720);
-  p = V(fmadd_ps)(p, r, all_of(1.f / 120));
-  p = V(fmadd_ps)(p, r, all_of(1.f / 24));
-  p = V(fmadd_ps)(p, r, all_of(1.f / 6));
-  p = V(fmadd_ps)(p, r, all_of(0.5f));
-  p = V(fmadd_ps)(p, r, all_of(1));
-  p = V(fmadd_ps)(p, r, all_of(1));
+  const float more[] = {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1, 1};
+  EACH(i, 6) p = V(fmadd_ps)(p, r, all_of(more[i]));
   ints power = V(slli_epi32)(V(add_epi32)(V(cvtps_epi32)(n), V(set1_epi32)(127)), 23);
-  return V(mul_ps)(p, to_floats(power));
+  return V(mul_ps)(p, (floats)(power));
 }
 
 // x / (1 + e^-by).
