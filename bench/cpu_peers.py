@@ -28,8 +28,8 @@ from minillava.decoder import Decoder
 KV_CACHE, GROUP = "u8", "32"  # OpenVINO's precision of keys and values, and inputs that share a scale
 Ask = Callable[[list[int], int, int], dict[str, float]]  # ids, rows, new tokens -> first_s, token_s, first_id
 PEERS = {  # name: packages, what makes and opens it
-    "OpenVINO int4": ("openvino_genai optimum.intel", lambda text: _openvino(text, "int4")),
-    "OpenVINO int8": ("openvino_genai optimum.intel", lambda text: _openvino(text, "int8")),
+    "OpenVINO int4": ("openvino_genai optimum.intel", lambda text: open_openvino(convert_openvino(text, "int4"))),
+    "OpenVINO int8": ("openvino_genai optimum.intel", lambda text: open_openvino(convert_openvino(text, "int8"))),
     "onnxruntime-genai int4": ("onnxruntime_genai onnx_ir", lambda text: _onnxruntime(text)),
     "CTranslate2 int8": ("ctranslate2", lambda text: _ctranslate2(text)),
 }
@@ -100,14 +100,16 @@ def _result(times: list[float], first_id: int) -> dict[str, float]:
     }
 
 
-def _openvino(text: Path, kind: str) -> Ask:
-    import openvino_genai as genai
+def convert_openvino(text: Path, kind: str) -> Path:
+    """The folder of OpenVINO's model, made unless it is there."""
     import openvino_tokenizers
-    from openvino import Tensor, save_model
+    from openvino import save_model
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
     from transformers import AutoTokenizer
 
     folder = text.with_name(f"openvino-{kind}")
+    if (folder / "openvino_detokenizer.xml").exists():
+        return folder
     how = {"int4": {"bits": 4, "sym": True, "group_size": 64}, "int8": {"bits": 8}}[kind]
     config = OVWeightQuantizationConfig(**how)
     OVModelForCausalLM.from_pretrained(text, export=True, compile=False, quantization_config=config).save_pretrained(
@@ -117,6 +119,14 @@ def _openvino(text: Path, kind: str) -> Ask:
     parts = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
     for part, name in zip(parts, ("tokenizer", "detokenizer")):
         save_model(part, folder / f"openvino_{name}.xml")
+    return folder
+
+
+def open_openvino(folder: Path) -> Ask:
+    """LLMPipeline on what `convert_openvino` made, with its prefix cache off."""
+    import openvino_genai as genai
+    from openvino import Tensor
+
     scheduler = genai.SchedulerConfig()
     scheduler.enable_prefix_caching, scheduler.max_num_batched_tokens, scheduler.cache_size = False, 8192, 1
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "KV_CACHE_PRECISION": KV_CACHE}
@@ -136,20 +146,25 @@ def _openvino(text: Path, kind: str) -> Ask:
 
     def ask(ids: list[int], rows: int, tokens: int) -> dict[str, float]:
         first_s, first_id = generate(ids, rows, 1)  # with a streamer only one row could be asked
-        total_s, _ = generate(ids[1:] + ids[:1], rows, tokens)
-        return {"first_s": first_s, "token_s": (total_s - first_s) / (tokens - 1), "first_id": first_id}
+        total_s, _ = generate(ids[1:] + ids[:1], rows, tokens) if tokens > 1 else (first_s, 0)
+        return {"first_s": first_s, "token_s": (total_s - first_s) / max(tokens - 1, 1), "first_id": first_id}
 
     return ask
+
+
+def _build_onnxruntime(text: Path, folder: Path) -> None:
+    options = ["int4_block_size=32", "int4_accuracy_level=4"]
+    words = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(text), "-o", str(folder), "-p", "int4"]
+    more = ["-e", "cpu", "-c", str(text.with_name("onnxruntime-cache")), "--extra_options", *options]
+    subprocess.run([*words, *more], check=True, capture_output=True)
 
 
 def _onnxruntime(text: Path) -> Ask:
     import onnxruntime_genai as genai
 
     folder = text.with_name("onnxruntime-int4")
-    options = ["int4_block_size=32", "int4_accuracy_level=4"]
-    words = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(text), "-o", str(folder), "-p", "int4"]
-    more = ["-e", "cpu", "-c", str(text.with_name("onnxruntime-cache")), "--extra_options", *options]
-    subprocess.run([*words, *more], check=True, capture_output=True)
+    if not folder.exists():
+        _build_onnxruntime(text, folder)
     model = genai.Model(str(folder))
 
     def ask(ids: list[int], rows: int, tokens: int) -> dict[str, float]:
@@ -172,7 +187,8 @@ def _ctranslate2(text: Path) -> Ask:
     import ctranslate2
 
     folder = text.with_name("ctranslate2-int8")
-    ctranslate2.converters.TransformersConverter(str(text)).convert(str(folder), quantization="int8")
+    if not folder.exists():
+        ctranslate2.converters.TransformersConverter(str(text)).convert(str(folder), quantization="int8")
     threads = torch.get_num_threads()
     generator = ctranslate2.Generator(str(folder), device="cpu", compute_type="int8", intra_threads=threads)
     vocabulary: list[str] = json.loads((folder / "vocabulary.json").read_text())

@@ -4,9 +4,9 @@ A checkpoint of the shape is written once and every peer loads it. Each round as
 same prompt: time to the first token, of it the picture's, and the median time of a later token. Ours runs in bf16 and
 NF4, with --compiled also with the step under torch.compile; the peers are transformers in bf16, transformers with
 bitsandbytes NF4, on a GPU transformers with its static cache under torch.compile, and on a CPU, for a LLaMA, the
-engines of cpu_peers.py and for one row llama.cpp in bf16 and Q4_0, whose prompt is as long but has no picture. On a CPU
-ours runs in int8 too, and in NF4 without rounding inputs. The copy bandwidth is measured first. JSON and a table go to
-bench/results/<device>, as decode.json and decode.md.
+engines of cpu_peers.py and llama.cpp in bf16, Q4_0 and Q8_0, whose prompt is as long but has no picture. On a CPU
+ours runs in int8 and fp32 too, and in NF4 without rounding inputs. The copy bandwidth is measured first. JSON and a
+table go to bench/results/<device>.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -97,18 +97,25 @@ def build(name: str) -> LLaVAModel:
     return model
 
 
-def prompt(config: ModelConfig, words: int) -> tuple[list[int], torch.Tensor]:
+def prompt(config: ModelConfig, words: int, picture: bool = True) -> tuple[list[int], torch.Tensor | None]:
+    """Ids, and the pixels of a picture among them."""
     generator = torch.Generator().manual_seed(0)
     size = config.vision.image_size
     visual = [config.chat.image_token_id] * image_span(config, size, size).tokens
     text = torch.randint(3, config.decoder.vocab_size - 1, (words,), generator=generator).tolist()
+    if not picture:
+        return text, None
     return text[:5] + visual + text[5:], torch.randn(3, size, size, generator=generator)
 
 
 def ours(
-    folder: Path, device: str, quantize: Scheme | None = None, compiled: bool = False
+    folder: Path,
+    device: str,
+    quantize: Scheme | None = None,
+    compiled: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Engine, Callable[..., ROUND]]:
-    model = Checkpoint.open(folder).load(torch.bfloat16, torch.device(device), quantize)
+    model = Checkpoint.open(folder).load(dtype, torch.device(device), quantize)
     model.decoder.fuse()
     engine = Engine(model, NoText())  # type: ignore[arg-type]
     engine.eos_ids = frozenset()
@@ -122,10 +129,10 @@ def ours(
 
         engine.new_slots = new_slots  # type: ignore[method-assign]
 
-    def ask(ids: list[int], pixels: torch.Tensor, batch: int, tokens: int) -> ROUND:
-        pictures = [pixels.clone() for _ in range(batch)]  # each its own, as in a real batch
+    def ask(ids: list[int], pixels: torch.Tensor | None, batch: int, tokens: int) -> ROUND:
+        media = [[] if pixels is None else [Media(pixels.clone())] for _ in range(batch)]  # each its own
         began = time.perf_counter()
-        answers = engine.generate([Request(prompt_ids=ids, media=[Media(p)], max_new_tokens=tokens) for p in pictures])
+        answers = engine.generate([Request(prompt_ids=ids, media=m, max_new_tokens=tokens) for m in media])
         total_s, answer = time.perf_counter() - began, answers[0]
         assert answer.token_s is not None and all(len(a.token_ids) == tokens for a in answers)
         return {"vision_s": answer.vision_s, "first_s": total_s - answer.decode_s, "token_s": answer.token_s}
@@ -174,36 +181,68 @@ def theirs(folder: Path, device: str, kind: str) -> Callable[..., ROUND]:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     @torch.inference_mode()
-    def ask(ids: list[int], pixels: torch.Tensor, batch: int, tokens: int) -> ROUND:
+    def ask(ids: list[int], pixels: torch.Tensor | None, batch: int, tokens: int) -> ROUND:
         clock, began = Clock(), time.perf_counter()
         ids_BT = torch.tensor([ids] * batch, device=device)
-        pixels_BCHW = torch.stack([pixels] * batch).to(device, torch.bfloat16)
+        seen_too: dict[str, Any] = {}
+        if pixels is not None:
+            seen_too["pixel_values"] = torch.stack([pixels] * batch).to(device, torch.bfloat16)
         config = hf.GenerationConfig(
             max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0, **options
         )
         out = model.generate(
-            input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), pixel_values=pixels_BCHW,
-            generation_config=config, stopping_criteria=hf.StoppingCriteriaList([clock]),
+            input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=config,
+            stopping_criteria=hf.StoppingCriteriaList([clock]), **seen_too,
         )  # fmt: skip
         assert out.shape[1] == len(ids) + tokens == len(ids) + len(clock.times)
         token_s = median(b - a for a, b in pairwise(clock.times))
-        return {"vision_s": seen.pop(), "first_s": clock.times[0] - began, "token_s": token_s}
+        return {"vision_s": seen.pop() if seen else 0.0, "first_s": clock.times[0] - began, "token_s": token_s}
 
     return ask
 
 
-def text_peers(decoder: Decoder, text: Path, ours: Decoder) -> dict[str, Callable[..., ROUND]]:
-    """The engines of cpu_peers that are installed, asked for ids that no cache of theirs has seen. Their first token
-    has to be one that `ours`, the same decoder, finds likely: a peer that computes something else is not measured."""
-    found: dict[str, Callable[..., ROUND]] = {}
-    for name in cpu_peers.PEERS:
-        if reason := cpu_peers.absent(name):
+def openers(built: LLaVAModel, folder: Path, device: str, compiled: bool, capacity: int, rows: int) -> dict[str, Any]:
+    """What opens each peer that can be measured here: ours returns its engine too. Says who is left out, and why."""
+    kinds: dict[str, tuple] = {"ours bf16": (None,), "ours NF4": (Scheme(),)}
+    if device == "cpu":
+        kinds |= {"ours NF4, exact": (Scheme(exact=True),), "ours int8": (Scheme("int8"),)}
+        kinds["ours fp32"] = None, False, torch.float32
+    if compiled:
+        kinds["ours bf16, compiled"] = None, True
+    found: dict[str, Any] = {kind: functools.partial(ours, folder, device, *how) for kind, how in kinds.items()}
+    found["transformers bf16"] = functools.partial(theirs, folder, device, "")
+    if find_spec("bitsandbytes") and find_spec("accelerate"):
+        found["transformers NF4 (bitsandbytes)"] = functools.partial(theirs, folder, device, "nf4")
+    if device == "cuda":
+        found["transformers bf16, static, compiled"] = functools.partial(theirs, folder, device, "static")
+    if device == "cuda" or built.config.decoder.model_type != "llama" or folder.name == "tiny":
+        return found
+    reasons = {f"llama.cpp {kind}": ggml.absent("gguf") for kind in ("BF16", "Q4_0", "Q8_0")}
+    reasons |= {name: cpu_peers.absent(name) for name in cpu_peers.PEERS}
+    for name, reason in reasons.items():
+        if reason:
             print(reason)
-            continue
-        if not text.exists():
-            cpu_peers.write_text(decoder, text)
-        found[name] = functools.partial(_ask_text, name, cpu_peers.open_peer(name, text), ours, itertools.count())
+        elif name.startswith("llama.cpp"):
+            found[name] = functools.partial(_llama_cpp, built.decoder, folder, name.split()[-1], capacity, rows)
+        else:
+            found[name] = functools.partial(_text_peer, built.decoder, folder, name)
     return found
+
+
+def _llama_cpp(decoder: Decoder, folder: Path, kind: str, capacity: int, rows: int) -> Callable[..., ROUND]:
+    path = folder.with_name(f"{folder.name}-{kind}.gguf")
+    if not path.exists():
+        ggml.write(decoder, path, kind)
+    return ggml.Model(path, capacity, sequences=rows).ask
+
+
+def _text_peer(decoder: Decoder, folder: Path, name: str) -> Callable[..., ROUND]:
+    """An engine of cpu_peers, asked for ids that no cache of its has seen. Its first token has to be one that
+    `decoder`, of the same weights, finds likely: a peer that computes something else is not measured."""
+    text = folder.with_name(f"{folder.name}-text") / "text"
+    if not text.exists():
+        cpu_peers.write_text(decoder, text)
+    return functools.partial(_ask_text, name, cpu_peers.open_peer(name, text), decoder, itertools.count())
 
 
 @torch.inference_mode()
@@ -221,56 +260,33 @@ def _ask_text(name: str, peer: cpu_peers.Ask, ours: Decoder, calls: Any, ids: li
     return {"vision_s": 0.0, **times}
 
 
-def measure(
-    name: str,
-    device: str,
-    rounds: int,
-    tokens: int,
-    limits: dict[str, float],
-    compiled: bool = False,
-    batches: Sequence[int] = (),
-) -> list[dict[str, Any]]:
+def measure(name: str, device: str, limits: dict[str, float], chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one shape, one for each batch size."""
+    batches, tokens, rounds = chosen.rows or SHAPES[name][3], chosen.tokens, chosen.rounds
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / name
+        folder = (chosen.folder or Path(temporary)) / name
         built = build(name)
-        save_model(built, folder)
+        if not folder.exists():
+            save_model(built, folder)
+        ids, pixels = prompt(built.config, SHAPES[name][2], not chosen.text)
         engines, peers = {}, {}
-        kinds = {"ours bf16": (None, False), "ours NF4": (Scheme(), False)}
-        if device == "cpu":
-            kinds |= {"ours NF4, exact": (Scheme(exact=True), False), "ours int8": (Scheme("int8"), False)}
-        if compiled:
-            kinds["ours bf16, compiled"] = (None, True)
-        for kind, how in kinds.items():
-            engines[kind], peers[kind] = ours(folder, device, *how)
-        peers["transformers bf16"] = theirs(folder, device, "")
-        if find_spec("bitsandbytes") and find_spec("accelerate"):
-            peers["transformers NF4 (bitsandbytes)"] = theirs(folder, device, "nf4")
-        if device == "cuda":
-            peers["transformers bf16, static, compiled"] = theirs(folder, device, "static")
-        ids, pixels = prompt(engines["ours bf16"].config, SHAPES[name][2])
-        reason = ggml.absent("gguf")
-        if device == "cpu" and built.config.decoder.model_type == "llama" and SHAPES[name][3][0] == 1:
-            if reason:
-                print(reason)
-            for kind in () if reason else ("BF16", "Q4_0"):
-                path = folder / f"{kind}.gguf"
-                ggml.write(built.decoder, path, kind)
-                peers[f"llama.cpp {kind}"] = ggml.Model(path, len(ids) + tokens).ask
-            peers |= text_peers(built.decoder, folder / "text", engines["ours bf16"].model.decoder)
-        del built
+        capacity = len(ids) + tokens
+        for peer, open_ in openers(built, folder, device, chosen.compiled, capacity, max(batches)).items():
+            if not chosen.only or any(part in peer for part in chosen.only):
+                opened = open_()
+                engines[peer], peers[peer] = opened if isinstance(opened, tuple) else (None, opened)
     rows = []
-    for batch in batches or SHAPES[name][3]:
+    for batch in batches:
         results: dict[str, list[ROUND]] = {peer: [] for peer in peers}
         for round in range(rounds + 1):  # the first warms up
             for peer, ask in peers.items():
-                if batch > 1 and peer.startswith("llama.cpp"):
-                    continue
                 result = ask(ids, pixels, batch, tokens)
                 if round:
                     results[peer].append({**result, "prefill_s": result["first_s"] - result["vision_s"]})
         summary = {peer: _summary(found, len(ids), batch) for peer, found in results.items() if found}
         for peer, engine in engines.items():
+            if engine is None:
+                continue
             rate = engine.step_bytes(batch * (len(ids) + tokens // 2)) / summary[peer]["token_s"]["median"]
             summary[peer]["share_of_copy_bandwidth"] = rate / limits["copy_bytes_per_s"]
         rows.append({"shape": name, "batch": batch, "prompt": len(ids), "new": tokens, "peers": summary})
@@ -339,22 +355,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--compiled", action="store_true", help="also ours with the step compiled (a minute)")
     parser.add_argument("--rows", type=int, action="append", default=[], help="batch sizes (those of the shape)")
+    parser.add_argument("--text", action="store_true", help="a prompt of words alone, without a picture")
+    parser.add_argument("--only", action="append", help="peers whose names hold this; may be given several times")
+    parser.add_argument("--folder", type=Path, help="where models are kept for the next run (default: nowhere)")
+    parser.add_argument("--name", default="decode", help="of the result's files (default: decode)")
     machine.add_out(parser)
     chosen = parser.parse_args(arguments)
     machine.need("transformers")
     device, shapes = chosen.device, chosen.shape or (["a", "b", "7b"] if chosen.device == "cuda" else ["a", "b"])
     limits = machine.limits(device, torch.bfloat16, shapes == ["tiny"])
     print(f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {limits['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s")
-    rows = [
-        row
-        for name in shapes
-        for row in measure(name, device, chosen.rounds, chosen.tokens, limits, chosen.compiled, chosen.rows)
-    ]
+    rows = [row for name in shapes for row in measure(name, device, limits, chosen)]
     folder = machine.out(chosen, device)
     report = {"facts": machine.facts(device), "limits": limits, "rounds": chosen.rounds, "rows": rows}
-    (folder / "decode.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "decode.md").write_text(markdown(report))
-    print(f"wrote {folder}/decode.json and decode.md")
+    (folder / f"{chosen.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / f"{chosen.name}.md").write_text(markdown(report))
+    print(f"wrote {folder}/{chosen.name}.json and {chosen.name}.md")
     return 0
 
 

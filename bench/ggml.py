@@ -226,11 +226,14 @@ class Model:
             ids = self.read(ids, list(range(len(ids))), [end + step for end in ends])
         return time.perf_counter() - began
 
-    def ask(self, ids: list[int], pixels: Tensor, batch: int, tokens: int) -> dict[str, float]:
-        """The prompt's tokens, of which none is a picture's here, and greedy ones behind them; seconds."""
+    def ask(self, ids: list[int], _: Any, batch: int, tokens: int) -> dict[str, float]:
+        """The prompt's tokens in each of `batch` sequences, of which none is a picture's here, and greedy ones behind
+        them; seconds."""
         self.forget()
-        began, times = time.perf_counter(), []
-        for _ in range(tokens):
-            ids = self.read(ids)
+        began, times, rows = time.perf_counter(), [], list(range(batch))
+        new = [self.read(ids, [row] * len(ids), list(range(len(ids))))[0] for row in rows]
+        times.append(time.perf_counter())
+        for step in range(tokens - 1):
+            new = self.read(new, rows, [len(ids) + step] * batch)
             times.append(time.perf_counter())
         return {"vision_s": 0.0, "first_s": times[0] - began, "token_s": median(np.diff(times).tolist())}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -16,12 +18,20 @@ from typing import Any
 
 import torch
 
+from minillava.kernels.cpu.library import chosen_class
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "liger-kernel", "transformers", "peft", "numpy", "bitsandbytes", "torchao", "gemlite")
 
 
 def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    """The card, or the CPU and the class whose instructions our code is compiled for."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        return f"{found[1] if found else platform.machine()}, class {chosen_class()}"
+    return platform.processor() or platform.machine()
 
 
 def folder(device: str, keep: bool = True) -> Path:
