@@ -6,7 +6,7 @@
 
 typedef struct {
   const uint16_t *q, *k, *v;               // [T, H, K], [T, G, K] twice, heads end to end
-  uint16_t *o, *room;                      // [T, H, K]; room for keys and values as tiles want them
+  uint16_t *o, *room;                      // [T, H, K]; [G, 2 K] for each token, tokens and K in whole 32s
   const long *starts;                      // [B + 1]
   long B, H, G, K, q_next, k_next, v_next; // numbers from a token to the next
   float scale;
@@ -17,8 +17,7 @@ static __mmask16 some_of(long n) { return n >= 16 ? 0xffff : n > 0 ? (1 << n) - 
 
 // Keys of a head: a tile [16, 16, 2] holds pairs of inputs, one below the other, of 16 keys.
 static void put_keys(const queries *a, const uint16_t *k, long S, uint16_t *to) {
-  ints lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  ints next = V(mullo_epi32)(V(set1_epi32)(a->k_next * 2), lane);
+  ints next = lanes_times(a->k_next * 2);
   for (long s = 0; s < up_to(S, 32); s += 16) {
     __mmask16 there = some_of(S - s);
     for (long i = 0; i < up_to(a->K, 32); i += 2, to += 32)
@@ -42,7 +41,7 @@ static void put_values(const queries *a, const uint16_t *v, long S, uint16_t *to
 
 // c [32, 32] = a [32, 32 * number] b, whose tiles for 16 columns are at b0, for the others at b1, `step` between them.
 static inline void square(const uint16_t *a, long a_next, const uint16_t *b0, const uint16_t *b1, long step,
-                                    long number, float *c, long c_next) {
+                          long number, float *c, long c_next) {
   _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   for (long i = 0; i < number; i++) {
     _tile_loadd(4, a + 32 * i, 2 * a_next);
@@ -69,23 +68,16 @@ INLINE floats probability(floats x) {
 
 // Scores [rows, keys] to probabilities in bf16 that are not yet divided by their sums; the first query sees `seen`
 // keys, each next one `more`.
-static void probabilities(const float *scores, uint16_t *p, long keys, long rows, long seen, long more,
-                                    float scale, float *sums) {
+static void probabilities(const float *scores, uint16_t *p, long keys, long rows, long seen, long more, float scale,
+                          float *sums) {
   floats by = V(set1_ps)(scale), none = V(set1_ps)(-INFINITY);
   for (long r = 0; r < rows; r++, scores += keys, p += keys, seen += more) {
     floats most = none, total = V(setzero_ps)();
-    long whole = seen / 16 * 16, s = 0;
-    __mmask16 rest = some_of(seen - whole);
-    for (; s < whole; s += 16) most = V(max_ps)(most, V(loadu_ps)(scores + s));
-    if (rest) most = V(max_ps)(most, V(mask_loadu_ps)(none, rest, scores + s));
-    most = V(mul_ps)(V(set1_ps)(V(reduce_max_ps)(most)), by);
-    for (s = 0; s < whole; s += 16) {
+    for (long s = 0; s < seen; s += 16) most = V(max_ps)(most, V(mask_loadu_ps)(none, some_of(seen - s), scores + s));
+    most = V(mul_ps)(all_of(largest(most)), by);
+    for (long s = 0; s < keys; s += 16) {
       floats some = probability(V(fmsub_ps)(V(loadu_ps)(scores + s), by, most));
-      total = V(add_ps)(total, some);
-      store_bf16(p + s, some);
-    }
-    for (; s < keys; s += 16, rest = 0) {
-      floats some = V(maskz_mov_ps)(rest, probability(V(fmsub_ps)(V(loadu_ps)(scores + s), by, most)));
+      some = V(maskz_mov_ps)(some_of(seen - s), some);
       total = V(add_ps)(total, some);
       store_bf16(p + s, some);
     }
@@ -95,7 +87,7 @@ static void probabilities(const float *scores, uint16_t *p, long keys, long rows
 
 // 32 queries or fewer of a head from t on, of a sequence of S tokens.
 static void some_queries(const queries *a, const uint16_t *q, uint16_t *o, const uint16_t *keys,
-                                   const uint16_t *values, long t, long S, uint16_t *rows, float *scores, uint16_t *p) {
+                         const uint16_t *values, long t, long S, uint16_t *rows, float *scores, uint16_t *p) {
   long K = a->K, wide = up_to(K, 32), number = S - t < 32 ? S - t : 32, seen = a->causal ? t + 1 : S;
   long needed = up_to(a->causal ? t + number : S, 32);
   float sums[32], out[32][WIDEST];
@@ -115,13 +107,6 @@ static void some_queries(const queries *a, const uint16_t *q, uint16_t *o, const
       floats some = V(mul_ps)(V(loadu_ps)(out[r] + i), V(set1_ps)(1 / sums[r]));
       _mm256_mask_storeu_epi16(o + r * a->H * K + i, some_of(K - i), (__m256i)_mm512_cvtneps_pbh(some));
     }
-}
-
-// Numbers of bf16 that `room` holds.
-long attention_room(const long *starts, long B, long G, long K) {
-  long tokens = 0;
-  for (long b = 0; b < B; b++) tokens += up_to(starts[b + 1] - starts[b], 32);
-  return tokens * G * up_to(K, 32) * 2;
 }
 
 // Attention of every query to the tokens of its sequence, or with `causal` to those up to its own. K even, up to 128.

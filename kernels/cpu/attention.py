@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,20 +24,23 @@ class _Queries(ctypes.Structure):
     ]
 
 
+def _whole(n: int) -> int:
+    return -(-n // 32) * 32
+
+
 def attention(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, starts: Sequence[int], causal: bool, scale: float
 ) -> Tensor | None:
     """softmax(q k^T * scale) v within each sequence [T, H, K]; `starts` are the boundaries, from 0 to T. None where the
     caller has to compute it otherwise."""
     (T, H, K), G, all_ = q_THK.shape, k_TGK.shape[1], (q_THK, k_TGK, v_TGK)
-    code, half = cpu.library(), all(t.is_cpu and t.dtype == torch.bfloat16 for t in all_)
-    if K > WIDEST or K % 2 or not half or code is None or not code.tiles:
-        return None
-    if torch.compiler.is_compiling() or any(t.stride()[1:] != (K, 1) for t in all_):
+    code, heads_apart = cpu.inference(*all_), any(t.stride()[1:] != (K, 1) for t in all_)
+    if code is None or not code.tiles or K > WIDEST or K % 2 or heads_apart:
         return None
     ends, o_THK = (_long * len(starts))(*starts), q_THK.new_empty(T, H, K)
     sizes = len(starts) - 1, H, G, K, *(t.stride(0) for t in all_)
-    room = cpu.workspace("attention", (code.attention_room(ends, sizes[0], G, K),), torch.bfloat16)
+    padded = sum(_whole(b - a) for a, b in pairwise(starts))
+    room = cpu.workspace("attention", (padded, G, 2 * _whole(K)), torch.bfloat16)
     pointers = *(t.data_ptr() for t in (*all_, o_THK, room)), ctypes.addressof(ends)
     code.attention_tiles(ctypes.byref(_Queries(*pointers, *sizes, scale, causal)), torch.get_num_threads())
     return o_THK

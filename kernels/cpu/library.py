@@ -50,7 +50,6 @@ ARGUMENTS = {
     "quick_gelu": (_pointer, _pointer, _long, _int),
     "nf4_tiles": (_pointer, _pointer, _pointer, _long, _int),
     "attention_tiles": (_pointer, _int),
-    "attention_room": (_pointer, _long, _long, _long),
 }
 
 
@@ -87,6 +86,13 @@ def library() -> Any:
     return None if name is None else built_for(name)
 
 
+def inference(*tensors: Tensor, types: Sequence[torch.dtype] = (torch.bfloat16,)) -> Any:
+    """The code for this CPU if it may take these tensors: of these types, not empty, and no gradients are wanted."""
+    graded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    fit = tensors[0].numel() and all(t.is_cpu and t.dtype in types for t in tensors)
+    return library() if fit and not graded and not torch.compiler.is_compiling() else None
+
+
 @functools.cache
 def built_for(name: str) -> Any:
     """The code for CPUs of a class. Its attributes `tiles` and `bf16` tell what it multiplies by."""
@@ -113,7 +119,6 @@ def opened(path: Path, name: str) -> Any:
     for function, arguments in ARGUMENTS.items():
         if hasattr(found, function):  # some need tiles
             getattr(found, function).argtypes = arguments
-            getattr(found, function).restype = _long if function.endswith("_room") else _int
     found.tiles, found.bf16 = name == "amx", name in ("amx", "avx512_bf16")
     return found
 

@@ -58,10 +58,7 @@ static void round_row(const int G, const uint16_t *x, int8_t *to, long K) {
       float factor = round_span(some + s, to + s / G, SPAN, (G - 1) * SIZE);
       for (int i = 0; i < SPAN / (4 * G); i++) factors[s / (4 * G) + i] = factor;
     }
-    ints offset = BITS(setzero)(), each = V(set1_epi8)((char)OFFSET);
-    for (int i = 0; i < G && OFFSET; i++)
-      offset = V(sub_epi32)(offset, dot_bytes(BITS(setzero)(), each, load(to + i * SIZE)));
-    store(to + (G + 1) * SIZE, offset);
+    store(to + (G + 1) * SIZE, offset_of(to, G, SIZE));
   }
 }
 

@@ -112,9 +112,7 @@ def _multiplied(x_MK: Tensor, weight: Weight, bias_N: Tensor | None, many: bool)
 
 def multiply_all(x: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor | None:
     """`multiply` over the last dimension; None where gradients are wanted or the C code does not take it."""
-    if not x.is_cpu or x.dtype not in TYPES or not x.numel() or torch.compiler.is_compiling() or not weight.fits():
-        return None
-    if torch.is_grad_enabled() and (x.requires_grad or (bias_N is not None and bias_N.requires_grad)):
+    if cpu.inference(x, *([] if bias_N is None else [bias_N]), types=TYPES) is None or not weight.fits():
         return None
     return multiply(x.reshape(-1, x.shape[-1]), weight, bias_N).view(*x.shape[:-1], weight.shape[0])
 
@@ -124,22 +122,14 @@ def multiply(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
     (M, K), (N, _), code = x_MK.shape, weight.shape, cpu.library()
     half = x_MK.dtype == torch.bfloat16
     tiles = half and weight.codes and code.tiles and N % 16 == 0 and K % 64 == 0 and weight.codes[-1] >= 64
-    if (3 if tiles else cpu.FEW if weight.kind in (BYTES, ROUNDED) else 8) >= M:
+    if (3 if tiles else cpu.FEW) >= M:
         return few_rows(x_MK, weight, bias_N)
     if tiles and M <= MANY:
         return _by_tiles(x_MK, weight, bias_N)
     exact = weight.kind in (HALVES, CODES)  # what PyTorch multiplies as fast, once it is in x's type
     if (half and (code.tiles or (code.bf16 and exact))) or (not half and weight.codes):
-        return F.linear(x_MK, dense(weight, x_MK.dtype), bias_N)
+        return F.linear(x_MK, values(weight, cpu.workspace("values", weight.shape, x_MK.dtype)), bias_N)
     return many_rows(x_MK, weight, bias_N)
-
-
-def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight's values [N, K], in memory that the next call overwrites."""
-    if weight.kind == HALVES and dtype == torch.bfloat16:
-        assert weight.values is not None
-        return weight.values
-    return values(weight, cpu.workspace("values", weight.shape, dtype))
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor | None:

@@ -44,22 +44,8 @@ static void rows_of_bytes(const uint16_t *x, int even_first, long M, long K, lon
       factors[r] = round_span(values, some[r], SPAN_OF_MANY, even_first ? SPAN_OF_MANY / 2 : 0);
     }
     turned(some, SPAN_OF_MANY / 4, to);
-    EACH(v, 2) {
-      ints offset = BITS(setzero)(), each = V(set1_epi8)((char)OFFSET);
-      for (int q = 0; q < SPAN_OF_MANY / 4 && OFFSET; q++)
-        offset = V(sub_epi32)(offset, dot_bytes(BITS(setzero)(), each, load(to + (q * 2 + v) * SIZE)));
-      store(factors + ROWS_AT_ONCE + v * W, offset);
-    }
+    EACH(v, 2) store(factors + ROWS_AT_ONCE + v * W, offset_of(to + v * SIZE, SPAN_OF_MANY / 4, 2 * SIZE));
   }
-}
-
-INLINE ints add_product(ints acc, ints w, ints x) { // in fp32; in assembler, as gcc copies sums of changing types
-#ifdef __AVX512F__
-  __asm__("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(w), "vm"(x));
-#else
-  __asm__("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(w), "xm"(x));
-#endif
-  return acc;
 }
 
 // y [TILE, next] += x [K, ROWS_AT_ONCE]^T w [TILE, DEPTH]^T in fp32, or as bytes, `scales` [TILE, DEPTH / SPAN_OF_MANY]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -44,10 +44,7 @@ class Layer:
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [
-        *((name, _pointer) for name in ("attn_norm", "q_norm", "k_norm", "mlp_norm")),
-        *((name, Matrix) for name in ("q", "k", "v", "out", "gate", "up", "down")),
-    ]
+    _fields_ = [(field.name, Matrix if field.type == "Product" else _pointer) for field in fields(Layer)]
 
 
 class _Decoder(ctypes.Structure):

@@ -171,16 +171,16 @@ INLINE floats dot(floats acc, const uint16_t *a, const number *x) {
 
 // ---- products of bytes: weights have OFFSET added where the instruction wants one side without sign ----
 
-#if defined __AVX512VNNI__ || defined __AVXVNNI__
-#define OFFSET 128
-INLINE ints dot_bytes(ints acc, ints w, ints x) { // in assembler, as gcc keeps copies of sums beside its own intrinsic
+// acc += w x by an instruction: in assembler, as gcc copies sums beside its own intrinsics or where they change types.
+#define SUMMED(instruction) __asm__(instruction " %2, %1, %0" : "+v"(acc) : "v"(w), "vm"(x)); return acc;
+INLINE ints add_product(ints acc, ints w, ints x) { SUMMED("vfmadd231ps") } // in fp32
+
 #ifdef __AVX512VNNI__
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "vm"(x));
-#else
-  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "xm"(x));
-#endif
-  return acc;
-}
+#define OFFSET 128
+INLINE ints dot_bytes(ints acc, ints w, ints x) { SUMMED("vpdpbusd") }
+#elif defined __AVXVNNI__
+#define OFFSET 128
+INLINE ints dot_bytes(ints acc, ints w, ints x) { SUMMED("%{vex%} vpdpbusd") }
 #else
 #define OFFSET 0
 INLINE ints dot_bytes(ints acc, ints w, ints x) { // both in -127 to 127, so that two products fit 16 bits
@@ -193,6 +193,14 @@ INLINE ints dot_bytes(ints acc, ints w, ints x) { // both in -127 to 127, so tha
   return V(add_epi32)(acc, V(madd_epi16)(two, V(set1_epi16)(1)));
 }
 #endif
+
+// What OFFSET adds in sums of n registers of x, less than nothing.
+INLINE ints offset_of(const void *x, int n, long apart) {
+  ints all = BITS(setzero)();
+  for (int i = 0; i < n && OFFSET; i++)
+    all = V(sub_epi32)(all, dot_bytes(BITS(setzero)(), V(set1_epi8)((char)OFFSET), load((const char *)x + i * apart)));
+  return all;
+}
 
 // The largest magnitude of x [n], whole Ws; no number if one of x is none.
 INLINE float magnitude(const float *x, long n) {

@@ -8,7 +8,7 @@ import pytest
 
 from minillava.kernels.cpu import library as cpu
 
-# MINILLAVA_SANITIZE=1 with libasan.so preloaded: every access and every shift of the C code is checked.
+# MINILLAVA_SANITIZE=1 with libasan.so and libubsan.so preloaded: every access and every shift of the C code is checked.
 SANITIZED = (
     ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all") if "MINILLAVA_SANITIZE" in os.environ else ()
 )
