@@ -6,6 +6,7 @@ Letters: M rows, N outputs, K inputs.
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,18 +86,8 @@ def codes(flat: Tensor, bounds: Tensor, order: Tensor, absmax: Tensor, packed: T
     return blocks * blocksize
 
 
-def few_rows(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
-    """x weight^T + bias in x's type, bf16 or fp32, each weight read once for FEW rows."""
-    parts = [_multiplied(some, weight, bias_N, False) for some in x_MK.split(cpu.FEW)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def many_rows(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
-    """The same, weights decoded for many rows."""
-    return _multiplied(x_MK, weight, bias_N, True)
-
-
-def _multiplied(x_MK: Tensor, weight: Weight, bias_N: Tensor | None, many: bool) -> Tensor:
+def few_rows(x_MK: Tensor, weight: Weight, bias_N: Tensor | None, many: bool = False) -> Tensor:
+    """x weight^T + bias in x's type, bf16 or fp32; each weight is read once for FEW rows, or decoded for many."""
     code, M, fp32, threads = cpu.library(), len(x_MK), x_MK.dtype == torch.float32, torch.get_num_threads()
     x_MK, y_MN = x_MK.contiguous(), x_MK.new_empty(M, weight.shape[0])
     inside = None if fp32 or bias_N is None else bias_N.to(torch.bfloat16).contiguous()
@@ -108,6 +99,9 @@ def _multiplied(x_MK: Tensor, weight: Weight, bias_N: Tensor | None, many: bool)
     else:
         code.few_rows(*pointers, M, fp32, threads)
     return y_MN.add_(bias_N) if fp32 and bias_N is not None else y_MN
+
+
+many_rows = functools.partial(few_rows, many=True)
 
 
 def multiply_all(x: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor | None:

@@ -41,23 +41,21 @@ static void turn(const float *x, const uint16_t *norm, const uint16_t *cos, cons
 
 #define TOGETHER (W / 4) // heads whose sums of values fit the registers
 
-// For each head, the sum of p times the first W * parts values of every token, over its total.
-INLINE void values_of(const int heads, const int parts, const uint16_t *v, const uint16_t *new_v, long stride,
-                      long held, const float *p, long room, const float *total, uint16_t *o, long K) {
-  floats sums[TOGETHER][4];
+// For each head, the sum of p times 32 values of every token, over its total.
+INLINE void values_of(const int heads, const uint16_t *v, const uint16_t *new_v, long stride, long held, const float *p,
+                      long room, const float *total, uint16_t *o, long K) {
+  floats sums[TOGETHER][32 / W], of[32 / W];
   EACH(h, heads)
-    EACH(i, parts) sums[h][i] = V(setzero_ps)();
+    EACH(i, 32 / W) sums[h][i] = V(setzero_ps)();
   for (long s = 0; s <= held; s++) {
-    const uint16_t *at = s < held ? v + s * stride : new_v;
-    floats of[4];
-    EACH(i, parts) of[i] = load_bf16(at + W * i);
+    EACH(i, 32 / W) of[i] = load_bf16((s < held ? v + s * stride : new_v) + W * i);
     EACH(h, heads) {
       floats share = all_of(p[h * room + s]);
-      EACH(i, parts) sums[h][i] = V(fmadd_ps)(share, of[i], sums[h][i]);
+      EACH(i, 32 / W) sums[h][i] = V(fmadd_ps)(share, of[i], sums[h][i]);
     }
   }
   EACH(h, heads)
-    EACH(i, parts) store_bf16(o + h * K + W * i, V(div_ps)(sums[h][i], all_of(total[h])));
+    EACH(i, 32 / W) store_bf16(o + h * K + W * i, V(div_ps)(sums[h][i], all_of(total[h])));
 }
 
 // Scores [heads, room] of q with the keys of `held` tokens and the new one; -inf behind.
@@ -106,18 +104,10 @@ static void attend(const decoder *d, const number *q, const uint16_t *k, const u
   float total[heads];
   scores_of(d, q, k, v, new_k, held, heads, scores, room);
   for (long h = 0; h < heads; h++) total[h] = exponentials(scores + h * room, room);
-#define VALUES(heads, parts) \
-  values_of(heads, parts, v + i, new_v + i, stride, held, p, room, total + h, o + h * K + i, K)
+#define VALUES(n) values_of(n, v + i, new_v + i, stride, held, scores + h * room, room, total + h, o + h * K + i, K)
   for (long h = 0, some; h < heads; h += some) {
-    const float *p = scores + h * room;
     some = heads - h < TOGETHER ? 1 : TOGETHER;
-    for (long i = 0; i < K; i += 4 * W) {
-      int whole = K - i >= 4 * W;
-      if (whole && some > 1) VALUES(TOGETHER, 4);
-      else if (whole) VALUES(1, 4);
-      else if (some > 1) VALUES(TOGETHER, 2);
-      else VALUES(1, 2);
-    }
+    for (long i = 0; i < K; i += 32) some > 1 ? VALUES(TOGETHER) : VALUES(1);
   }
 }
 

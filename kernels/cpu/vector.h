@@ -18,6 +18,7 @@
 #define BITS(op) _mm512_##op##_si512
 typedef __m512 floats;
 typedef __m512i ints;
+typedef __m512d doubles;
 INLINE ints words_of_bytes(const void *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
 INLINE ints words_of_halves(const void *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
 INLINE void store_halves(void *p, ints words) { _mm256_storeu_si256(p, _mm512_cvtepi32_epi16(words)); }
@@ -25,24 +26,11 @@ INLINE floats nearest(floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_N
 INLINE float sum(floats v) { return _mm512_reduce_add_ps(v); }
 INLINE float largest(floats v) { return _mm512_reduce_max_ps(v); }
 INLINE floats pick(__m128 from, ints lanes) { return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(from)); }
-typedef struct { floats all; } table; // of 16 floats
-INLINE table load_table(const float *p) { return (table){_mm512_loadu_ps(p)}; }
-INLINE floats look_up(table t, ints i) { return _mm512_permutexvar_ps(i, t.all); } // by the low four bits
+typedef struct { floats low, high; } table; // of 16 floats: all in the first register, or half
+INLINE floats look_up(table t, ints i) { return _mm512_permutexvar_ps(i, t.low); } // by the low four bits
 INLINE ints bytes16(const void *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(p)); }
 INLINE floats gather(const float *p, ints at) { return _mm512_i32gather_ps(at, p, 4); }
 
-// Lane i: the sum of register i of 16. Halves are added until a register holds one number of each.
-INLINE floats sums_of(const floats *v) {
-  floats two[8], four[4];
-  for (int i = 0; i < 8; i++)
-    two[i] = V(add_ps)(V(unpacklo_ps)(v[2 * i], v[2 * i + 1]), V(unpackhi_ps)(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 4; i++) {
-    __m512d a = (__m512d)two[2 * i], b = (__m512d)two[2 * i + 1];
-    four[i] = V(add_ps)((floats)V(unpacklo_pd)(a, b), (floats)V(unpackhi_pd)(a, b));
-  }
-#define EVEN_ODD(a, b) V(add_ps)(V(shuffle_f32x4)(a, b, 0x88), V(shuffle_f32x4)(a, b, 0xdd))
-  return EVEN_ODD(EVEN_ODD(four[0], four[1]), EVEN_ODD(four[2], four[3]));
-}
 #else
 #define W 8
 #define SIZE 32
@@ -50,6 +38,7 @@ INLINE floats sums_of(const floats *v) {
 #define BITS(op) _mm256_##op##_si256
 typedef __m256 floats;
 typedef __m256i ints;
+typedef __m256d doubles;
 INLINE ints words_of_bytes(const void *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
 INLINE ints words_of_halves(const void *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
 INLINE void store_halves(void *p, ints words) { // of 16 bits
@@ -66,20 +55,30 @@ INLINE floats pick(__m128 from, ints lanes) {
   return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(from), lanes);
 }
 typedef struct { floats low, high; } table;
-INLINE table load_table(const float *p) { return (table){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 INLINE floats look_up(table t, ints i) { // by the low three bits, and bit 3 shifted to where the sign is
   floats low = _mm256_permutevar8x32_ps(t.low, i), high = _mm256_permutevar8x32_ps(t.high, i);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
 }
 INLINE ints bytes16(const void *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(p)); }
 INLINE floats gather(const float *p, ints at) { return _mm256_i32gather_ps(p, at, 4); }
-
-INLINE floats sums_of(const floats *v) { // of 8
-  floats a = V(hadd_ps)(V(hadd_ps)(v[0], v[1]), V(hadd_ps)(v[2], v[3]));
-  floats b = V(hadd_ps)(V(hadd_ps)(v[4], v[5]), V(hadd_ps)(v[6], v[7]));
-  return V(add_ps)(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
-}
 #endif
+
+// Lane i: the sum of register i of W. Halves are added until a register holds one number of each.
+INLINE floats sums_of(const floats *v) {
+  floats two[W / 2], four[W / 4];
+  for (int i = 0; i < W / 2; i++)
+    two[i] = V(add_ps)(V(unpacklo_ps)(v[2 * i], v[2 * i + 1]), V(unpackhi_ps)(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < W / 4; i++) {
+    doubles a = (doubles)two[2 * i], b = (doubles)two[2 * i + 1];
+    four[i] = V(add_ps)((floats)V(unpacklo_pd)(a, b), (floats)V(unpackhi_pd)(a, b));
+  }
+#ifdef __AVX512F__
+#define EVEN_ODD(a, b) V(add_ps)(V(shuffle_f32x4)(a, b, 0x88), V(shuffle_f32x4)(a, b, 0xdd))
+  return EVEN_ODD(EVEN_ODD(four[0], four[1]), EVEN_ODD(four[2], four[3]));
+#else
+  return V(add_ps)(V(permute2f128_ps)(four[0], four[1], 0x20), V(permute2f128_ps)(four[0], four[1], 0x31));
+#endif
+}
 
 INLINE ints load(const void *p) {
   ints v;
@@ -87,7 +86,6 @@ INLINE ints load(const void *p) {
   return v;
 }
 INLINE void store(void *p, ints v) { memcpy(p, &v, SIZE); }
-typedef int32_t int32s __attribute__((vector_size(SIZE))); // for operators
 INLINE floats all_of(float value) { return V(set1_ps)(value); }
 INLINE ints lanes_times(long step) { // lane i: i * step
   int at[W];

@@ -52,7 +52,10 @@ INLINE pair values_at(const enum kind kind, table t, const uint8_t *at) {
   return (pair){look_up(t, V(srli_epi32)(two, 4)), look_up(t, two)};
 }
 
-static table table_of(const matrix *w) { return load_table(w->table ? w->table : (float[16]){0}); }
+static table table_of(const matrix *w) {
+  const float none[16] = {0}, *of = w->table ? w->table : none;
+  return (table){V(loadu_ps)(of), V(loadu_ps)(of + 16 - W)};
+}
 
 // Values of output n from input k on, in bf16 or else fp32; `count` and k in whole 32s.
 static void decode(const matrix *w, long n, long k, long count, int bf16, void *to) {
@@ -88,7 +91,7 @@ void nf4_codes(const void *x, int bf16, const float *bounds, const uint8_t *orde
       int found[W];
       floats v = V(mul_ps)(V(loadu_ps)(values + i), all_of(inverse));
       ints n = BITS(setzero)();
-      for (int j = 0; j < 15; j++) n = (ints)((int32s)n - (v > bounds[j]));
+      for (int j = 0; j < 15; j++) n = V(sub_epi32)(n, (ints)(v > all_of(bounds[j])));
       store(found, n);
       for (int j = 0; j < W; j += 2) packed[(b * size + i + j) / 2] = order[found[j]] << 4 | order[found[j + 1]];
     }

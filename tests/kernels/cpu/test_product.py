@@ -55,7 +55,7 @@ def test_error(c_code, M, N, K, blocksize, nested, dtype):
             allowed += 0.01 / K**0.5
         for function in (product.few_rows, product.many_rows, product.multiply):
             y = function(torch.stack((x, x), -1)[..., 0], weight, bias)
-            assert y.dtype == dtype and rms_error(y, want, unit) <= allowed, (kind, function.__name__)
+            assert y.dtype == dtype and rms_error(y, want, unit) <= allowed, (kind, function)
 
 
 @pytest.mark.parametrize("many", (False, True))
