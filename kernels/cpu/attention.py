@@ -24,10 +24,6 @@ class _Queries(ctypes.Structure):
     ]
 
 
-def _whole(n: int) -> int:
-    return -(-n // 32) * 32
-
-
 def attention(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, starts: Sequence[int], causal: bool, scale: float
 ) -> Tensor | None:
@@ -39,8 +35,8 @@ def attention(
         return None
     ends, o_THK = (_long * len(starts))(*starts), q_THK.new_empty(T, H, K)
     sizes = len(starts) - 1, H, G, K, *(t.stride(0) for t in all_)
-    padded = sum(_whole(b - a) for a, b in pairwise(starts))
-    room = cpu.workspace("attention", (padded, G, 2 * _whole(K)), torch.bfloat16)
+    padded = sum(b - a + (a - b) % 32 for a, b in pairwise(starts))
+    room = cpu.workspace("attention", (padded, G, 2 * (K + -K % 32)), torch.bfloat16)
     pointers = *(t.data_ptr() for t in (*all_, o_THK, room)), ctypes.addressof(ends)
     code.attention_tiles(ctypes.byref(_Queries(*pointers, *sizes, scale, causal)), torch.get_num_threads())
     return o_THK

@@ -43,7 +43,7 @@ ARGUMENTS = {
     "weight_values": (_pointer, _pointer, _int, _int),
     "nf4_codes": (_pointer, _int, *[_pointer] * 4, _long, _long, _int),
     "few_rows": (_pointer, _pointer, _pointer, _long, _int, _int),
-    "many_rows": (_pointer, _pointer, _pointer, _pointer, _long, _int, _int),
+    "many_rows": (_pointer, _pointer, _pointer, _pointer, _long, _int),
     "decoder_step": (*[_pointer] * 6, _long, _int),
     "rms_norm": (_pointer, _pointer, _pointer, _long, _long, ctypes.c_float, _int),
     "swiglu": (_pointer, _pointer, _pointer, _long, _long, _long, _int),

@@ -6,7 +6,6 @@ Letters: M rows, N outputs, K inputs.
 from __future__ import annotations
 
 import ctypes
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +85,8 @@ def codes(flat: Tensor, bounds: Tensor, order: Tensor, absmax: Tensor, packed: T
     return blocks * blocksize
 
 
-def few_rows(x_MK: Tensor, weight: Weight, bias_N: Tensor | None, many: bool = False) -> Tensor:
-    """x weight^T + bias in x's type, bf16 or fp32; each weight is read once for FEW rows, or decoded for many."""
+def by_rows(x_MK: Tensor, weight: Weight, bias_N: Tensor | None, many: bool) -> Tensor:
+    """x weight^T + bias in x's type, bf16 or fp32, each weight read once for FEW rows; or decoded for many of bf16."""
     code, M, fp32, threads = cpu.library(), len(x_MK), x_MK.dtype == torch.float32, torch.get_num_threads()
     x_MK, y_MN = x_MK.contiguous(), x_MK.new_empty(M, weight.shape[0])
     inside = None if fp32 or bias_N is None else bias_N.to(torch.bfloat16).contiguous()
@@ -95,13 +94,10 @@ def few_rows(x_MK: Tensor, weight: Weight, bias_N: Tensor | None, many: bool = F
     pointers = x_MK.data_ptr(), ctypes.byref(matrix), y_MN.data_ptr()
     if many:
         room = cpu.workspace("rows", (M + -M % 32, weight.shape[1]), torch.float32)
-        code.many_rows(*pointers, room.data_ptr(), M, fp32, threads)
+        code.many_rows(*pointers, room.data_ptr(), M, threads)
     else:
         code.few_rows(*pointers, M, fp32, threads)
     return y_MN.add_(bias_N) if fp32 and bias_N is not None else y_MN
-
-
-many_rows = functools.partial(few_rows, many=True)
 
 
 def multiply_all(x: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor | None:
@@ -117,13 +113,13 @@ def multiply(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
     half = x_MK.dtype == torch.bfloat16
     tiles = half and weight.codes and code.tiles and N % 16 == 0 and K % 64 == 0 and weight.codes[-1] >= 64
     if (3 if tiles else cpu.FEW) >= M:
-        return few_rows(x_MK, weight, bias_N)
+        return by_rows(x_MK, weight, bias_N, many=False)
     if tiles and M <= MANY:
         return _by_tiles(x_MK, weight, bias_N)
     exact = weight.kind in (HALVES, CODES)  # what PyTorch multiplies as fast, once it is in x's type
-    if (half and (code.tiles or (code.bf16 and exact))) or (not half and weight.codes):
+    if not half or code.tiles or (code.bf16 and exact):
         return F.linear(x_MK, values(weight, cpu.workspace("values", weight.shape, x_MK.dtype)), bias_N)
-    return many_rows(x_MK, weight, bias_N)
+    return by_rows(x_MK, weight, bias_N, many=True)
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor | None:
@@ -137,11 +133,11 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor | None
         return None
     x_MK, weight = x.reshape(-1, x.shape[-1]), Weight((weight_NK.shape[0], weight_NK.shape[1]), weight_NK)
     M, slow, ours = len(x_MK), not cpu.multiplies_bf16(), not torch.compiler.is_compiling() and weight.fits()
-    if ours and (cpu.FEW if slow else 4) >= M:
-        y_MN = few_rows(x_MK, weight, bias_N)
+    if ours and (slow or M <= 4):
+        y_MN = by_rows(x_MK, weight, bias_N, many=M > cpu.FEW)
     elif slow:
         bias = None if bias_N is None else bias_N.float()
-        y_MN = many_rows(x_MK, weight, bias_N) if ours else F.linear(x_MK.float(), weight_NK.float(), bias).to(x.dtype)
+        y_MN = F.linear(x_MK.float(), weight_NK.float(), bias).to(x.dtype)
     elif M <= MANY:
         y_MN = torch.mv(weight_NK, x_MK[0])[None] if M == 1 else torch.mm(weight_NK, x_MK.T).T
         y_MN = y_MN if bias_N is None else y_MN + bias_N

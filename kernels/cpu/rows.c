@@ -20,14 +20,11 @@ INLINE void turned(const void *rows, const int n, char *to) {
 }
 
 // Rows g * ROWS_AT_ONCE and on as fp32 [K, ROWS_AT_ONCE].
-static void rows_of_floats(const void *x, int fp32, long M, long K, long g, char *to) {
+static void rows_of_floats(const uint16_t *x, long M, long K, long g, char *to) {
   float some[ROWS_AT_ONCE][32] = {0};
   for (long k = 0; k < K; k += 32, to += sizeof some) {
-    for (long r = 0; r < ROWS_AT_ONCE && g * ROWS_AT_ONCE + r < M; r++) {
-      long at = (g * ROWS_AT_ONCE + r) * K + k;
-      if (fp32) memcpy(some[r], (const float *)x + at, sizeof some[r]);
-      else load_all(some[r], (const uint16_t *)x + at, 32);
-    }
+    for (long r = 0; r < ROWS_AT_ONCE && g * ROWS_AT_ONCE + r < M; r++)
+      load_all(some[r], x + (g * ROWS_AT_ONCE + r) * K + k, 32);
     turned(some, 32, to);
   }
 }
@@ -96,25 +93,23 @@ static void decode_bytes(const matrix *w, ints table, long n, long k, long depth
 }
 
 // Sums [DECODED, next] of some outputs to rows of y, from output n on, with the bias.
-static void put_rows(const matrix *w, const float *sums, long next, long n, long M, int fp32, void *y) {
+static void put_rows(const matrix *w, const float *sums, long next, long n, long M, uint16_t *y) {
   long some = w->N - n < DECODED ? w->N - n : DECODED;
   ints lanes = lanes_times(next);
   for (long m = 0; m < M; m++) {
     float row[DECODED];
     for (long i = 0; i < DECODED; i += W) V(storeu_ps)(row + i, gather(sums + i * next + m, lanes));
     for (long i = 0; i < some && w->bias; i++) row[i] += whole(w->bias[n + i]);
-    if (fp32) memcpy((float *)y + m * w->N + n, row, some * 4);
-    else store_all((uint16_t *)y + m * w->N + n, row, some);
+    store_all(y + m * w->N + n, row, some);
   }
 }
 
-// y [M, N] = x [M, K] W^T + bias, in bf16 or fp32 the bias apart; K in whole 32s. `room`: 4 K bytes for
-// each of M rows, M in whole 32s.
-void many_rows(const void *x, const matrix *w, void *y, char *room, long M, int fp32, int threads) {
+// y [M, N] = x [M, K] W^T + bias in bf16; K in whole 32s. `room`: 4 K bytes for each of M rows, M in whole 32s.
+void many_rows(const uint16_t *x, const matrix *w, uint16_t *y, char *room, long M, int threads) {
   long N = w->N, K = w->K, groups = up_to(M, ROWS_AT_ONCE) / ROWS_AT_ONCE, next = groups * ROWS_AT_ONCE + W;
   long each = ROWS_AT_ONCE * K * 4, spans = DEPTH / SPAN_OF_MANY;
   int by_spans = w->kind == BYTES || (w->kind == ROUNDED && w->shift >= 6 && w->K % 64 == 0);
-  int bytes = OFFSET && !fp32 && by_spans, apart = bytes ? DEPTH : DEPTH * 4;
+  int bytes = OFFSET && by_spans, apart = bytes ? DEPTH : DEPTH * 4;
 #pragma omp parallel num_threads(threads)
   {
     float *sums = aligned_alloc(64, DECODED * (next + spans + DEPTH) * 4), *scales = sums + DECODED * next;
@@ -123,7 +118,7 @@ void many_rows(const void *x, const matrix *w, void *y, char *room, long M, int 
 #pragma omp for schedule(dynamic)
     for (long g = 0; g < groups; g++) {
       if (bytes) rows_of_bytes(x, w->kind == ROUNDED, M, K, g, room + g * each);
-      else rows_of_floats(x, fp32, M, K, g, room + g * each);
+      else rows_of_floats(x, M, K, g, room + g * each);
     }
 #pragma omp for schedule(dynamic)
     for (long n = 0; n < N; n += DECODED) {
@@ -142,7 +137,7 @@ void many_rows(const void *x, const matrix *w, void *y, char *room, long M, int 
             else tile(0, rows, decoded + i * apart, scales, depth, to, next);
           }
       }
-      put_rows(w, sums, next, n, M, fp32, y);
+      put_rows(w, sums, next, n, M, y);
     }
     free(sums);
   }
