@@ -8,26 +8,25 @@ Decoding goes through bytes, id by id, so what streams out is what `decode` retu
 from __future__ import annotations
 
 import codecs
-import json
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minillava.errors import UserError
-from minillava.schema import optional_json, read_json
-
-FILES = (
-    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+from minillava.chat.token_files import (
+    FILES,
+    TokenizerFiles,
+    checked_id,
+    guarded,
+    open_json,
+    open_sentencepiece,
+    without_prefix,
 )
-# The order in which transformers appends the special tokens that a vocabulary lacks.
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-ADDED = "added_tokens_decoder"
-MAX_ID = 1 << 24  # a hundred times the largest vocabulary
+from minillava.errors import UserError
+
 MEMO_SIZE = 4096  # parts of prompts whose ids are kept: some MB
 SPACE = "▁"  # U+2581, SentencePiece's visible space
 
@@ -143,48 +142,6 @@ class StreamDecoder:
         return text
 
 
-class TokenizerFiles:
-    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say, of any age of transformers."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.config = optional_json(folder / "tokenizer_config.json")
-        special = {**optional_json(folder / "special_tokens_map.json"), **self.config}
-        self.named: dict[str, str] = {}  # bos_token -> <s>
-        for name in [*SPECIAL_NAMES, *(key for key in special if key.endswith("_token"))]:
-            if (token := _content(special.get(name))) is not None:
-                self.named[name] = token
-        extra: list[str] = []
-        for key in ("additional_special_tokens", "extra_special_tokens"):
-            values = special.get(key) or []
-            if isinstance(values, dict):  # extra_special_tokens of transformers 5: {"image_token": "<image>"}
-                self.named.update({name: token for name, v in values.items() if (token := _content(v)) is not None})
-                values = list(values.values())
-            if not isinstance(values, list):
-                raise UserError(f"{folder}: {key} is {values!r:.40}, expected a list; correct tokenizer_config.json")
-            extra += [token for v in values if (token := _content(v)) is not None]
-        # Without an id of their own in any file, these go to the end of the vocabulary, in this order.
-        self.special = list(dict.fromkeys([*self.named.values(), *extra]))
-        self.ids: dict[str, int] = {}  # ids that the files fix
-        self.flags: dict[str, dict[str, bool]] = {}  # special, lstrip, rstrip, normalized, single_word
-        for token, id in optional_json(folder / "added_tokens.json").items():
-            self.ids[token] = _id(id, f"{folder / 'added_tokens.json'}: '{token}'")
-        where, decoder = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder", self.config.get(ADDED) or {}
-        if not isinstance(decoder, dict):
-            raise UserError(f"{where} is {decoder!r:.40}, expected an object of tokens by id; correct it")
-        for id, entry in decoder.items():
-            token = _content(entry)
-            if token is None:
-                raise UserError(f"{where}['{id}'] has no 'content'")
-            self.ids[token] = _id(id, f"{where}: '{token}'")
-            if isinstance(entry, dict):
-                self.flags[token] = {k: v for k, v in entry.items() if isinstance(v, bool)}
-
-    def is_special(self, token: str) -> bool:
-        """An added token of which nothing is said counts as special: <image>, <im_start> of the first LLaVAs."""
-        return token in self.special or self.flags.get(token, {}).get("special", True)
-
-
 class SentencePieceTokenizer(Tokenizer):
     """`tokenizer.model` of LLaMA, Vicuna and the original LLaVA checkpoints, as transformers 4's slow LlamaTokenizer.
 
@@ -195,19 +152,9 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     def __init__(self, files: TokenizerFiles):
-        import sentencepiece
-
         super().__init__(files)
-        path = files.folder / "tokenizer.model"
-        model = path.read_bytes()
-        # Concatenated protobufs merge: normalizer_spec (3) {add_dummy_prefix (3): 0, remove_extra_whitespaces (4): 0}.
-        # The prefix is put there by hand where it belongs; LLaMA's models keep every blank anyhow.
-        plain = model + b"\x1a\x04\x18\x00\x20\x00"
-        try:
-            original = sentencepiece.SentencePieceProcessor(model_proto=model)
-            self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=plain)
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{path}: not a SentencePiece model ({error}); fetch the file again") from error
+        original, sp = open_sentencepiece(files.folder / "tokenizer.model")
+        self._sp = sp
         prefixed = files.config.get("add_prefix_space")
         if not isinstance(prefixed, bool):
             prefixed = original.encode("a") != sp.encode("a")
@@ -271,13 +218,9 @@ class JsonTokenizer(Tokenizer):
 
         super().__init__(files)
         self._path = path = files.folder / "tokenizer.json"
-        spec = read_json(path)
-        for token, id in _ids_in(spec):
-            _id(id, f"{path}: '{token}'")
-        self._full = full = _rust(path, tokenizers.Tokenizer.from_file, str(path))
-        full.no_truncation()
-        full.no_padding()
-        self._read_decoder(spec.get("decoder"))
+        full, decoder = open_json(path)
+        self._full = full
+        self._read_decoder(decoder)
         known = {token.content for token in full.get_added_tokens_decoder().values()}
         fixed = sorted(files.ids, key=lambda token: files.ids[token])
         for token in dict.fromkeys([*fixed, *files.special]):
@@ -290,42 +233,29 @@ class JsonTokenizer(Tokenizer):
         added = full.get_added_tokens_decoder()
         self.added_ids = frozenset(added)
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
-        self.vocab_size = _id(max(full.get_vocab(with_added_tokens=True).values(), default=0), f"{path}: a token") + 1
+        self.vocab_size = (
+            checked_id(max(full.get_vocab(with_added_tokens=True).values(), default=0), f"{path}: a token") + 1
+        )
         # Its post-processor alone decides on BOS: transformers 5 ignores add_bos_token beside a tokenizer.json.
-        opened, bare = _rust(path, full.encode, "a").ids, self._encode(full, "a").ids
+        opened, bare = guarded(path, full.encode, "a").ids, self._encode(full, "a").ids
         self.adds_bos = opened[:1] != bare[:1]
         if self.adds_bos:
             files.named["bos_token"] = str(full.id_to_token(opened[0]))
         special = next((full.id_to_token(id) for id in sorted(self.special_ids)), None)
         behind = [] if special is None else self._encode(full, special + "a").ids[1:]
+        self._continuing = without_prefix(full)
         self.prefix_after_special = behind != self._encode(self._continuing, "a").ids
 
     def _encode(self, tokenizer: Any, text: str) -> Any:
-        return _rust(self._path, tokenizer.encode, text, add_special_tokens=False)
+        return guarded(self._path, tokenizer.encode, text, add_special_tokens=False)
 
-    def _read_decoder(self, decoder: dict[str, Any] | None) -> None:
+    def _read_decoder(self, steps: dict[str, Any]) -> None:
         """How this vocabulary spells bytes and blanks, from the decoder of its JSON file."""
-        steps = {} if decoder is None else {step["type"]: step for step in decoder.get("decoders", [decoder])}
-        unknown = set(steps) - {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
-        if unknown or not steps:
-            raise UserError(
-                f"{self._path}: decoder {', '.join(sorted(unknown)) or 'null'} is not supported; "
-                "byte-level and SentencePiece-like vocabularies are"
-            )
         self._byte_level = "ByteLevel" in steps
         self._byte_fallback = "ByteFallback" in steps
         metaspace = steps.get("Metaspace", {"prepend_scheme": "never", "add_prefix_space": False})
         drops = metaspace.get("prepend_scheme", "always") != "never" and metaspace.get("add_prefix_space") is not False
         self._strip_first_space = drops or steps.get("Strip", {}).get("start", 0) > 0
-
-    @cached_property
-    def _continuing(self) -> Any:
-        """The same tokenizer without a prefix space, for text that goes on; the very same where there is none."""
-        import tokenizers
-
-        spec = json.loads(self._full.to_str())
-        bare = spec | {part: _unprefixed(spec[part]) for part in ("normalizer", "pre_tokenizer")}
-        return self._full if bare == spec else tokenizers.Tokenizer.from_str(json.dumps(bare))
 
     def encode(self, text: str, first: bool) -> list[int]:
         whole = self._encode(self._full, text)
@@ -380,60 +310,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     raise UserError(f"{folder}: neither tokenizer.json nor tokenizer.model is there; copy one from the base model")
 
 
-def _content(value: Any) -> str | None:
-    """A token is written as a string or as {"content": ..., flags}."""
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) and value else None
-
-
-def _id(value: Any, where: str) -> int:
-    """An id of the files. Raises UserError for what is none, and for one that no vocabulary reaches."""
-    try:
-        id = int(value)
-    except (TypeError, ValueError, OverflowError):
-        id = -1
-    if not 0 <= id < MAX_ID:
-        raise UserError(f"{where} has the id {value!r:.40}, expected an integer from 0 to {MAX_ID - 1:,}; correct it")
-    return id
-
-
-def _ids_in(spec: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Tokens and their ids in a tokenizer.json, which the library makes a list of, up to the largest."""
-    vocab = model.get("vocab") if isinstance(model := spec.get("model"), dict) else None
-    if isinstance(vocab, dict):
-        yield from vocab.items()
-    for token in spec.get("added_tokens") or ():
-        if isinstance(token, dict):
-            yield token.get("content"), token.get("id")
-
-
-def _rust(path: Path, call: Callable[..., Any], *given: Any, **options: Any) -> Any:
-    """What a function of tokenizers returns. Raises UserError for its errors, that have no class of their own, and for
-    its panics, that are no Exceptions: a pattern that runs away is one, after ten million steps."""
-    try:
-        return call(*given, **options)
-    except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a tokenizer.json that works ({reason}); fetch the file again") from error
-
-
 def _pattern(token: str, flags: dict[str, bool]) -> str:
     before, after = (r"\s*" if flags.get(side) else "" for side in ("lstrip", "rstrip"))
     return f"{before}({re.escape(token)}){after}"
-
-
-def _unprefixed(step: Any) -> Any:
-    """A normalizer or pre-tokenizer of tokenizer.json without what puts a space in front of the text."""
-    if step is None or step["type"] == "Prepend":
-        return None
-    for inner in ("normalizers", "pretokenizers"):
-        if inner in step:
-            return {**step, inner: [kept for s in step[inner] if (kept := _unprefixed(s)) is not None]}
-    if step["type"] == "Metaspace":
-        return {**step, "prepend_scheme": "never"}
-    return {**step, "add_prefix_space": False} if step["type"] == "ByteLevel" else step
 
 
 def _byte_alphabet() -> dict[str, int]:

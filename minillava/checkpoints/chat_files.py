@@ -10,7 +10,7 @@ from typing import Any
 
 from minillava.chat.prompt import around
 from minillava.chat.templates import TEMPLATES
-from minillava.chat.tokenizer import MAX_ID, TokenizerFiles
+from minillava.chat.token_files import MAX_ID, TokenizerFiles
 from minillava.checkpoints.families import DECODERS
 from minillava.config import ChatConfig, DecoderConfig, ModelConfig
 from minillava.errors import UserError, nearest
