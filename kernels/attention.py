@@ -90,7 +90,9 @@ def attention(
     """
     cu_q = list(cu_seqlens)
     cu_k = cu_q if cu_seqlens_k is None else list(cu_seqlens_k)
-    _check_shapes(q, k, v)
+    fits = q.dim() == k.dim() == 3 and k.shape == v.shape and q.shape[2] == k.shape[2] and q.dtype == k.dtype == v.dtype
+    if not fits or q.shape[1] % max(k.shape[1], 1):
+        raise ValueError(f"attention: want q [T, H, K], k and v [S, G, K] of one dtype, got {shapes(q=q, k=k, v=v)}")
     _check_boundaries(cu_q, len(q), cu_k, len(k), causal)
     if window is not None and (window < 1 or not causal):
         raise ValueError("attention: a window (1 or more) goes with causal attention")
@@ -113,12 +115,6 @@ def by_sdpa(q_THK, k_SGK, v_SGK, cu_q, cu_k, causal: bool, window: int, scale: f
         options = {"is_causal": causal} if full else {"attn_mask": seen_TS}
         out.append(F.scaled_dot_product_attention(q[None], k[None], v[None], **options, scale=scale)[0])
     return torch.cat(out, 1).transpose(0, 1).to(q_THK.dtype)
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    fits = q.dim() == k.dim() == 3 and k.shape == v.shape and q.shape[2] == k.shape[2] and q.dtype == k.dtype == v.dtype
-    if not fits or q.shape[1] % max(k.shape[1], 1):
-        raise ValueError(f"attention: want q [T, H, K], k and v [S, G, K] of one dtype, got {shapes(q=q, k=k, v=v)}")
 
 
 def _check_boundaries(cu_q: list[int], T: int, cu_k: list[int], S: int, causal: bool) -> None:

@@ -51,11 +51,6 @@ class VisionConfig:
         return self.patches_per_side**2
 
     @property
-    def feature_size(self) -> int:
-        """Width of what the projector receives."""
-        return self.hidden_size * len(self.select_layers)
-
-    @property
     def layers_run(self) -> int:
         """Blocks needed for the deepest selected hidden state: state i is the output of block i, state 0 the input."""
         return max(layer % (self.num_layers + 1) for layer in self.select_layers)

@@ -70,7 +70,9 @@ class LLaVAModel(nn.Module):
         Raises UserError if placeholders and visual features disagree in number.
         """
         ids_T = input_ids.flatten()
-        boundaries = _boundaries(input_ids, cu_seqlens)
+        boundaries = (0, len(ids_T)) if cu_seqlens is None else cu_seqlens
+        if input_ids.ndim == 2:
+            boundaries = range(0, len(ids_T) + 1, input_ids.shape[1])
         x_TD = self.embed(ids_T)
         if images is not None and len(images):
             visual = self.see(images, spans)
@@ -85,7 +87,7 @@ class LLaVAModel(nn.Module):
             where_S, next_S = supervised(next_T)
             x_SD = self.decoder(x_TD, boundaries, cache, where_S)
             if by_sequence:
-                return losses_of(x_SD, self.decoder.head_weight, next_S, lengths_in(where_S, boundaries))
+                return losses_of(x_SD, self.decoder.head_weight, next_S, where_S, boundaries)
             return linear_cross_entropy(x_SD, self.decoder.head_weight, next_S)
         if cache is not None and input_ids.shape[1:] == (1,):
             return self.decoder.logits(self.decoder(x_TD, None, cache))
@@ -174,13 +176,6 @@ class LLaVAModel(nn.Module):
                     p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
 
 
-def _boundaries(input_ids: Tensor, cu_seqlens: Sequence[int] | None) -> Sequence[int]:
-    """Where sequences begin and end in the flat ids: as given, one, or the rows of a matrix."""
-    if input_ids.ndim == 2:
-        return range(0, input_ids.numel() + 1, input_ids.shape[1])
-    return (0, len(input_ids)) if cu_seqlens is None else cu_seqlens
-
-
 def split_windows(windows: Sequence[int], most: int) -> list[list[int]]:
     """Windows of patches in passes of at most so many patches; a larger window has a pass of its own."""
     passes: list[list[int]] = [[]]
@@ -208,13 +203,8 @@ def supervised(next_T: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([where_S, where_S[-1:].expand(more)]), labels_S
 
 
-def lengths_in(where_S: Tensor, cu_seqlens: Sequence[int]) -> list[int]:
-    """How many of the positions, which are in order, lie in each sequence."""
+def losses_of(x_SD: Tensor, weight_VD: Tensor, next_S: Tensor, where_S: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
+    """The sum of the losses in each sequence, [B]; the positions `where_S` are in order."""
     ends_B = torch.searchsorted(where_S, torch.tensor(cu_seqlens, device=where_S.device))
-    return ends_B.diff().tolist()
-
-
-def losses_of(x_SD: Tensor, weight_VD: Tensor, next_S: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The sum of the losses of each of so many positions, [B]."""
-    parts = zip(x_SD.split(list(lengths)), next_S.split(list(lengths)))
+    parts = zip(x_SD.split(ends_B.diff().tolist()), next_S.split(ends_B.diff().tolist()))
     return torch.stack([linear_cross_entropy(x, weight_VD, labels) for x, labels in parts])

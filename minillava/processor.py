@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minillava.chat.messages import Message, split_at_markers
+from minillava.chat.messages import Message, marker_of, split_at_markers
 from minillava.chat.prompt import Piece, encode, render
 from minillava.chat.templates import TEMPLATES
 from minillava.chat.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ class Processor:
     ) -> Example:
         """A prompt's ids, placeholders expanded. Raises UserError where these are not as many as the visual tokens."""
         visuals = self.open(media, opened)
-        found, expected = count_placeholders(self.config.chat, ids), sum(visual.tokens for visual in visuals)
+        found, expected = count_placeholders(self.config.chat, ids), sum(visual.span.tokens for visual in visuals)
         if found != expected:
             raise UserError(f"the ids hold {found} image placeholders, the pictures make {expected} visual tokens")
         return Example(list(ids), [IGNORE] * len(ids), visuals)
@@ -137,11 +137,6 @@ class Processor:
                 end, kept = min(before, max_tokens), number
                 break
         return Example(ids[:end], example.labels[:end], example.visuals[:kept], len(ids) - len(ids[:end]))
-
-
-def marker_of(chat: ChatConfig, video: bool) -> str:
-    """What stands for a picture or clip in a text; it may be the same for both."""
-    return (chat.video_token if video else "") or chat.image_token
 
 
 def markers_in(chat: ChatConfig, texts: Iterable[str]) -> list[str]:

@@ -26,8 +26,8 @@ class Projector(nn.Module):
     def __init__(self, model: ModelConfig):
         super().__init__()
         self.config = config = model.projector
-        in_features, hidden = model.vision.feature_size, model.decoder.hidden_size
-        out_features = hidden
+        in_features = model.vision.hidden_size * len(model.vision.select_layers)
+        out_features = hidden = model.decoder.hidden_size
         if config.merge > 1:
             self.norm = nn.LayerNorm(in_features, eps=config.norm_eps)
             in_features = hidden = in_features * config.merge**2

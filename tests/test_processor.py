@@ -79,8 +79,8 @@ def test_pictures_and_clips_stand_in_prompt_order(processor):
             placeholders = [id for id in example.ids if id in chat.markers.values()]
             for visual in example.visuals:
                 wanted = chat.video_token_id if visual.span.clip and chat.video_token else chat.image_token_id
-                assert placeholders[at : at + visual.tokens] == [wanted] * visual.tokens
-                at += visual.tokens
+                assert placeholders[at : at + visual.span.tokens] == [wanted] * visual.span.tokens
+                at += visual.span.tokens
             assert at == len(placeholders)
             given_ids = processor.given(example.ids, ordered)
             assert given_ids.ids == example.ids and shades(given_ids) == shades(example)
@@ -120,7 +120,7 @@ def test_the_cut_leaves_whole_pictures_and_the_count_is_the_length(processor):
         some = processor(messages, given, max_tokens=length)
         assert len(some.ids) <= length and some.cut == len(whole.ids) - len(some.ids)
         assert (some.ids, some.labels) == (whole.ids[: len(some.ids)], whole.labels[: len(some.ids)])
-        assert sum(id in placeholders for id in some.ids) == sum(visual.tokens for visual in some.visuals)
+        assert sum(id in placeholders for id in some.ids) == sum(visual.span.tokens for visual in some.visuals)
         assert len(some.ids) == length or whole.ids[len(some.ids)] in placeholders
     assert shades(some) == [1, 2] and some.pixels_NCHW.shape[0] == 4 and len(some.spans) == 2
 

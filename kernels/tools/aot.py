@@ -281,8 +281,9 @@ def write_table(folder: Path) -> None:
     """FOLDER/compile.json and compile.md: every shipped configuration on every architecture."""
     rows = [row for arch in frame.CARDS for row in shipped(arch)]
     folder.mkdir(parents=True, exist_ok=True)
-    opcodes = {arch: sum((row.opcodes for row in rows if row.arch == arch), Counter()) for arch in frame.CARDS}
-    report = {"triton": triton.__version__, "torch": torch.__version__, "opcodes": _sorted(opcodes)}
+    counted = {arch: sum((row.opcodes for row in rows if row.arch == arch), Counter()) for arch in frame.CARDS}
+    opcodes = {arch: dict(sorted(counts.items())) for arch, counts in counted.items() if counts}
+    report = {"triton": triton.__version__, "torch": torch.__version__, "opcodes": opcodes}
     report["rows"] = [{k: v for k, v in asdict(row).items() if k != "opcodes"} for row in rows]
     (folder / "compile.json").write_text(json.dumps(report, indent=1) + "\n")
     names = "arch", "kernel", "settings", "warps", "registers", "spilled bytes", "shared bytes", "limit", "instructions"
@@ -297,10 +298,6 @@ def write_table(folder: Path) -> None:
         cells += row.shared_bytes, row.shared_limit, ", ".join(row.instructions), row.per_weight or ""
         lines.append(f"| {' | '.join(map(str, cells))} |")
     (folder / "compile.md").write_text("\n".join(lines) + "\n")
-
-
-def _sorted(opcodes: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
-    return {arch: dict(sorted(counts.items())) for arch, counts in opcodes.items() if counts}
 
 
 if __name__ == "__main__":

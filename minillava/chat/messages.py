@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ class Message:
 
 def split_at_markers(chat: ChatConfig, text: str) -> list[str]:
     """text, marker, text, marker, ..., text."""
-    return _pattern(tuple(chat.markers)).split(text)
+    return re.split("(" + "|".join(map(re.escape, chat.markers)) + ")", text)
 
 
-@functools.lru_cache(maxsize=8)
-def _pattern(markers: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("(" + "|".join(map(re.escape, markers)) + ")")
+def marker_of(chat: ChatConfig, video: bool) -> str:
+    """What stands for a picture or clip in a text; it may be the same for both."""
+    return (chat.video_token if video else "") or chat.image_token
 
 
 def check_roles(messages: Sequence[Message], generate: bool) -> None:

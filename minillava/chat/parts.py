@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minillava.chat.messages import Message, split_at_markers
+from minillava.chat.messages import Message, marker_of, split_at_markers
 from minillava.config import ChatConfig
 from minillava.errors import UserError
 from minillava.files import shown
@@ -47,12 +47,8 @@ def _message(chat: ChatConfig, entry: Any) -> tuple[Message, list[Source]]:
         raise UserError(f"pictures are a user's, but the role is '{role}'; leave them out")
     if len(split_at_markers(chat, "".join(texts))) > 1:
         return Message(role, "".join(texts)), sources
-    written = "".join(part if isinstance(part, str) else f"{_marker(chat, part[0])}\n" for part in parts)
+    written = "".join(part if isinstance(part, str) else f"{marker_of(chat, part[0])}\n" for part in parts)
     return Message(role, written.removesuffix("\n") if sources and parts[-1] in sources else written), sources
-
-
-def _marker(chat: ChatConfig, video: bool) -> str:
-    return (chat.video_token if video else "") or chat.image_token
 
 
 def _part(part: Any) -> str | Source:

@@ -56,24 +56,18 @@ def render(chat: ChatConfig, tokenizer: Tokenizer, messages: Sequence[Message], 
 
 
 def place_markers(chat: ChatConfig, template: Template, text: str) -> str:
-    """A user's text with its only marker in front, and with what the template writes around every marker."""
+    """A user's text with its only marker in front, and with what the template writes around every marker.
+
+    Half of LLaVA's data has the picture behind the question, and its train.py moves it to a line of its own in front
+    (`preprocess_multimodal`), which drops all but one of several; LLaVA-NeXT's leaves those alone, as is done here.
+    """
     alone = sum(map(text.count, chat.markers)) == 1
     for marker in chat.markers:
-        text = image_first(text, marker) if alone else text
+        if alone and marker in text:
+            text = f"{marker}\n{text.replace(marker, '').strip()}".strip()
         text = text.replace(f"{marker}\n", marker) if template.around else text
         text = text.replace(marker, marker.join(around(chat, template)))
     return text
-
-
-def image_first(text: str, image_token: str) -> str:
-    """The one picture of a message goes in front, on a line of its own; of several, each stays where it is.
-
-    Half of LLaVA's data has the picture behind the question, and its train.py moves it (`preprocess_multimodal`), which
-    drops all but one of several; LLaVA-NeXT's leaves those alone.
-    """
-    if text.count(image_token) != 1:
-        return text
-    return f"{image_token}\n{text.replace(image_token, '').strip()}".strip()
 
 
 def around(chat: ChatConfig, template: Template) -> tuple[str, ...]:

@@ -72,17 +72,14 @@ class LowRank:
     def add_to(self, weight: Tensor) -> Tensor:
         """The weight with its adapter, in float32 and where the weight is."""
         stored = [self.A, self.B] + ([self.magnitude] if self.magnitude else [])
-        A, B, *length = (t.to(weight.device, torch.float32, copy=True).flatten(1) for t in _two_axes(stored))
+        wide = (t.to(weight.device, torch.float32, copy=True) for t in read(stored))
+        A, B, *length = (t.flatten(1) if t.ndim > 1 else t[None] for t in wide)
         change = self.scale * (B @ A)
         added = weight.float() + (change.T if self.embedding else change).view(weight.shape)
         if length:
             rows = added.flatten(1)
             added = (rows * (length[0].view(-1, 1) / rows.norm(dim=1, keepdim=True))).view(weight.shape)
         return added
-
-
-def _two_axes(stored: list[Stored]) -> Iterator[Tensor]:
-    return (tensor if tensor.ndim > 1 else tensor[None] for tensor in read(stored))
 
 
 @dataclass(frozen=True)

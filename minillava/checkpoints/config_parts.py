@@ -72,17 +72,14 @@ def write_decoder(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """A text_config. Raises UserError for a decoder that is of no family."""
     d, family = config.decoder, DECODERS.get(config.decoder.model_type)
     experts = family is not None and set(EXPERT_KEYS) <= set(family.keys)
-    if family is None or family.decides != _decided(d, family) or experts != (d.num_experts > 0):
+    decided = family is not None and all(getattr(d, name) == value for name, value in family.decides.items())
+    if family is None or not decided or experts != (d.num_experts > 0):
         raise UserError(
             f"a decoder of type {d.model_type} with qkv_bias {d.qkv_bias}, qk_norm {d.qk_norm} has no foreign name"
         )
     common = dict(sliding_window=None, dtype=dtype, **special_ids(config))
     own = write_keys(family.keys, config)
     return {"model_type": d.model_type} | write_keys(LLAMA_KEYS, config) | common | own | family.written
-
-
-def _decided(config: DecoderConfig | VisionConfig, family: Family) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in family.decides}
 
 
 def special_ids(config: ModelConfig) -> dict[str, Any]:

@@ -50,10 +50,6 @@ class Release:
     top_tie: bool = True  # the top level decides whether the head is tied
     routed: str = "_moe"  # behind model_type where the decoder has experts
 
-    @property
-    def tower_types(self) -> list[str]:
-        return [self.tower_type or self.tower, self.tower]
-
 
 RELEASES: dict[str, Release] = {
     "onevision_1_5": Release(
@@ -94,7 +90,8 @@ def read(raw: dict[str, Any], folder: Path) -> ModelConfig:
         text["tie_word_embeddings"] = FLAG.read(Fields(raw, where), TIED.theirs, False)  # type: ignore[misc]
     decoder = read_decoder(text, f"{where}: text_config")
     own = own_values(raw, folder)
-    Fields(tower, f"{where}: vision_config").one_of("model_type", release.tower, release.tower_types)
+    types = [release.tower_type or release.tower, release.tower]
+    Fields(tower, f"{where}: vision_config").one_of("model_type", release.tower, types)
     vision, projector = read_native_tower(tower | {"model_type": release.tower}, f"{where}: vision_config", own)
     values = optional_json(folder / "processor_config.json").get("image_processor")
     path = folder / "preprocessor_config.json"

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from minillava.chat.messages import Message, check_roles
+from minillava.chat.messages import Message, check_roles, marker_of
 from minillava.config import ChatConfig
 from minillava.data.layouts import MARKER, VIDEO_MARKER, Content, RoleError, media_in, read_row
 from minillava.data.pictures import MissingError, Places
@@ -20,7 +20,6 @@ from minillava.data.preferences import as_conversations
 from minillava.errors import UserError
 from minillava.files import in_words
 from minillava.media.visual import Media
-from minillava.processor import marker_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,17 +74,14 @@ class AnswerText:
         self.stopped = bool(found)
         end = end or self.stopped
         text = self.waiting[: min(found)] if found else self.waiting
-        size = len(text) if end else self._safe(text)
+        size = len(text)
+        if not end:  # what can be shown whatever comes next
+            for stop in self.stops:
+                size = min(size, next((at for at in range(len(text)) if stop.startswith(text[at:])), size))
+            size = len(text[:size].rstrip()) if self.strip else size
         self.waiting, text = text[size:], text[:size]
         if self.strip:
             text = text if self.text else text.lstrip()
             text = text.rstrip() if end else text
         self.text += text
         return text
-
-    def _safe(self, text: str) -> int:
-        """How many characters of `text` can be shown whatever comes next."""
-        size = len(text)
-        for stop in self.stops:
-            size = min(size, next((at for at in range(len(text)) if stop.startswith(text[at:])), size))
-        return len(text[:size].rstrip()) if self.strip else size

@@ -18,7 +18,6 @@ import torch
 
 from minillava.chat.prompt import stop_ids
 from minillava.chat.tokenizer import Tokenizer
-from minillava.config import ModelConfig
 from minillava.errors import UserError
 from minillava.generation.answer import Answer, AnswerText, stop_strings
 from minillava.generation.request import Request, Row
@@ -38,15 +37,12 @@ class Engine:
     """Answers requests with one model and its tokenizer."""
 
     def __init__(self, model: LLaVAModel, tokenizer: Tokenizer):
-        self.model, self.tokenizer, self.processor = model, tokenizer, Processor(model.config, tokenizer)
+        self.model, self.tokenizer, self.config = model, tokenizer, model.config
+        self.processor = Processor(model.config, tokenizer)
         self.eos_ids = stop_ids(model.config.chat, tokenizer)
         self.stops = stop_strings(model.config.chat)
         self.pictures_seen = 0  # that went through the tower since the start
         self._idle: Slots | None = None  # of the last batch, for the next one: on a GPU its graphs are worth keeping
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.processor.config
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +91,7 @@ class Engine:
                 )
             context = min(self.config.decoder.max_positions, capacity or self.config.decoder.max_positions)
             if len(ids) >= context:
-                visual = sum(picture.tokens for picture in prompt.visuals)
+                visual = sum(picture.span.tokens for picture in prompt.visuals)
                 raise UserError(
                     f"the prompt is {len(ids)} tokens ({visual} of them visual), but prompt and answer together have "
                     f"to fit the context of {context}; shorten it"

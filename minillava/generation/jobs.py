@@ -183,12 +183,11 @@ def result(engine: Engine, job: Job) -> dict[str, Any]:
     if answer is None:
         error = {"code": "invalid_request_error", "message": job.error} if batch else job.error
         return {"custom_id": name, "response": None, "error": error} if batch else {"id": name, "error": error}
-    return _batch_result(name, answer) if batch else {"id": name, "text": answer.text, **_counts(answer)}
-
-
-def _counts(answer: Answer) -> dict[str, Any]:
-    return {"finish_reason": answer.finish_reason, "prompt_tokens": answer.prompt_tokens,
-            "image_tokens": answer.image_tokens, "new_tokens": len(answer.token_ids)}  # fmt: skip
+    if batch:
+        return _batch_result(name, answer)
+    return {"id": name, "text": answer.text, "finish_reason": answer.finish_reason,
+            "prompt_tokens": answer.prompt_tokens, "image_tokens": answer.image_tokens,
+            "new_tokens": len(answer.token_ids)}  # fmt: skip
 
 
 def _batch_result(name: Any, answer: Answer) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def attention_over_pictures(
     weights_S = _weights(engine, example, begin + first, begin + last, layer, heads)
     placeholders = torch.tensor(list(engine.config.chat.markers.values()))
     where_T = torch.isin(torch.tensor(example.ids[: len(weights_S)]), placeholders)
-    parts = weights_S[where_T].split([visual.tokens for visual in example.visuals])
+    parts = weights_S[where_T].split([visual.span.tokens for visual in example.visuals])
     pictures = [medium.image() for medium in media]
     return [
         Look(part_T, _maps(part_T, visual, engine.config, picture.size, len(media) > 1), picture)

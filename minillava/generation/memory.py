@@ -35,7 +35,7 @@ class Memory:
     def describe(self, row: Row) -> None:
         """Give a row the keys of its pictures and of the blocks of its prompt; before it enters, on any thread."""
         keys = {id(picture): picture_key(picture) for picture in row.pictures}
-        row.picture_keys = [(keys[id(picture)], picture.tokens) for picture in row.pictures]
+        row.picture_keys = [(keys[id(picture)], picture.span.tokens) for picture in row.pictures]
         row.block_keys = list(self.keys(row, row.ids))
 
     def keys(self, row: Row, ids: Sequence[int]) -> Iterator[bytes]:

@@ -47,13 +47,6 @@ GREEDY = Sampling()
 ARGMAX, WHOLE, CUT = range(3)  # the likeliest; drawn from the whole distribution; from its top-k, top-p, min-p part
 
 
-def kind_of(sampling: Sampling) -> int:
-    """Which of ARGMAX, WHOLE and CUT a row's sampling is."""
-    if sampling.temperature == 0:
-        return ARGMAX
-    return CUT if sampling.top_p < 1 or sampling.top_k or sampling.min_p else WHOLE
-
-
 class Sampler:
     """Chooses one token for each slot of a batch, `steps` times at most; its state lives on the device."""
 
@@ -68,9 +61,10 @@ class Sampler:
         cuts = (self.top_p_B, self.top_k_B, self.min_p_B)
         self.state = (self.draws_BN, self.used_B, self.kind_B, self.temperature_B, *cuts)
 
-    def enter(self, slot: int, sampling: Sampling, steps: int) -> None:
-        """A new answer of at most `steps` tokens starts in `slot`."""
-        kind = kind_of(sampling)
+    def enter(self, slot: int, sampling: Sampling, steps: int) -> int:
+        """A new answer of at most `steps` tokens starts in `slot`; returns which of ARGMAX, WHOLE and CUT it is."""
+        kind = CUT if sampling.top_p < 1 or sampling.top_k or sampling.min_p else WHOLE
+        kind = kind if sampling.temperature else ARGMAX
         if kind != ARGMAX:  # drawn on the CPU: the same numbers on every device
             generator = torch.Generator().manual_seed(sampling.seed)
             self.draws_BN[slot, :steps] = torch.empty(steps).uniform_(generator=generator).to(self.draws_BN.device)
@@ -78,6 +72,7 @@ class Sampler:
         values = (0, kind, sampling.temperature or 1.0, *cuts)
         for state_B, value in zip(self.state[1:], values):
             state_B[slot] = value
+        return kind
 
     def __call__(self, logits_BV: Tensor, rows: slice, kinds: Set[int]) -> Tensor:
         """Tokens [B] for the slots `rows`, among which no other kinds than these are; every call is the next step."""

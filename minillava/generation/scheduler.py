@@ -80,7 +80,6 @@ class Scheduler:
         if any(row.finish_reason for row in self.live):  # cancelled
             events += self._leave()
         if self.entering or (self.waiting and len(self.live) < self.slots.rows):
-            events += self._take_all()
             events += self._leave()
             events += self._prefill()
         # On a GPU the host is a step behind: it reads the tokens of one while the next is computed.
@@ -114,15 +113,11 @@ class Scheduler:
             events.append((row, piece))
         return events
 
-    def _take_all(self) -> list[Event]:
-        events: list[Event] = []
-        while self.slots.pending:
-            events += self._accept(self.slots.take())
-        return events
-
     def _leave(self) -> list[Event]:
         """Rows that have ended leave; the last one moves into the gap, so that a step takes the first slots alone."""
-        events, live, slots = self._take_all(), self.live, self.slots
+        live, slots, events = self.live, self.slots, list[Event]()
+        while slots.pending:
+            events += self._accept(slots.take())
         for slot in reversed(range(len(live))):
             if not live[slot].finish_reason:
                 continue
@@ -176,7 +171,9 @@ class Scheduler:
             room -= self._plan(self.entering, room, spans, computing)
         while room > 0 and self.waiting and len(self.live) + len(spans) < self.slots.rows:
             row, slot = self.waiting[0], len(self.live) + len(spans)
-            known = self._known(row)
+            known = 0  # blocks of the prompt that are in the memory; never all: its last token has to be computed
+            if self.memory is not None:
+                known = self.memory.prefixes.known(row.block_keys[: (len(row.ids) - 1) // BLOCK])
             if row.block_keys[known : known + 1] and row.block_keys[known] in computing:
                 break  # another row is computing what this one can take over after this pass
             self.waiting.popleft()
@@ -191,10 +188,6 @@ class Scheduler:
             room -= self._plan(row, room, spans, computing)
         return spans
 
-    def _known(self, row: Row) -> int:
-        """Blocks of the prompt that are in the memory; never all of it: its last token has to be computed."""
-        return 0 if self.memory is None else self.memory.prefixes.known(row.block_keys[: (len(row.ids) - 1) // BLOCK])
-
     def _plan(self, row: Row, room: int, spans: list[Span], computing: set[bytes]) -> int:
         """Add the next part of a prompt, of at most `room` tokens; returns its length."""
         end = min(len(row.ids), row.cached + room)
@@ -206,10 +199,10 @@ class Scheduler:
         """The visual tokens [T, D] of these parts of prompts, from each picture that is in one."""
         needed = []  # (row, number of the picture, its first and last token in this part)
         for row, at, end in spans:
-            first, last = self._visual(row.ids[:at]), self._visual(row.ids[:end])
-            ends = list(accumulate(picture.tokens for picture in row.pictures))
+            first, last = (count_placeholders(self.engine.config.chat, row.ids[:stop]) for stop in (at, end))
+            ends = list(accumulate(picture.span.tokens for picture in row.pictures))
             for number, (picture, stop) in enumerate(zip(row.pictures, ends)):
-                start = stop - picture.tokens
+                start = stop - picture.span.tokens
                 if start < last and stop > first:
                     needed.append((row, number, max(first, start) - start, min(last, stop) - start))
         pictures = [row.pictures[number] for row, number, _, _ in needed]
@@ -217,10 +210,9 @@ class Scheduler:
             self.engine.see(pictures)
         else:
             self._see_once([(row.picture_keys[number][0], row.pictures[number]) for row, number, _, _ in needed])
-        parts = [
+        return [
             picture.visual_TD[a:b] for picture, (_, _, a, b) in zip(pictures, needed) if picture.visual_TD is not None
         ]
-        return parts
 
     def _see_once(self, pictures: Sequence[tuple[bytes, Visual]]) -> None:
         """From the memory what is there, and into it what is not."""
@@ -242,11 +234,5 @@ class Scheduler:
         """One packed pass over parts of prompts -> logits [B, V] behind each."""
         ids_T = torch.tensor([id for row, at, end in spans for id in row.ids[at:end]], device=self.engine.device)
         cu_seqlens = list(accumulate((end - at for _, at, end in spans), initial=0))
-        slots = range(len(self.live), len(self.live) + len(spans))
-        cache = self.slots.cache
-        return self.engine.model(
-            ids_T, visual=visual, cache=cache, last_only=True, cu_seqlens=cu_seqlens, slots=list(slots)
-        )
-
-    def _visual(self, ids: list[int]) -> int:
-        return count_placeholders(self.engine.config.chat, ids)
+        where = {"cu_seqlens": cu_seqlens, "slots": range(len(self.live), len(self.live) + len(spans))}
+        return self.engine.model(ids_T, visual=visual, cache=self.slots.cache, last_only=True, **where)

@@ -13,15 +13,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from minillava.generation.sampling import Sampler, Sampling, kind_of, penalised
+from minillava.generation.sampling import Sampler, Sampling, penalised
 from minillava.layers.cache import KVCache
 from minillava.llava import LLaVAModel
 
 MASKED, PENALISED = -1, -2  # beside the kinds of sampling: some tokens are not allowed; repetition costs
-
-
-def _no_wait() -> None:
-    return None
 
 
 class Slots:
@@ -43,7 +39,7 @@ class Slots:
         self.captured = device.type == "cuda" and not asks
         # The host reads the tokens of a step while a GPU works on the next one.
         self.lag = 1 if device.type == "cuda" else 0
-        self.pending: deque[tuple[Tensor, Callable[[], object]]] = deque()  # tokens on their way, and the wait for them
+        self.pending: deque[tuple[Tensor, Callable[[], object] | None]] = deque()  # tokens on their way; how to wait
         self.graphs: dict[tuple[int, frozenset[int]], torch.cuda.CUDAGraph] = {}
         self._graph_logits: dict[tuple[int, frozenset[int]], Tensor | None] = {}
         self.logits_BV: Tensor | None = None  # of the last step or prompts, until the next
@@ -56,8 +52,7 @@ class Slots:
     def enter(self, slot: int, sampling: Sampling, steps: int, cached: int = 0) -> None:
         """An answer of at most `steps` tokens starts in `slot`, which keeps its first `cached` tokens."""
         self.cache.keep(slot, cached)
-        self.sampler.enter(slot, sampling, steps)
-        self.kinds[slot] = kind_of(sampling)
+        self.kinds[slot] = self.sampler.enter(slot, sampling, steps)
         self.left_B[slot] = steps
         if self.allowed_BV is not None:
             self.allowed_BV[slot] = True
@@ -138,15 +133,15 @@ class Slots:
             event = torch.cuda.Event()
             tokens_B = torch.empty(n, dtype=torch.int64, pin_memory=True).copy_(self.tokens_B[:n], non_blocking=True)
             event.record()
-            done = event.synchronize
+            self.pending.append((tokens_B, event.synchronize))
         else:
-            tokens_B, done = self.tokens_B[:n].clone(), _no_wait
-        self.pending.append((tokens_B, done))
+            self.pending.append((self.tokens_B[:n].clone(), None))
 
     def take(self) -> list[int]:
         """The tokens of the oldest step that was not taken yet."""
         tokens_B, done = self.pending.popleft()
-        done()
+        if done:
+            done()
         return tokens_B.tolist()
 
     def rehearse(self, n: int, kinds: frozenset[int]) -> None:

@@ -210,7 +210,7 @@ def _pad(image: Image.Image, config: ImageConfig, name: str) -> Image.Image:
         square = Image.new("RGB", (side, side), pad_colour(config))
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         image = square
-    return _squash(image, config, name)
+    return _resized(image, (config.size, config.size))
 
 
 def _crop(image: Image.Image, config: ImageConfig, name: str) -> Image.Image:

@@ -31,13 +31,9 @@ class Visual:
     visual_TD: Tensor | None = None  # what tower and projector make of the pixels, once they have
 
     @property
-    def tokens(self) -> int:
-        return self.span.tokens
-
-    @property
     def counts(self) -> list[int]:
         """Visual tokens at each marker that the prompt has for it in the end."""
-        return [count for _, count in self.tags] or [self.tokens]
+        return [count for _, count in self.tags] or [self.span.tokens]
 
 
 @dataclass(frozen=True, slots=True)

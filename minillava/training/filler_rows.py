@@ -17,7 +17,7 @@ def blank_example(config: ModelConfig) -> Example:
     """One small grey picture and nothing else; nothing in it is learned."""
     image = Image.new("RGB", (config.image.size, config.image.size), "grey")
     visual = Media(image).open(config, several=True)
-    return Example([config.chat.image_token_id] * visual.tokens, [IGNORE] * visual.tokens, [visual])
+    return Example([config.chat.image_token_id] * visual.span.tokens, [IGNORE] * visual.span.tokens, [visual])
 
 
 def with_row(batch: Batch, example: Example) -> Batch:

@@ -280,7 +280,8 @@ def wrap_blocks(model: nn.Module, checkpointing: str, compiled: bool) -> Callabl
             for name in {"before", "after"} & set(dir(module)):
                 put(module, name, torch.compile(getattr(module, name), dynamic=True))
         if checkpointing != "off":
-            context: dict[str, Any] = {"context_fn": _selective} if checkpointing == "selective" else {}
+            selective = partial(create_selective_checkpoint_contexts, _keep)
+            context: dict[str, Any] = {"context_fn": selective} if checkpointing == "selective" else {}
             put(block, "forward", partial(checkpoint, block.forward, use_reentrant=False, **context))
 
     def undo() -> None:
@@ -288,10 +289,6 @@ def wrap_blocks(model: nn.Module, checkpointing: str, compiled: bool) -> Callabl
             delattr(module, name)
 
     return undo
-
-
-def _selective() -> Any:
-    return create_selective_checkpoint_contexts(_keep)
 
 
 def _keep(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

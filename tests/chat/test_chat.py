@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from minillava.chat import jinja, prompt
 from minillava.chat.messages import Message
-from minillava.chat.prompt import image_first, render, stop_ids
+from minillava.chat.prompt import place_markers, render, stop_ids
 from minillava.chat.templates import TEMPLATES
 from minillava.chat.tokenizer import load_tokenizer
 from minillava.checkpoints.chat_files import guess_template
@@ -259,7 +259,7 @@ def test_plain_is_picture_and_caption():
     ],
 )
 def test_a_single_picture_goes_first_and_several_stay(text, expected):
-    assert image_first(text, "<image>") == expected
+    assert place_markers(ChatConfig(), TEMPLATES["vicuna_v1"], text) == expected
 
 
 # ---- properties, for every vocabulary and template

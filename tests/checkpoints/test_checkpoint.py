@@ -1,11 +1,14 @@
 """A checkpoint is resolved, read and built once."""
 
 import copy
+import os
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from minillava import LLaVA
@@ -42,6 +45,35 @@ def test_from_pretrained_resolves_reads_and_builds_once(monkeypatch):
     assert {key: calls[key] for key in ("resolve", "config.json", "network")} == {
         "resolve": 1, "config.json": 1, "network": 1,
     }  # fmt: skip
+
+
+def functions_called(work):
+    """The functions of the package that `work` passes through, by file and name; lambdas and comprehensions are parts
+    of theirs."""
+    root, found = f"{Path(__file__).parents[2]}{os.sep}", set()
+
+    def note(frame, event, argument):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(root) and not code.co_name.startswith("<"):
+            found.add((code.co_filename.removeprefix(root), code.co_qualname))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return {name for name in found if name[0].startswith(("minillava", "kernels"))}
+
+
+def test_a_reader_of_one_answer_meets_few_functions():
+    """Of nano's, on a CPU, once C code is there: what is loaded in passing, and what generate goes through."""
+    model, picture = LLaVA.from_pretrained(NANO), Image.new("RGB", (64, 48))
+    model.generate("What is this?", picture)
+    loading = functions_called(lambda: LLaVA.from_pretrained(NANO))
+    answering = functions_called(lambda: model.generate("What is this?", picture))
+    assert len(answering) <= 155, sorted(answering)
+    assert len(loading) <= 116, sorted(loading)
 
 
 def test_a_checkpoint_loads_as_often_as_it_is_asked():

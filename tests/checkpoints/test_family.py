@@ -226,7 +226,7 @@ def check(foreign, images=(), frames=(), answer=True):
         (found,) = engine.generate([foreign.request(images, frames, max_new_tokens=32)])
         expected = foreign.model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, len(row.ids) :].tolist()
         assert found.token_ids == expected and len(expected) > 4 and len(set(expected)) > 3
-        assert found.image_tokens == sum(picture.tokens for picture in row.pictures)
+        assert found.image_tokens == sum(picture.span.tokens for picture in row.pictures)
     return row
 
 
