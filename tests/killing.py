@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 
@@ -19,8 +20,11 @@ LONGEST_S = 120  # that anything may take on a busy machine
 
 def work(words, said):
     """A command in a process of its own; what it writes goes to a file."""
+    from tqdm import tqdm
+
     from minillava.cli import main
 
+    tqdm.set_lock(threading.RLock())  # not one of all processes, which a kill leaves behind
     with open(said, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
