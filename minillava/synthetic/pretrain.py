@@ -186,8 +186,6 @@ class ClipTask(Stream):
     """Trains the run's vision tower on `data`, or on the built-in world where the stage has none. The text tower is
     dropped afterwards. Every batch holds all phrases that there are."""
 
-    trains = ("vision", "text")
-
     def __init__(self, run: Run, stage: StageConfig):
         super().__init__(run, stage)
         self.model = Clip(run.model.vision, run.config.decoder.vocab_size, whole=bool(stage.data))
@@ -233,8 +231,6 @@ class TextTask(Stream):
 
     `shapes.turns`: questions a text about a scene.
     """
-
-    trains = ("decoder",)
 
     def __init__(self, run: Run, stage: StageConfig):
         super().__init__(run, stage)

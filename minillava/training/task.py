@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minillava.chat.tokenizer import Tokenizer
 from minillava.checkpoints.checkpoint import Checkpoint
 from minillava.config import ModelConfig
-from minillava.errors import UserError, nearest
+from minillava.errors import UserError
 from minillava.llava import LLaVAModel
 from minillava.recipe import Recipe, StageConfig
 from minillava.training.tasks import TASKS, check_task
@@ -49,10 +49,9 @@ class Run:
 class Task(ABC):
     """One stage's work. Subclasses set what is here; of what is defined, the rest has defaults."""
 
-    trains: ClassVar[tuple[str, ...]] = ("vision", "projector", "decoder")  # the names of its parts
     shared = False  # ranks share its steps and its model, and it may train adapters; of others every rank does all work
     model: nn.Module  # what `loss` calls; what of it is in no part is frozen
-    parts: dict[str, nn.Module]  # by the name that `lr` has for them; disjoint, all inside `model`
+    parts: dict[str, nn.Module]  # by the name that `lr` has for them (`tasks.TRAINS`); disjoint, all inside `model`
     stage: StageConfig
 
     def total_steps(self) -> int:
@@ -120,13 +119,8 @@ def task_class(stage: StageConfig) -> type[Task]:
 def check_stage(stage: StageConfig) -> None:
     """Raises UserError for a task that there is not, and for what it cannot train, before any stage begins."""
     check_task(stage)
-    cls = task_class(stage)
-    if stage.lora and not cls.shared:
+    if stage.lora and not task_class(stage).shared:
         raise UserError(f"stage '{stage.name}': task '{stage.task}' trains no adapters; leave lora out")
-    for name in stage.lr.keys() - set(cls.trains):
-        raise UserError(
-            f"stage '{stage.name}': lr for '{name}', which task '{stage.task}' has not{nearest(name, cls.trains)}"
-        )
 
 
 def make_task(run: Run, stage: StageConfig) -> Task:

@@ -15,6 +15,9 @@ TASKS = {
     "text": "minillava.synthetic.pretrain:TextTask",
     "shapes": "minillava.synthetic.task:ShapesTask",
 }
+# The parts of each that may have a rate.
+LLAVA = ("vision", "projector", "decoder")
+TRAINS = {"llava": LLAVA, "dpo": LLAVA, "clip": ("vision", "text"), "text": ("decoder",), "shapes": LLAVA}
 # Options of `shapes` that these read, with their defaults: how many samples there are, questions about a scene (0:
 # captions), scenes of each split in an evaluation.
 OPTIONS = {"text": {"turns": 8}, "shapes": {"samples": 20000, "turns": 10, "scenes": 100}}
@@ -26,7 +29,7 @@ def options(stage: StageConfig) -> dict[str, int]:
 
 
 def check_words(recipe: Recipe) -> None:
-    """Raises UserError for a task that there is not, an option that it does not have, and an unknown quantisation."""
+    """Raises UserError for a task that there is not, a part or an option that it has not, an unknown quantisation."""
     if recipe.model.quantize:
         Scheme.parse(recipe.model.quantize)
     for stage in recipe.stage:
@@ -38,6 +41,8 @@ def check_task(stage: StageConfig) -> None:
     at = f"stage '{stage.name}'"
     if stage.task not in TASKS:
         raise UserError(f"{at}: no task '{stage.task}'{nearest(stage.task, TASKS)}")
+    for name in stage.lr.keys() - set(TRAINS[stage.task]):
+        raise UserError(f"{at}: lr for '{name}', which task '{stage.task}' has not{nearest(name, TRAINS[stage.task])}")
     known = OPTIONS.get(stage.task, {})
     for key, value in stage.shapes.items():
         if not known:

@@ -56,6 +56,10 @@ def test_help_is_light(words):
         (["train", "--stage", "claps"], "did you mean 'clip'"),
         (["train", "--set", "stage.clip.task=clop"], "stage 'clip': no task 'clop' (did you mean 'clip'?)"),
         (["train", "--set", "stage.text.shapes.turn=1"], "stage 'text': shapes.turn is unknown (did you mean 'turns'"),
+        (
+            ["train", "--set", "stage.clip.lr.visin=1"],
+            "lr for 'visin', which task 'clip' has not (did you",
+        ),
         (["train", "--set", "model.quantize=nf5"], "quantize 'nf5': type 'nf5' is unknown"),
         (["instruct", "--questions", __file__, "--images", ".", "--model", "nowhere"], "nowhere: no such folder"),
         (["instruct", "--questions", __file__, "--images", "no", "--model", "nano"], "no: no such folder of pictures"),

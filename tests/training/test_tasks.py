@@ -4,7 +4,7 @@ import pytest
 
 from minillava.errors import UserError
 from minillava.recipe import ModelRecipe, Recipe, StageConfig
-from minillava.training.tasks import check_words, options
+from minillava.training.tasks import OPTIONS, TASKS, TRAINS, check_words, options
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,23 @@ def test_a_wrong_word_is_one_line_that_names_it(task, shapes, words):
     with pytest.raises(UserError) as caught:
         check_words(Recipe(stage=(StageConfig(name="a", task=task, shapes=shapes),)))
     assert str(caught.value).startswith(f"stage 'a': {words}")
+
+
+@pytest.mark.parametrize(
+    ("task", "part", "words"),
+    [
+        ("llava", "projectr", "lr for 'projectr', which task 'llava' has not (did you mean 'projector'?)"),
+        ("text", "vision", "lr for 'vision', which task 'text' has not (known: decoder)"),
+    ],
+)
+def test_a_rate_for_a_part_that_a_task_has_not(task, part, words):
+    with pytest.raises(UserError) as caught:
+        check_words(Recipe(stage=(StageConfig(name="a", task=task, lr={part: 1e-3}),)))
+    assert str(caught.value) == f"stage 'a': {words}"
+
+
+def test_every_task_is_in_every_table():
+    assert TASKS.keys() == TRAINS.keys() > OPTIONS.keys()
 
 
 def test_a_wrong_quantisation():

@@ -286,7 +286,8 @@ def test_a_rate_for_a_part_that_is_not_there(world, tmp_path):
     with pytest.raises(UserError, match=r"no task 'lava'.*did you mean 'llava'"):
         run_recipe(recipe_of(world, tmp_path / "x", "stage.*.task=lava"))
     with pytest.raises(UserError, match="task 'text' trains no adapters; leave lora out"):
-        run_recipe(recipe_of(world, tmp_path / "y", "stage.*.task=text", "stage.*.lora={projector = {rank = 2}}"))
+        sets = "stage.*.task=text", "stage.*.lr={decoder = 1.0}", "stage.*.lora={decoder = {rank = 2}}"
+        run_recipe(recipe_of(world, tmp_path / "y", *sets))
 
 
 def test_parts_that_overlap_are_refused(world, tmp_path):
