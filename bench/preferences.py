@@ -2,10 +2,11 @@
 
 python -m bench.preferences [--scenes N] [--run FOLDER] [--set KEY=VALUE]... [--keep]
 
-The model that ships answers such questions about training scenes. Pairs are made of the answers that it gets wrong or
-nearly so, and of sure ones beside them, more where "yes" is right: doubtful answers alone turn the model over, and
-"no" alone makes it say no. Trained on these, it is asked about scenes that no training had. JSON and a table,
-preferences.json and preferences.md, go to runs/bench/cpu.
+A model that knows drawn scenes (the one that ships; --set model.base=DIR for the one of `minillava train`, about
+which the table in bench/results is) answers such questions about training scenes. Pairs are made of the answers that
+it gets wrong or nearly so, and of sure ones beside them, more where "yes" is right: doubtful answers alone turn the
+model over, and "no" alone makes it say no. Trained on these, it is asked about scenes that no training had. JSON and
+a table, preferences.json and preferences.md, go to runs/bench/cpu.
 """
 
 from __future__ import annotations
@@ -126,16 +127,17 @@ def main(arguments: list[str] | None = None) -> None:
     machine.add_out(parser)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     args = parser.parse_args(arguments)
-    nano = LLaVA.from_pretrained("nano", dtype="float32")
-    began_s, folder = time.monotonic(), args.run / "pairs"
+    began_s, folder, run = time.monotonic(), args.run / "pairs", args.run / f"run-{time.time_ns()}"
+    args.run.mkdir(parents=True, exist_ok=True)
+    (args.run / "recipe.toml").write_text(RECIPE.format(folder=folder))
+    recipe = read_recipe(args.run / "recipe.toml", args.set, str(run))
+    nano = LLaVA.from_pretrained(recipe.model.base, dtype="float32")
     pairs = (
         len(json.loads((folder / "pairs.json").read_text()))
         if folder.exists()
         else write_pairs(nano, folder, args.scenes)
     )
-    (args.run / "recipe.toml").write_text(RECIPE.format(folder=folder))
-    run = args.run / f"run-{time.time_ns()}"
-    run_recipe(read_recipe(args.run / "recipe.toml", args.set, str(run)))
+    run_recipe(recipe)
     after = errors(LLaVA.from_pretrained(run / "dpo" / "model", dtype="float32"))
     row = {"pairs": pairs, "set": args.set, "before": errors(nano), "after": after}
     found = {"facts": machine.facts("cpu"), "seconds": round(time.monotonic() - began_s), **row}
