@@ -17,7 +17,6 @@ from torch import Tensor
 
 from minillava.kernels import flash, flash_backward
 from minillava.kernels.cpu import blocks
-from minillava.kernels.cpu import library as cpu
 from minillava.kernels.frame import register, shapes, wide
 
 # -- reference ---------------------------------------------------------------------------------------------------------
@@ -98,8 +97,6 @@ def attention(
         raise ValueError("attention: a window (1 or more) goes with causal attention")
     args = q, k, v, cu_q, cu_k, causal, window or 0, q.shape[2] ** -0.5 if scale is None else scale
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        if q.dtype == torch.bfloat16 and not cpu.multiplies_bf16():  # which PyTorch would emulate
-            return blocks.attention(q.float(), k.float(), v.float(), *args[3:]).to(q.dtype)
         return blocks.attention(*args)
     if q.is_cuda and not flash.takes(q, args[-1]):
         return by_sdpa(*args)

@@ -1,4 +1,4 @@
-"""Attention of packed sequences on CPUs with AMX tiles, in bf16 and without gradients: attention.c."""
+"""Attention of packed sequences on CPUs in bf16 without gradients, by AMX tiles or in fp32: attention.c."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def attention(
     caller has to compute it otherwise."""
     (T, H, K), G, all_ = q_THK.shape, k_TGK.shape[1], (q_THK, k_TGK, v_TGK)
     code, heads_apart = cpu.inference(*all_), any(t.stride()[1:] != (K, 1) for t in all_)
-    if code is None or not code.tiles or K > WIDEST or K % 2 or heads_apart:
+    if code is None or (code.bf16 and not code.tiles) or K > WIDEST or K % 2 or heads_apart:
         return None
     ends, o_THK = (_long * len(starts))(*starts), q_THK.new_empty(T, H, K)
     sizes = len(starts) - 1, H, G, K, *(t.stride(0) for t in all_)
     padded = sum(b - a + (a - b) % 32 for a, b in pairwise(starts))
-    room = cpu.workspace("attention", (padded, G, 2 * (K + -K % 32)), torch.bfloat16)
+    room = cpu.workspace("attention", (padded, G, 2 * (K + -K % 32)), torch.bfloat16 if code.tiles else torch.float32)
     pointers = *(t.data_ptr() for t in (*all_, o_THK, room)), ctypes.addressof(ends)
-    code.attention_tiles(ctypes.byref(_Queries(*pointers, *sizes, scale, causal)), torch.get_num_threads())
+    code.packed_attention(ctypes.byref(_Queries(*pointers, *sizes, scale, causal)), torch.get_num_threads())
     return o_THK

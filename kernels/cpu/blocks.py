@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillava.kernels.cpu import library as cpu
 from minillava.kernels.cpu.attention import attention as by_tiles
 
 # With causal attention, sequences whose length is at least this share of the longest one's are computed as one
@@ -48,6 +49,9 @@ def attention(
     plain, training = cu_q == cu_k and not window, torch.is_grad_enabled() and q_THK.requires_grad
     if plain and not training and (o_THK := by_tiles(q_THK, k_SGK, v_SGK, cu_q, causal, scale)) is not None:
         return o_THK
+    if q_THK.dtype == torch.bfloat16 and not cpu.multiplies_bf16():  # which PyTorch would emulate
+        floats = (x.float() for x in (q_THK, k_SGK, v_SGK))
+        return attention(*floats, cu_q, cu_k, causal, window, scale).to(q_THK.dtype)
     longest = max(b - a for a, b in pairwise(cu_q))
     short = plain and training and q_THK.shape[1] == k_SGK.shape[1] and longest <= SHORT[q_THK.itemsize]
 

@@ -49,7 +49,7 @@ ARGUMENTS = {
     "swiglu": (_pointer, _pointer, _pointer, _long, _long, _long, _int),
     "quick_gelu": (_pointer, _pointer, _long, _int),
     "nf4_tiles": (_pointer, _pointer, _pointer, _long, _int),
-    "attention_tiles": (_pointer, _int),
+    "packed_attention": (_pointer, _int),
 }
 
 

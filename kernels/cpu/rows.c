@@ -19,12 +19,12 @@ INLINE void turned(const void *rows, const int n, char *to) {
     EACH(v, 2) store(to + (j * 2 + v) * SIZE, (ints)(gather((const float *)rows + v * W * n + j, lanes)));
 }
 
-// Rows g * ROWS_AT_ONCE and on as fp32 [K, ROWS_AT_ONCE].
-static void rows_of_floats(const uint16_t *x, long M, long K, long g, char *to) {
-  float some[ROWS_AT_ONCE][32] = {0};
-  for (long k = 0; k < K; k += 32, to += sizeof some) {
+// Rows g * ROWS_AT_ONCE and on, `next` numbers apart, as fp32 [K, ROWS_AT_ONCE], K filled up to whole 32s.
+static void rows_of_floats(const uint16_t *x, long next, long M, long K, long g, char *to) {
+  for (long k = 0; k < K; k += 32, to += ROWS_AT_ONCE * 32 * 4) {
+    float some[ROWS_AT_ONCE][32] = {0};
     for (long r = 0; r < ROWS_AT_ONCE && g * ROWS_AT_ONCE + r < M; r++)
-      load_all(some[r], x + (g * ROWS_AT_ONCE + r) * K + k, 32);
+      load_all(some[r], x + (g * ROWS_AT_ONCE + r) * next + k, K - k < 32 ? K - k : 32);
     turned(some, 32, to);
   }
 }
@@ -45,10 +45,11 @@ static void rows_of_bytes(const uint16_t *x, int even_first, long M, long K, lon
   }
 }
 
-// y [TILE, next] += x [K, ROWS_AT_ONCE]^T w [TILE, DEPTH]^T in fp32, or as bytes, `scales` [TILE, DEPTH / SPAN_OF_MANY]
+// y [TILE, next] += x [K, ROWS_AT_ONCE]^T w^T in fp32, or as bytes; w's rows are `apart`, `scales` [TILE, DEPTH / SPAN_OF_MANY]
 // those of the weight; a span's products are summed apart: less rounding.
-INLINE void tile(const int bytes, const char *x, const char *w, const float *scales, long K, float *y, long next) {
-  const int each = bytes ? 4 : 1, apart = bytes ? DEPTH : DEPTH * 4; // inputs in four bytes
+INLINE void tile(const int bytes, const char *x, const char *w, long apart, const float *scales, long K, float *y,
+                 long next) {
+  const int each = bytes ? 4 : 1; // inputs in four bytes
   for (long k = 0; k < K; k += SPAN_OF_MANY, w += SPAN_OF_MANY / each * 4, scales++) {
     const char *factors = x + ROWS_AT_ONCE * SPAN_OF_MANY;
     ints sums[TILE][2];
@@ -118,7 +119,7 @@ void many_rows(const uint16_t *x, const matrix *w, uint16_t *y, char *room, long
 #pragma omp for schedule(dynamic)
     for (long g = 0; g < groups; g++) {
       if (bytes) rows_of_bytes(x, w->kind == ROUNDED, M, K, g, room + g * each);
-      else rows_of_floats(x, M, K, g, room + g * each);
+      else rows_of_floats(x, K, M, K, g, room + g * each);
     }
 #pragma omp for schedule(dynamic)
     for (long n = 0; n < N; n += DECODED) {
@@ -133,8 +134,8 @@ void many_rows(const uint16_t *x, const matrix *w, uint16_t *y, char *room, long
           for (long i = 0; i < some; i += TILE) {
             const char *rows = room + g * each + (bytes ? k / SPAN_OF_MANY * OF_BYTES : k * ROWS_AT_ONCE * 4);
             float *to = sums + i * next + g * ROWS_AT_ONCE;
-            if (bytes) tile(1, rows, decoded + i * apart, scales + i * spans, depth, to, next);
-            else tile(0, rows, decoded + i * apart, scales, depth, to, next);
+            if (bytes) tile(1, rows, decoded + i * apart, DEPTH, scales + i * spans, depth, to, next);
+            else tile(0, rows, decoded + i * apart, DEPTH * 4, scales, depth, to, next);
           }
       }
       put_rows(w, sums, next, n, M, y);

@@ -137,8 +137,9 @@ INLINE void store_pair(float *y, pair v) { // in their order
   }
 }
 
-static inline void load_all(float *y, const uint16_t *x, long n) { // whole Ws
-  for (long i = 0; i < n; i += W) V(storeu_ps)(y + i, load_bf16(x + i));
+static inline void load_all(float *y, const uint16_t *x, long n) {
+  for (; n >= W; n -= W, x += W, y += W) V(storeu_ps)(y, load_bf16(x));
+  for (; n > 0; n--) *y++ = whole(*x++);
 }
 static inline void store_all(uint16_t *y, const float *x, long n) {
   for (; n >= W; n -= W, x += W, y += W) store_bf16(y, V(loadu_ps)(x));

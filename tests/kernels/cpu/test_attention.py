@@ -1,4 +1,4 @@
-"""Attention with AMX tiles: no further from float64 than SDPA in bf16, for packed sequences of any lengths."""
+"""Attention in C: no further from float64 than SDPA in bf16, for packed sequences of any lengths."""
 
 from itertools import accumulate, pairwise
 
@@ -11,9 +11,9 @@ from minillava.kernels.cpu import attention as attention_cpu
 
 
 @pytest.fixture(autouse=True)
-def tiles(c_code):
-    if not c_code.tiles:
-        pytest.skip("no tiles")
+def ours(c_code):
+    if c_code.bf16 and not c_code.tiles:
+        pytest.skip("PyTorch's attention in bf16 is faster there")
 
 
 def by_sdpa(q, k, v, starts, causal, scale):
