@@ -67,7 +67,6 @@ static void square(const cell *a, long a_next, const cell *b, long depth, float 
 }
 
 static void put_cells(cell *to, const uint16_t *x, long n) { memcpy(to, x, n * 2); }
-INLINE void put_shares(cell *to, floats v) { store_bf16(to, v); }
 #else
 static void put_keys(const queries *a, const uint16_t *k, long S, cell *to) { // by COLUMNS tokens [K, COLUMNS]
   for (long s = 0; s < up_to(S, 32); s += COLUMNS, to += COLUMNS * up_to(a->K, 32))
@@ -89,26 +88,7 @@ static void square(const cell *a, long a_next, const cell *b, long depth, float 
 }
 
 static void put_cells(cell *to, const uint16_t *x, long n) { load_all(to, x, n); }
-INLINE void put_shares(cell *to, floats v) { V(storeu_ps)(to, v); }
 #endif
-
-// Scores [rows, keys] to probabilities that are not yet divided by their sums; the first query sees `seen` keys, each
-// next one `more`.
-static void probabilities(float *scores, cell *p, long keys, long rows, long seen, long more, float scale, float *sums) {
-  floats by = all_of(scale);
-  for (long r = 0; r < rows; r++, scores += keys, p += keys, seen += more) {
-    floats most = all_of(-INFINITY), total = V(setzero_ps)();
-    for (long s = seen; s < keys; s++) scores[s] = -INFINITY;
-    for (long s = 0; s < keys; s += W) most = V(max_ps)(most, V(loadu_ps)(scores + s));
-    most = V(mul_ps)(all_of(largest(most)), by);
-    for (long s = 0; s < keys; s += W) {
-      floats some = exponential(V(fmsub_ps)(V(loadu_ps)(scores + s), by, most));
-      total = V(add_ps)(total, some);
-      put_shares(p + s, some);
-    }
-    sums[r] = sum(total);
-  }
-}
 
 // QUERIES or fewer of a head from t on, of a sequence of S tokens.
 static void some_queries(const queries *a, const uint16_t *q, uint16_t *o, const cell *keys, const cell *values, long t,
@@ -121,7 +101,12 @@ static void some_queries(const queries *a, const uint16_t *q, uint16_t *o, const
   TILES_READ_AND_WRITE;
   for (long s = 0; s < needed; s += COLUMNS) square(rows, wide, keys + s * wide, wide, scores + s, needed);
   TILES_READ_AND_WRITE;
-  probabilities(scores, p, needed, number, seen, a->causal, a->scale, sums);
+  for (long r = 0; r < number; r++, seen += a->causal) {
+    float *of = scores + r * needed;
+    for (long s = seen; s < needed; s++) of[s] = -INFINITY;
+    sums[r] = exponentials(of, needed, a->scale);
+    if (sizeof(cell) == 2) store_all((uint16_t *)p + r * needed, of, needed);
+  }
   TILES_READ_AND_WRITE;
   for (long i = 0; i < wide; i += COLUMNS) square(p, needed, values + i * up_to(S, 32), needed, out[0] + i, WIDEST);
   TILES_READ_AND_WRITE;
@@ -131,45 +116,38 @@ static void some_queries(const queries *a, const uint16_t *q, uint16_t *o, const
   }
 }
 
+static long tokens_of(const queries *a, long b) { return a->starts[b + 1] - a->starts[b]; }
+static cell *room_of(const queries *a, long b, long g) { // for keys of a group's head in sequence b; then for values
+  long before = g * up_to(tokens_of(a, b), 32);
+  for (long i = 0; i < b; i++) before += a->G * up_to(tokens_of(a, i), 32);
+  return a->room + before * 2 * up_to(a->K, 32);
+}
+
 // Attention of every query to the tokens of its sequence, or with `causal` to those up to its own. K even, up to 128.
 void packed_attention(const queries *a, int threads) {
-  long K = a->K, wide = up_to(K, 32), each = 2 * wide, heads = a->H / a->G, longest = 0, blocks = 0;
-  for (long b = 0; b < a->B; b++) {
-    long S = a->starts[b + 1] - a->starts[b];
-    longest = S > longest ? S : longest;
-    blocks += (S + QUERIES - 1) / QUERIES;
-  }
+  long K = a->K, wide = up_to(K, 32), keys = 0;
+  for (long b = 0; b < a->B; b++) keys = tokens_of(a, b) > keys ? up_to(tokens_of(a, b), 32) : keys;
 #pragma omp parallel num_threads(threads)
   {
     take_tiles();
-    long keys = up_to(longest, 32);
-    float *scores = aligned_alloc(64, QUERIES * (keys * (4 + sizeof(cell)) + wide * sizeof(cell)));
-    cell *p = (cell *)(scores + QUERIES * keys), *rows = p + QUERIES * keys;
+    float *scores = aligned_alloc(64, QUERIES * (keys * 6 + wide * 4));
+    cell *p = (cell *)(sizeof(cell) == 2 ? scores + QUERIES * keys : scores), *rows = p + QUERIES * keys;
 #pragma omp for schedule(static)
-    for (long g = 0; g < a->G; g++) {
-      cell *to = a->room;
-      for (long b = 0; b < a->B; b++) {
-        long first = a->starts[b], S = a->starts[b + 1] - first, size = up_to(S, 32);
-        put_keys(a, a->k + first * a->k_next + g * K, S, to + g * size * each);
-        put_values(a, a->v + first * a->v_next + g * K, S, to + g * size * each + size * wide);
-        to += a->G * size * each;
-      }
+    for (long task = 0; task < a->B * a->G; task++) {
+      long b = task / a->G, g = task % a->G, first = a->starts[b], S = tokens_of(a, b);
+      put_keys(a, a->k + first * a->k_next + g * K, S, room_of(a, b, g));
+      put_values(a, a->v + first * a->v_next + g * K, S, room_of(a, b, g) + up_to(S, 32) * wide);
     }
-#pragma omp for schedule(dynamic, 4)
-    for (long task = 0; task < blocks * a->H; task++) { // a head's queries together: its keys stay cached
-      long left = task, b = 0, S, size, n;
-      cell *of = a->room;
-      for (;; b++) {
-        S = a->starts[b + 1] - a->starts[b], size = up_to(S, 32), n = (S + QUERIES - 1) / QUERIES;
-        if (left < n * a->H) break;
-        left -= n * a->H, of += a->G * size * each;
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < a->B * a->H; task++) { // a head's queries together: its keys stay cached
+      long b = task / a->H, h = task % a->H, S = tokens_of(a, b);
+      const cell *k = room_of(a, b, h * a->G / a->H);
+      for (long t = 0, at = a->starts[b]; t < S; t += QUERIES, at += QUERIES) {
+        const uint16_t *q = a->q + at * a->q_next + h * K;
+        some_queries(a, q, a->o + (at * a->H + h) * K, k, k + up_to(S, 32) * wide, t, S, rows, scores, p);
       }
-      long h = left / n, t = left % n * QUERIES, at = a->starts[b] + t;
-      const cell *k = of + h / heads * size * each;
-      const uint16_t *q = a->q + at * a->q_next + h * K;
-      some_queries(a, q, a->o + (at * a->H + h) * K, k, k + size * wide, t, S, rows, scores, p);
     }
     free(scores);
-    release_tiles();
+    _tile_release();
   }
 }

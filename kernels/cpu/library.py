@@ -55,10 +55,8 @@ ARGUMENTS = {
 
 def classes() -> list[str]:
     """The classes whose instructions this CPU has, the best first."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:  # no Linux
-        return []
+    path = Path("/proc/cpuinfo")  # of Linux
+    text = path.read_text() if path.exists() else ""
     has = set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
     return [name for name, needs in CLASSES.items() if has.issuperset(needs)]
 

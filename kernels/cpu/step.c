@@ -62,7 +62,6 @@ INLINE void values_of(const int heads, const uint16_t *v, const uint16_t *new_v,
 static void scores_of(const decoder *d, const number *q, const uint16_t *k, const uint16_t *v, const uint16_t *new_k,
                       long held, long heads, float *scores, long room) {
   long K = d->K, stride = d->G * K;
-  floats scale = all_of(1 / sqrtf(K));
   for (long s = 0; s < room; s += W) {
     for (long j = s; j < s + W; j++)
       for (long i = 0; i < K && j < held; i += 32) { // lines of 64 bytes, next to be read
@@ -76,24 +75,11 @@ static void scores_of(const decoder *d, const number *q, const uint16_t *k, cons
         dots[j] = V(setzero_ps)();
         for (long i = 0; i < K; i += 2 * W) dots[j] = dot(dots[j], key + i, q + h * K + i);
       }
-      V(storeu_ps)(scores + h * room + s, V(mul_ps)(sums_of(dots), scale));
+      V(storeu_ps)(scores + h * room + s, sums_of(dots));
     }
   }
   for (long h = 0; h < heads; h++)
     for (long s = held + 1; s < room; s++) scores[h * room + s] = -INFINITY;
-}
-
-// Scores to what they are e to the power of, from their largest on; returns the sum.
-static float exponentials(float *p, long room) {
-  floats most = all_of(-INFINITY), sums = V(setzero_ps)();
-  for (long s = 0; s < room; s += W) most = V(max_ps)(most, V(loadu_ps)(p + s));
-  most = all_of(largest(most));
-  for (long s = 0; s < room; s += W) {
-    floats some = exponential(V(sub_ps)(V(loadu_ps)(p + s), most));
-    V(storeu_ps)(p + s, some);
-    sums = V(add_ps)(sums, some);
-  }
-  return sum(sums);
 }
 
 // Heads that share keys and values: q and o [heads, K], over `held` tokens of the cache and the new one, whose key and
@@ -103,7 +89,7 @@ static void attend(const decoder *d, const number *q, const uint16_t *k, const u
   long K = d->K, stride = d->G * K, room = up_to(held + 1, 16);
   float total[heads];
   scores_of(d, q, k, v, new_k, held, heads, scores, room);
-  for (long h = 0; h < heads; h++) total[h] = exponentials(scores + h * room, room);
+  for (long h = 0; h < heads; h++) total[h] = exponentials(scores + h * room, room, 1 / sqrtf(K));
 #define VALUES(n) values_of(n, v + i, new_v + i, stride, held, scores + h * room, room, total + h, o + h * K + i, K)
   for (long h = 0, some; h < heads; h += some) {
     some = heads - h < TOGETHER ? 1 : TOGETHER;

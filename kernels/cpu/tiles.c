@@ -17,7 +17,6 @@ static void take_tiles(void) {
   for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
   _tile_loadconfig(&shape);
 }
-static void release_tiles(void) { _tile_release(); }
 
 #define BLOCK(i, ...) if (blocks > i) { __VA_ARGS__; }
 
@@ -60,10 +59,10 @@ void nf4_tiles(const uint16_t *x, const matrix *w, float *y, long blocks, int th
       BLOCK(2, _tile_stored(2, y + n * 16 * blocks + 32, 64 * blocks))
       BLOCK(3, _tile_stored(3, y + n * 16 * blocks + 48, 64 * blocks))
     }
-    release_tiles();
+    _tile_release();
   }
 }
 #else
-static void take_tiles(void) {}
-static void release_tiles(void) {}
+#define take_tiles()
+#define _tile_release()
 #endif

@@ -95,12 +95,7 @@ INLINE ints lanes_times(long step) { // lane i: i * step
 
 // ---- bf16: what is in memory; numbers are what it is multiplied by ----
 
-INLINE float whole(uint16_t half) {
-  uint32_t bits = (uint32_t)half << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
+INLINE float whole(uint16_t half) { return _mm_cvtss_f32((__m128)_mm_cvtsi32_si128((int)((uint32_t)half << 16))); }
 
 typedef struct { floats even, odd; } pair; // 2 W neighbours
 INLINE pair halves(ints v) { // of 2 W numbers in bf16
@@ -224,6 +219,19 @@ INLINE floats exponential(floats x) {
   EACH(i, 6) p = V(fmadd_ps)(p, r, all_of(more[i]));
   ints power = V(slli_epi32)(V(add_epi32)(V(cvtps_epi32)(n), V(set1_epi32)(127)), 23);
   return V(mul_ps)(p, (floats)(power));
+}
+
+// Numbers x [n] become e^(scale x), each as a share of the largest; returns their sum. n in whole Ws.
+static float exponentials(float *x, long n, float scale) {
+  floats most = all_of(-INFINITY), sums = V(setzero_ps)(), by = all_of(scale);
+  for (long i = 0; i < n; i += W) most = V(max_ps)(most, V(loadu_ps)(x + i));
+  most = V(mul_ps)(all_of(largest(most)), by);
+  for (long i = 0; i < n; i += W) {
+    floats some = exponential(V(fmsub_ps)(V(loadu_ps)(x + i), by, most));
+    V(storeu_ps)(x + i, some);
+    sums = V(add_ps)(sums, some);
+  }
+  return sum(sums);
 }
 
 // x / (1 + e^-by).
