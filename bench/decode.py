@@ -206,6 +206,7 @@ def openers(built: LLaVAModel, folder: Path, device: str, compiled: bool, capaci
     kinds: dict[str, tuple] = {"ours bf16": (None,), "ours NF4": (Scheme(),)}
     if device == "cpu":
         kinds |= {"ours NF4, exact": (Scheme(exact=True),), "ours int8": (Scheme("int8"),)}
+        kinds["ours NF4, head too"] = (Scheme.parse("nf4:decoder,head"),)
         kinds["ours fp32"] = None, False, torch.float32
     if compiled:
         kinds["ours bf16, compiled"] = None, True

@@ -31,7 +31,9 @@ static inline float scale(const matrix *w, long n, long e) {
 
 // Scales of the blocks that output n is in, as if block 0 of the weight were there: where they are, or in `room`.
 static const float *scales_of(const matrix *w, long n, float *room) {
-  long first = n * w->K >> w->shift, last = ((n + 1) * w->K - 1) >> w->shift;
+  long first = n * w->K >> w->shift, last = ((n + 1) * w->K - 1) >> w->shift, size = w->nested ? 1 : 4;
+  for (long b = first; b <= last; b += 64 / size) // of blocks of 64 as far ahead as their codes
+    _mm_prefetch((const char *)w->scales + size * (b + AHEAD / 32), _MM_HINT_T0);
   if (!w->nested) return w->scales;
   for (long b = first, end; b <= last; b = end) {
     float factor = w->nested[b >> 8], offset = w->nested[w->groups + (b >> 8)];
