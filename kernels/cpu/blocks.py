@@ -50,8 +50,8 @@ def attention(
     if plain and not training and (o_THK := by_tiles(q_THK, k_SGK, v_SGK, cu_q, causal, scale)) is not None:
         return o_THK
     if q_THK.dtype == torch.bfloat16 and not cpu.multiplies_bf16():  # which PyTorch would emulate
-        floats = (x.float() for x in (q_THK, k_SGK, v_SGK))
-        return attention(*floats, cu_q, cu_k, causal, window, scale).to(q_THK.dtype)
+        q, k, v = (x.float() for x in (q_THK, k_SGK, v_SGK))
+        return attention(q, k, v, cu_q, cu_k, causal, window, scale).to(q_THK.dtype)
     longest = max(b - a for a, b in pairwise(cu_q))
     short = plain and training and q_THK.shape[1] == k_SGK.shape[1] and longest <= SHORT[q_THK.itemsize]
 
