@@ -10,7 +10,7 @@ from typing import Any
 
 from minillava.chat.prompt import around
 from minillava.chat.templates import TEMPLATES
-from minillava.chat.token_files import MAX_ID, TokenizerFiles
+from minillava.chat.token_files import MAX_ID, TokenizerFiles, token_text
 from minillava.checkpoints.families import DECODERS
 from minillava.config import ChatConfig, DecoderConfig, ModelConfig
 from minillava.errors import UserError, nearest
@@ -27,7 +27,7 @@ def read_chat(
         jinja=jinja,
         split_at_image=False,
         **placeholders,
-        **special_ids(folder, raw, text, decoder),
+        **read_special_ids(folder, raw, text, decoder),
     )
     return overridden(chat, raw, folder)
 
@@ -50,23 +50,21 @@ def _read_jinja(folder: Path) -> str:
     return found
 
 
-def special_ids(folder: Path, raw: dict[str, Any], text: dict[str, Any], decoder: DecoderConfig) -> dict[str, Any]:
+def read_special_ids(folder: Path, raw: dict[str, Any], text: dict[str, Any], decoder: DecoderConfig) -> dict[str, Any]:
     """bos, eos and pad ids: of generation_config.json, else of the decoder's config, else of the tokenizer; and what
     repetition costs there."""
-    generation, tokenizer = (
-        optional_json(folder / name) for name in ("generation_config.json", "tokenizer_config.json")
-    )
+    generation, files = optional_json(folder / "generation_config.json"), TokenizerFiles(folder)
     defaults = DECODERS[decoder.model_type].defaults
 
     def find(key: str) -> Any:
         for values in (generation, text, raw, defaults):
             if values.get(f"{key}_token_id") is not None:
                 return values[f"{key}_token_id"]
-        return _token_id(folder, tokenizer.get(f"{key}_token"))
+        return _token_id(files, files.config.get(f"{key}_token"))
 
     eos = find("eos")
     eos_ids = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
-    written = _token_id(folder, tokenizer.get("eos_token"))  # Qwen's config.json may name another than this
+    written = _token_id(files, files.config.get("eos_token"))  # Qwen's config.json may name another than this
     eos_ids += [] if written is None or written in eos_ids else [written]
     ids: dict[str, Any] = {"bos_id": find("bos"), "eos_ids": tuple(eos_ids), "pad_id": find("pad")}
     for key, value in (("bos", ids["bos_id"]), ("pad", ids["pad_id"]), *(("eos", value) for value in eos_ids)):
@@ -105,23 +103,23 @@ def generation_notes(folder: Path) -> list[str]:
     return lines
 
 
-def _token_id(folder: Path, token: Any) -> int | None:
+def _token_id(files: TokenizerFiles, token: Any) -> int | None:
     """The id of a special token, from the files that list added tokens."""
-    content = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(content, str):
+    content = token_text(token)
+    if content is None:
         return None
-    found = TokenizerFiles(folder).ids.get(content)
-    if found is not None:
-        return found
-    added = optional_json(folder / "tokenizer.json").get("added_tokens") or []
+    if content in files.ids:
+        return files.ids[content]
+    added = optional_json(files.folder / "tokenizer.json").get("added_tokens") or []
     return next((t.get("id") for t in added if isinstance(t, dict) and t.get("content") == content), None)
 
 
 def guess_template(folder: Path, decoder: str, layers: int) -> str:
     """The prompt where the files bring none: there by the model's name, here by what its tokenizer marks turns with."""
-    if _token_id(folder, "<|start_header_id|>") is not None:
+    files = TokenizerFiles(folder)
+    if _token_id(files, "<|start_header_id|>") is not None:
         return "llama_3"
-    if _token_id(folder, "<|im_start|>") is not None:
+    if _token_id(files, "<|im_start|>") is not None:
         return "qwen_1_5" if decoder.startswith("qwen") else "chatml_direct"
     return "mistral_instruct" if decoder == "mistral" else "vicuna_v1" if layers > 1 else "llava_v1"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minillava.checkpoints.chat_files import guess_template, overridden, special_ids
+from minillava.checkpoints.chat_files import guess_template, overridden, read_special_ids
 from minillava.checkpoints.config_parts import read_decoder, read_image, read_vision, write_decoder
 from minillava.checkpoints.hf_llava import read_grids, read_max_tiles
 from minillava.config import ChatConfig, LayoutConfig, ModelConfig, ProjectorConfig, VisionConfig
@@ -51,7 +51,7 @@ def read(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig:
     image = read_image({"image_processor_type": kind} | optional_json(path), str(path), vision)
     layout, fit = _read_layout(top, vision.image_size, image.fit)
     image = dataclasses.replace(image, fit=fit)
-    ids = special_ids(folder, raw, raw, decoder)
+    ids = read_special_ids(folder, raw, raw, decoder)
     if (ids["bos_id"], ids["eos_ids"]) == (0, (1,)):  # of an early converter; LLaMA's vocabulary has 1 and 2
         ids = {"bos_id": 1, "eos_ids": (2,), "pad_id": None}
     chat = ChatConfig(

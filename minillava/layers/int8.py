@@ -47,13 +47,13 @@ class Linear8bit(nn.Module):
         return cls(bytes_, absmax, bias, weight.dtype)
 
     @classmethod
-    def from_stored(cls, weight: Tensor, companions: Mapping[str, Tensor], bias: Tensor | None = None) -> Linear8bit:
+    def from_stored(cls, weight: Tensor, companions: Mapping[str, Tensor]) -> Linear8bit:
         """From what bitsandbytes wrote as X.weight and X.SCB, the largest magnitude of each row."""
         largest = companions["SCB"].float()
         if weight.dtype != torch.int8 or largest.shape != weight.shape[:1] or not largest.isfinite().all():
             what = f"{weight.dtype} of shape {[*weight.shape]} with {largest.numel()} scales (SCB)"
             raise ValueError(f"is {what}, expected int8 and a finite scale for each row")
-        return cls(weight.contiguous(), largest, bias)
+        return cls(weight.contiguous(), largest)
 
     def stored(self) -> dict[str, Tensor]:
         """What bitsandbytes writes beside a weight, by companion's name; "" is the weight itself."""

@@ -161,7 +161,7 @@ class Linear4bit(nn.Module):
         return cls(parts, shape, s.quant_type, s.blocksize, bias, weight.dtype, s.exact)
 
     @classmethod
-    def from_stored(cls, weight: Tensor, companions: Mapping[str, Tensor], bias: Tensor | None = None) -> Linear4bit:
+    def from_stored(cls, weight: Tensor, companions: Mapping[str, Tensor]) -> Linear4bit:
         """From what bitsandbytes wrote as X.weight and X.weight.<companion>."""
         state = quant_state(companions)
         absmax, nested, dynamic = companions["absmax"].flatten(), None, None
@@ -170,7 +170,7 @@ class Linear4bit(nn.Module):
             nested = torch.stack((largest, torch.full_like(largest, state["nested_offset"])))
         parts = weight.contiguous().view(torch.uint8).flatten(), absmax, nested, dynamic
         N, K = state["shape"]
-        return cls(parts, (N, K), state["quant_type"], state["blocksize"], bias, getattr(torch, state["dtype"]))
+        return cls(parts, (N, K), state["quant_type"], state["blocksize"], None, getattr(torch, state["dtype"]))
 
     def stored(self) -> dict[str, Tensor]:
         """What bitsandbytes writes, by companion's name; "" is the weight itself."""
