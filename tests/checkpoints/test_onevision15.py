@@ -268,7 +268,7 @@ def test_logits_and_tokens_equal_the_facts(model, case):
     whole = [[_whole(pixels, span)] for pixels, span in seen] + [
         [_whole(part, span) for part in pixels.chunk(len(frames))] for pixels, span in clip
     ]
-    assert [p.tokens for p in row.pictures] == [span.tokens for _, span in seen + clip]
+    assert [p.span.tokens for p in row.pictures] == [span.tokens for _, span in seen + clip]
     expected_TV = exact(folder, ids, whole)
     with torch.no_grad():
         pixels, spans = torch.cat([p for p, _ in seen + clip]), [span for _, span in seen + clip]
