@@ -49,6 +49,7 @@ def others() -> Iterator[Case]:
             )
     for words, named, files in (
         (("evaluate", "gqqa", "gqa.json", "answers.jsonl"), "'gqa'", FILES["gqa"]),
+        (("evaluate", "gqa", "gqa.json", "answers.jsonl", "--model", "none"), "--model", FILES["gqa"]),
         (("evaluate", "gqa", "none.json", "answers.jsonl"), "none.json", FILES["gqa"]),
         (("evaluate", "gqa", "gqa.json", "none.jsonl"), "none.jsonl", FILES["gqa"]),
         (("evaluate", "gqa", "gqa.json", "."), r"\.", FILES["gqa"]),
