@@ -22,6 +22,7 @@ from minillava.kernels.cpu.library import chosen_class
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "liger-kernel", "transformers", "peft", "numpy", "bitsandbytes", "torchao", "gemlite")
+PACKAGES += ("openvino-genai", "onnxruntime-genai", "ctranslate2", "llama_cpp_python")
 
 
 def device_name(device: str) -> str:

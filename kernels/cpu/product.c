@@ -46,19 +46,20 @@ INLINE float round_span(const float *x, int8_t *to, const int n, const int apart
   return top / 127;
 }
 
-// A group of a row of bytes: G registers of inputs, of codes first the even ones; W factors, one for each 4 G inputs;
-// what OFFSET has added in sums of those.
-#define GROUP(G) (((G) + 2) * SIZE)
+// A group of a row of bytes: two registers of inputs, the even ones and the odd ones of what are codes and else one
+// behind the other; W factors, one for each 8 inputs, that of 4 lanes for a SPAN; what OFFSET has added in sums of those.
+#define GROUP (4 * SIZE)
 
-static void round_row(const int G, const uint16_t *x, int8_t *to, long K) {
-  for (long k = 0; k < K; k += G * SIZE, to += GROUP(G)) {
-    float some[2 * SIZE] = {0}, *factors = (float *)(to + G * SIZE);
-    load_all(some, x + k, K - k < G * SIZE ? K - k : G * SIZE);
-    for (int s = 0; s < G * SIZE; s += SPAN) {
-      float factor = round_span(some + s, to + s / G, SPAN, (G - 1) * SIZE);
-      for (int i = 0; i < SPAN / (4 * G); i++) factors[s / (4 * G) + i] = factor;
+static void round_row(int codes, const uint16_t *x, int8_t *to, long K) {
+  for (long k = 0; k < K; k += 2 * SIZE, to += GROUP) {
+    float some[2 * SIZE] = {0}, span[SPAN], *factors = (float *)(to + 2 * SIZE);
+    load_all(some, x + k, K - k < 2 * SIZE ? K - k : 2 * SIZE);
+    for (int s = 0; s < SIZE; s += SPAN / 2) {
+      for (int i = 0; i < SPAN; i++) span[i] = some[codes ? 2 * s + i : s + i / 2 + i % 2 * SIZE];
+      float factor = round_span(span, to + s, SPAN, SIZE);
+      for (int i = 0; i < SPAN / 8; i++) factors[s / 4 + i] = factor;
     }
-    store(to + (G + 1) * SIZE, offset_of(to, G, SIZE));
+    store(to + 3 * SIZE, offset_of(to, 2, SIZE));
   }
 }
 
@@ -73,8 +74,7 @@ static void prepare(const matrix *w, inputs *in, const float *x, long M) {
     const uint16_t *row = x ? 0 : in->half + m * K;
     if (x)
       for (long i = 0; i < K; i++) ((float *)to)[i / (2 * W) * 2 * W + i % 2 * W + i % (2 * W) / 2] = x[m * K + i];
-    else if (form == SPANS && w->kind == ROUNDED) round_row(2, row, to, K);
-    else if (form == SPANS) round_row(1, row, to, K);
+    else if (form == SPANS) round_row(w->kind == ROUNDED, row, to, K);
     else if (form == FLOATS) evens_first(row, to, K);
     else memcpy(to, row, K * 2), memset((uint16_t *)to + K, 0, 64);
   }
@@ -113,16 +113,16 @@ INLINE void add_floats(ADDS) { // 2 W inputs
 }
 
 INLINE void add_bytes(ADDS) { // a GROUP
-  const int G = kind == ROUNDED ? 2 : 1;
-  two of = {signed_bytes(at)};
+  two of;
   floats all = V(setzero_ps)();
-  if (G == 2) of = rounded_codes(t->bytes, at), all = pick(_mm_maskload_ps(by, t->mask), t->spread);
+  if (kind == ROUNDED) of = rounded_codes(t->bytes, at), all = pick(_mm_maskload_ps(by, t->mask), t->spread);
+  else of = (two){signed_bytes(at), signed_bytes(at + SIZE)};
   EACH(m, M) {
     const char *row = x + m * next;
-    ints dot = dot_bytes(OFFSET ? load(row + (G + 1) * SIZE) : BITS(setzero)(), of.even, load(row));
-    if (G == 2) dot = dot_bytes(dot, of.odd, load(row + SIZE));
-    floats factor = V(loadu_ps)((const float *)(row + G * SIZE));
-    if (G == 2) factor = V(mul_ps)(factor, all);
+    ints dot = dot_bytes(OFFSET ? load(row + 3 * SIZE) : BITS(setzero)(), of.even, load(row));
+    dot = dot_bytes(dot, of.odd, load(row + SIZE));
+    floats factor = V(loadu_ps)((const float *)(row + 2 * SIZE));
+    if (kind == ROUNDED) factor = V(mul_ps)(factor, all);
     sums[m][0] = V(fmadd_ps)(V(cvtepi32_ps)(dot), factor, sums[m][0]);
   }
 }
@@ -140,8 +140,8 @@ INLINE void add_words(ADDS) { // 64 inputs in bf16
 // Outputs n and n + apart of M rows: y [2, M].
 INLINE void two_outputs(const int M, const enum kind kind, const enum form form, const matrix *w, const inputs *in,
                         const lookup *t, long n, long apart, float *y) {
-  const int G = kind == ROUNDED ? 2 : 1, step = form == FLOATS ? 2 * W : form == WORDS ? 64 : G * SIZE;
-  const int wide = form == SPANS ? GROUP(G) : step * (form == WORDS ? 2 : 4); // bytes of a step's inputs
+  const int step = form == FLOATS ? 2 * W : form == WORDS ? 64 : 2 * SIZE;
+  const int wide = form == SPANS ? GROUP : step * (form == WORDS ? 2 : 4); // bytes of a step's inputs
   long K = w->K, shift = w->shift, at[2] = {n * K, (n + apart) * K};
   const float *scales[2] = {0};
   floats sums[2][MOST][2];
