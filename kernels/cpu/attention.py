@@ -31,7 +31,7 @@ def attention(
     caller has to compute it otherwise."""
     (T, H, K), G, all_ = q_THK.shape, k_TGK.shape[1], (q_THK, k_TGK, v_TGK)
     code, heads_apart = cpu.inference(*all_), any(t.stride()[1:] != (K, 1) for t in all_)
-    if code is None or (code.bf16 and not code.tiles) or K > WIDEST or K % 2 or heads_apart:
+    if code is None or K > WIDEST or K % 2 or heads_apart:
         return None
     ends, o_THK = (_long * len(starts))(*starts), q_THK.new_empty(T, H, K)
     sizes = len(starts) - 1, H, G, K, *(t.stride(0) for t in all_)

@@ -9,11 +9,7 @@ import torch.nn.functional as F
 from minillava.kernels.attention import attention
 from minillava.kernels.cpu import attention as attention_cpu
 
-
-@pytest.fixture(autouse=True)
-def ours(c_code):
-    if c_code.bf16 and not c_code.tiles:
-        pytest.skip("PyTorch's attention in bf16 is faster there")
+pytestmark = pytest.mark.usefixtures("c_code")
 
 
 def by_sdpa(q, k, v, starts, causal, scale):
