@@ -70,7 +70,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    threads.prepare()
+    threads.prepare(threads.TRAINING)
     from bench import machine
 
     parser = argparse.ArgumentParser(prog="python -m bench.busy", description=(__doc__ or "").split("\n")[0])

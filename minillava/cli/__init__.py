@@ -88,7 +88,7 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
 
     def work() -> int | None:
         arguments = parser.parse_args(argv)
-        threads.prepare()
+        threads.prepare(threads.TRAINING if name == "train" else threads.SPINS)
         return command.run(arguments)
 
     return _status(work, getattr(command, "INTERRUPTED", "interrupted"))
