@@ -123,7 +123,7 @@ def test_a_hub_that_falls_silent(tmp_path, monkeypatch, answers, what):
             self.request.sendall(head)
             for piece in range(0, len(body), 9):
                 self.request.sendall(body[piece : piece + 9])
-                time.sleep(0.12 if body == BYTES else 0)
+                time.sleep(0.15 if body == BYTES else 0)
 
     monkeypatch.setattr(files, "ANSWER_S", 0.5)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
