@@ -50,7 +50,7 @@ def test_hub_ids_offline_say_what_is_missing(tmp_path):
         ("HTTP/1.1 500 Down\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", "500"),
         (
             "HTTP/1.1 302 Found\r\nLocation: /again\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
-            "redirects|disconnected",
+            "redirects",
         ),
     ],
 )
@@ -67,7 +67,7 @@ def test_a_hub_that_answers_badly_or_not_at_all(tmp_path, monkeypatch, reply, re
     # Without "close" a client asks again over the connection that this server ends.
     nothing = "HTTP/1.1 404 None\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
     ended = threading.Event()
-    monkeypatch.setattr(files, "ANSWER_S", 0.3)
+    monkeypatch.setattr(files, "ANSWER_S", 0.3 if reply is None else 10)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -75,7 +75,7 @@ def test_a_hub_that_answers_badly_or_not_at_all(tmp_path, monkeypatch, reply, re
         began_s = time.monotonic()
         with pytest.raises(UserError, match=reason) as caught:
             asked(what)
-        assert "\n" not in str(caught.value) and time.monotonic() - began_s < 5
+        assert "\n" not in str(caught.value) and time.monotonic() - began_s < 20
         if what == "model":
             cached = tmp_path / "models--some--model"
             (cached / "snapshots" / "abc").mkdir(parents=True)
@@ -123,11 +123,12 @@ def test_a_hub_that_falls_silent(tmp_path, monkeypatch, answers, what):
             self.request.sendall(head)
             for piece in range(0, len(body), 9):
                 self.request.sendall(body[piece : piece + 9])
-                time.sleep(0.15 if body == BYTES else 0)
+                time.sleep(pause_s if body == BYTES else 0)
 
-    monkeypatch.setattr(files, "ANSWER_S", 0.5)
+    bound_s, pause_s = (2, 0.55) if answers == 99 else (0.5, 0)
+    monkeypatch.setattr(files, "ANSWER_S", bound_s)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", bound_s)
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         there = f"http://127.0.0.1:{server.server_address[1]}"
@@ -137,10 +138,10 @@ def test_a_hub_that_falls_silent(tmp_path, monkeypatch, answers, what):
         began_s = time.monotonic()
         if answers == 99:
             assert asked(what)
-            assert time.monotonic() - began_s > 0.5
+            assert time.monotonic() - began_s > bound_s
         else:
             with pytest.raises(UserError, match="timed out") as caught:
                 asked(what)
-            assert "\n" not in str(caught.value) and time.monotonic() - began_s < 5
+            assert "\n" not in str(caught.value) and time.monotonic() - began_s < 20
         ended.set()
         server.shutdown()
