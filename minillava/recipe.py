@@ -82,7 +82,7 @@ class StageConfig:
     task: str = "llava"  # a name of minillava.training.tasks.TASKS
     data: tuple[DataConfig, ...] = ()
     eval_data: tuple[DataConfig, ...] = ()  # empty: eval_samples are held out of data
-    shapes: dict[str, Any] = field(default_factory=dict)  # of the built-in world: minillava.training.tasks.OPTIONS
+    shapes: dict[str, Any] = field(default_factory=dict)  # of the built-in world: minillava.training.tasks.TASKS
     chat: dict[str, Any] = field(default_factory=dict)  # keys of ChatConfig for this stage, such as template = "plain"
     layout: dict[str, Any] = field(default_factory=dict)  # keys of LayoutConfig for this stage, laid over the model's
     lr: dict[str, float] = field(default_factory=dict)  # peak learning rate per part; a part without one is frozen

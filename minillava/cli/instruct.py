@@ -81,10 +81,8 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         dry_run(args, scenes[: args.limit], kinds)
         return
-    if not args.url:  # checkpoints in this process
-        resolve(args.model)
-        if args.judge and not args.judge_url:
-            resolve(args.judge)
+    here = [] if args.url else [args.model, *([args.judge] if args.judge and not args.judge_url else [])]
+    args.folders = {name: resolve(name) for name in here}  # of checkpoints in this process, before one is loaded
     work(args, scenes, kinds, prices)
 
 
@@ -152,7 +150,7 @@ def model_of(args: argparse.Namespace, name: str | None, url: str | None) -> Mod
 
     name = name or args.model
     if url is None:
-        return Local(name, args.temperature, args.max_tokens)
+        return Local(args.folders[name], args.temperature, args.max_tokens)
     return Endpoint(url, name, os.environ.get("OPENAI_API_KEY") or "none", args.temperature, args.max_tokens)
 
 

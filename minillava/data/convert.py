@@ -7,6 +7,7 @@ often as they have choices, each time in another order of these.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import random
@@ -19,7 +20,7 @@ from typing import Any
 from minillava.data.boxes import to_square, written
 from minillava.data.layouts import MARKER
 from minillava.errors import UserError
-from minillava.files import named, parse_json, read_rows, read_text
+from minillava.files import claimed_file, named, parse_json, read_rows, read_text
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -232,9 +233,17 @@ def load(path: Path) -> Any:
 
 
 def write_set(paths: Sequence[Path], out: Path, folder: str, turns: int, seed: int, append: bool) -> Counter[str]:
-    """Write the samples of a data set as JSON lines, behind what is there with `append`; counts by source."""
+    """Write the samples of a data set as JSON lines, behind what is there with `append`; counts by source.
+
+    Raises UserError where another process writes there.
+    """
     counts: Counter[str] = Counter()
-    with named(out), out.open("a" if append else "w", encoding="utf-8", errors="backslashreplace") as file:
+    with named(out), contextlib.ExitStack() as until_the_end:
+        file = until_the_end.enter_context(out.open("a", encoding="utf-8", errors="backslashreplace"))
+        if out.is_file():  # a device has no lock, and nothing to go
+            until_the_end.enter_context(claimed_file(out))
+            if not append:
+                file.truncate(0)
         for sample in convert(paths, folder, turns, seed):
             counts[f"{sample['source']} conversations"] += 1
             counts[f"{sample['source']} answers"] += len(sample["conversations"]) // 2

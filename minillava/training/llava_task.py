@@ -38,7 +38,6 @@ from minillava.training.task import Run, Task
 class LLaVATask(Task):
     """Next-token loss on the answers of conversations about pictures: LLaVA's stages (arXiv 2304.08485, 4.2)."""
 
-    shared = True
     dataset_type = Dataset
 
     def __init__(self, run: Run, stage: StageConfig):
@@ -177,6 +176,7 @@ class LLaVATask(Task):
         return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
 
     def probe(self, call: Callable[..., Any]) -> Tensor:
+        """Logits for an input that is always the same, by which a model with adapters is compared with the export."""
         blank = self.filled_up(None, True).to(self.run.device)
         return call(blank.ids_T, images=blank.pixels_NCHW, cu_seqlens=blank.cu_seqlens, spans=blank.spans)
 

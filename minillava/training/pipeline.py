@@ -30,7 +30,8 @@ from minillava.training.build import fresh, load_stage, make_run, read_config
 from minillava.training.export import export, export_adapters
 from minillava.training.llava_task import LLaVATask
 from minillava.training.progress import Log, plot
-from minillava.training.task import Run, check_stage, make_task, task_class
+from minillava.training.task import Run, make_task
+from minillava.training.tasks import TASKS, check_task
 from minillava.training.trainer import Trainer
 
 SURVEYED = 1000  # samples that are encoded to count what is in the data
@@ -51,7 +52,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, only: str | None = None) ->
     """
     chosen = recipe.stage if only is None else (recipe.stage[stage_index(recipe, only)],)
     for stage in chosen:
-        check_stage(stage)
+        check_task(stage)
     if recipe.deterministic:
         same_bits()
     device = parallel.start(pick_device(recipe.device, ("cuda", "mps")), recipe.timeout)
@@ -133,7 +134,7 @@ def take_finished(run: Run, stage: StageConfig) -> dict[str, dict[str, float]]:
 def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str, float]:
     """Train one stage, export it and write sample answers; returns what its last evaluation measured."""
     print(f"stage {stage.name}: {stage.task}")
-    seed, shared = run.recipe.seed if stage.seed < 0 else stage.seed, task_class(stage).shared
+    seed, shared = run.recipe.seed if stage.seed < 0 else stage.seed, TASKS[stage.task].shared
     torch.manual_seed(seed + parallel.rank() * shared)  # ranks that share a step drop out differently
     began_s = time.monotonic()
     folder = run.folder / stage.name
@@ -185,7 +186,7 @@ def inspect_recipe(recipe: Recipe, number: int, only: str | None = None) -> None
         run = Run(recipe, Path(folder), without_memory(config), tokenizer, torch.device("cpu"), torch.float32)
         for stage in chosen:
             print(f"stage {stage.name}: {stage.task}")
-            if not task_class(stage).shared:
+            if not TASKS[stage.task].shared:
                 print("  makes its own data, which is not shown")
                 continue
             task = make_task(run, dataclasses.replace(stage, row_tokens=0))

@@ -23,7 +23,7 @@ from minillava.config import ModelConfig
 from minillava.errors import UserError
 from minillava.llava import LLaVAModel
 from minillava.recipe import Recipe, StageConfig
-from minillava.training.tasks import TASKS, check_task
+from minillava.training.tasks import TASKS
 
 
 @dataclass
@@ -49,9 +49,8 @@ class Run:
 class Task(ABC):
     """One stage's work. Subclasses set what is here; of what is defined, the rest has defaults."""
 
-    shared = False  # ranks share its steps and its model, and it may train adapters; of others every rank does all work
     model: nn.Module  # what `loss` calls; what of it is in no part is frozen
-    parts: dict[str, nn.Module]  # by the name that `lr` has for them (`tasks.TRAINS`); disjoint, all inside `model`
+    parts: dict[str, nn.Module]  # by the name that `lr` has for them (`tasks.Kind.parts`); disjoint, all inside `model`
     stage: StageConfig
 
     def total_steps(self) -> int:
@@ -92,10 +91,6 @@ class Task(ABC):
         """Measurements by name; nothing where there is nothing to evaluate. Runs under no_grad and model.eval()."""
         return {}
 
-    def probe(self, call: Callable[..., Any]) -> Tensor:
-        """Logits for an input that is always the same, by which a model with adapters is compared with the export."""
-        raise UserError(f"stage '{self.stage.name}': task '{self.stage.task}' trains no adapters; leave lora out")
-
     def save(self, folder: Path) -> None:  # noqa: B027 a task whose result is no checkpoint writes none
         """Export the result into a folder that does not exist yet."""
 
@@ -111,19 +106,6 @@ class Task(ABC):
         return ""
 
 
-def task_class(stage: StageConfig) -> type[Task]:
-    """The class of a stage's task."""
-    return pkgutil.resolve_name(TASKS[stage.task])
-
-
-def check_stage(stage: StageConfig) -> None:
-    """Raises UserError for a task that there is not, and for what it cannot train, before any stage begins."""
-    check_task(stage)
-    if stage.lora and not task_class(stage).shared:
-        raise UserError(f"stage '{stage.name}': task '{stage.task}' trains no adapters; leave lora out")
-
-
 def make_task(run: Run, stage: StageConfig) -> Task:
-    """The task of a stage. Raises UserError as `check_stage` does."""
-    check_stage(stage)
-    return task_class(stage)(run, stage)  # type: ignore[call-arg]
+    """The task of a stage."""
+    return pkgutil.resolve_name(TASKS[stage.task].factory)(run, stage)

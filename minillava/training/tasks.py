@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from minillava.errors import UserError, nearest
 from minillava.files import shown
 from minillava.layers.scheme import Scheme
 from minillava.recipe import Recipe, StageConfig
 
-# Name in a recipe -> module and factory (run, stage) -> Task.
+
+@dataclass(frozen=True)
+class Kind:
+    """A task, by its name in a recipe."""
+
+    factory: str  # module and class, which is called with run and stage
+    parts: tuple[str, ...] = ("vision", "projector", "decoder")  # that may have a rate
+    options: dict[str, int] = field(default_factory=dict)  # that it reads of `shapes`, with their defaults
+    shared: bool = True  # ranks share its steps and its model, and it may train adapters; else every rank does all work
+
+
+# Options: how many samples there are, questions about a scene (0: captions), scenes of each split in an evaluation.
 TASKS = {
-    "llava": "minillava.training.llava_task:LLaVATask",
-    "dpo": "minillava.training.dpo_task:DPOTask",
-    "clip": "minillava.synthetic.pretrain:ClipTask",
-    "text": "minillava.synthetic.pretrain:TextTask",
-    "shapes": "minillava.synthetic.task:ShapesTask",
+    "llava": Kind("minillava.training.llava_task:LLaVATask"),
+    "dpo": Kind("minillava.training.dpo_task:DPOTask"),
+    "clip": Kind("minillava.synthetic.pretrain:ClipTask", ("vision", "text"), shared=False),
+    "text": Kind("minillava.synthetic.pretrain:TextTask", ("decoder",), {"turns": 8}, shared=False),
+    "shapes": Kind("minillava.synthetic.task:ShapesTask", options={"samples": 20000, "turns": 10, "scenes": 100}),
 }
-# The parts of each that may have a rate.
-LLAVA = ("vision", "projector", "decoder")
-TRAINS = {"llava": LLAVA, "dpo": LLAVA, "clip": ("vision", "text"), "text": ("decoder",), "shapes": LLAVA}
-# Options of `shapes` that these read, with their defaults: how many samples there are, questions about a scene (0:
-# captions), scenes of each split in an evaluation.
-OPTIONS = {"text": {"turns": 8}, "shapes": {"samples": 20000, "turns": 10, "scenes": 100}}
 
 
 def options(stage: StageConfig) -> dict[str, int]:
     """What a stage's `shapes` says, over the defaults of its task."""
-    return OPTIONS[stage.task] | stage.shapes
+    return TASKS[stage.task].options | stage.shapes
 
 
 def check_words(recipe: Recipe) -> None:
-    """Raises UserError for a task that there is not, a part or an option that it has not, an unknown quantisation."""
+    """Raises UserError for an unknown quantisation, a task that there is not, and what a task has or trains not."""
     if recipe.model.quantize:
         Scheme.parse(recipe.model.quantize)
     for stage in recipe.stage:
@@ -41,14 +48,16 @@ def check_task(stage: StageConfig) -> None:
     at = f"stage '{stage.name}'"
     if stage.task not in TASKS:
         raise UserError(f"{at}: no task '{stage.task}'{nearest(stage.task, TASKS)}")
-    for name in stage.lr.keys() - set(TRAINS[stage.task]):
-        raise UserError(f"{at}: lr for '{name}', which task '{stage.task}' has not{nearest(name, TRAINS[stage.task])}")
-    known = OPTIONS.get(stage.task, {})
+    task = TASKS[stage.task]
+    for name in stage.lr.keys() - set(task.parts):
+        raise UserError(f"{at}: lr for '{name}', which task '{stage.task}' has not{nearest(name, task.parts)}")
+    if stage.lora and not task.shared:
+        raise UserError(f"{at}: task '{stage.task}' trains no adapters; leave lora out")
     for key, value in stage.shapes.items():
-        if not known:
+        if not task.options:
             raise UserError(f"{at}: task '{stage.task}' has no option shapes.{key}; leave it out")
-        if key not in known:
-            raise UserError(f"{at}: shapes.{key} is unknown{nearest(key, known)}")
+        if key not in task.options:
+            raise UserError(f"{at}: shapes.{key} is unknown{nearest(key, task.options)}")
         least = 0 if key == "turns" else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UserError(f"{at}: shapes.{key} is {shown(value)}, expected a whole number, {least} or more")

@@ -29,7 +29,7 @@ from torch import Tensor
 from minillava import files
 from minillava.checkpoints.checkpoint import Checkpoint
 from minillava.device import compute_dtype, matmul_peak, peak_bytes
-from minillava.errors import UserError, nearest
+from minillava.errors import UserError
 from minillava.layers import lora, sharded
 from minillava.recipe import Recipe, StageConfig
 from minillava.training import parallel, train_state
@@ -87,10 +87,6 @@ class Trainer:
     def _choose_parameters(self) -> dict[str, Tensor]:
         """Freeze everything but the parts that have a rate; name what is left PART.NAME and make it float32."""
         parts, rates = self.task.parts, self.stage.lr
-        for name in rates:
-            if name not in parts:
-                raise UserError(f"stage '{self.stage.name}': lr for '{name}', which task '{self.stage.task}' has not"
-                                f"{nearest(name, parts)}")  # fmt: skip
         for parameter in self.task.model.parameters():
             parameter.requires_grad_(False)
         trained: dict[str, Tensor] = {}
@@ -337,26 +333,26 @@ class Trainer:
                 shutil.rmtree(left)
         self.task.save(export)
         if self.stage.lora:
+            assert isinstance(self.task, LLaVATask)  # no other has adapters
             trained = {n: t.cpu() for n, t in ((n, sharded.whole(p.detach())) for n, p in self.trained.items())}
             if parallel.is_main():
-                assert isinstance(self.task, LLaVATask)  # no other has adapters
                 export_adapters(self.task.run, self.folder / "adapter", trained, self.stage.lora)
-            self._compare(export)
+            self._compare(self.task, export)
         parallel.barrier()
 
-    def _compare(self, export: Path) -> None:
+    def _compare(self, task: LLaVATask, export: Path) -> None:
         """Say how far the merged model's logits are from the adapters': about what its dtype rounds off. Of the merged
         model only one block at a time is on the device."""
-        model: Any = self.task.model.eval()
+        model: Any = task.model.eval()
         with torch.no_grad(), self.weights() as call:
-            adapted = self.task.probe(call)
+            adapted = task.probe(call)
         if parallel.is_main():
             try:
                 merged = Checkpoint.open(export).load().under(model.config)
                 coarse = max(torch.finfo(dtype).eps for dtype in (self.dtype, merged.decoder.embed.weight.dtype))
                 parallel.passing_through(merged, self.device, self.dtype)
                 with torch.no_grad():
-                    apart = (self.task.probe(merged) - adapted).abs().max().item() / adapted.abs().max().item()
+                    apart = (task.probe(merged) - adapted).abs().max().item() / adapted.abs().max().item()
             except torch.OutOfMemoryError:
                 print("  the merged model was not compared: not a block of it fits beside the training")
                 return

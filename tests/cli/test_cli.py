@@ -60,6 +60,7 @@ def test_help_is_light(words):
             ["train", "--set", "stage.clip.lr.visin=1"],
             "lr for 'visin', which task 'clip' has not (did you",
         ),
+        (["train", "--set", "stage.clip.lora={vision={rank=2}}"], "task 'clip' trains no adapters; leave lora out"),
         (["train", "--set", "model.quantize=nf5"], "quantize 'nf5': type 'nf5' is unknown"),
         (["instruct", "--questions", __file__, "--images", ".", "--model", "nowhere"], "nowhere: no such folder"),
         (["instruct", "--questions", __file__, "--images", "no", "--model", "nano"], "no: no such folder of pictures"),

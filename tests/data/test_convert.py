@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -87,6 +89,24 @@ def test_public_layouts(tmp_path, layout, capsys):
             (tmp_path / "pictures" / row[0]).write_bytes(b"")
     samples, report = scan(out, tmp_path)  # it trains as it is
     assert len(samples) == 2 * len(expected) and not report.problems
+
+
+@pytest.mark.parametrize("more", [[], ["--append"]])
+def test_a_file_that_another_process_writes_is_left_alone(tmp_path, capsys, more):
+    out, holds = tmp_path / "set.jsonl", "import sys; from minillava.files import *; from pathlib import Path\n"
+    holds += "with claimed_file(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    (tmp_path / "gqa.json").write_text(json.dumps({"1": {"imageId": "a", "question": "?", "answer": "!"}}))
+    out.write_text("there\n")
+    command = ["convert", str(tmp_path / "gqa.json"), "--out", str(out), *more]
+    with subprocess.Popen([sys.executable, "-c", holds, str(out)], stdin=-1, stdout=-1) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert main(command) == 2 and out.read_text() == "there\n"
+        other.stdin.close()
+    assert f"error: {out}: process {other.pid} of " in capsys.readouterr().err
+    assert main(command) == 0
+    lines = out.read_text().splitlines()
+    assert len(lines) == 1 + bool(more) and json.loads(lines[-1])["image"] == "a.jpg"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gqa.json", "set.jsonl"]
 
 
 def said(sample):

@@ -1,10 +1,14 @@
 """Words of a recipe that are known without torch: tasks, their options, quantisations."""
 
+import pkgutil
+
 import pytest
 
+from minillava.config import LoRAConfig
 from minillava.errors import UserError
 from minillava.recipe import ModelRecipe, Recipe, StageConfig
-from minillava.training.tasks import OPTIONS, TASKS, TRAINS, check_words, options
+from minillava.training.llava_task import LLaVATask
+from minillava.training.tasks import TASKS, check_words, options
 
 
 @pytest.mark.parametrize(
@@ -39,8 +43,18 @@ def test_a_rate_for_a_part_that_a_task_has_not(task, part, words):
     assert str(caught.value) == f"stage 'a': {words}"
 
 
-def test_every_task_is_in_every_table():
-    assert TASKS.keys() == TRAINS.keys() > OPTIONS.keys()
+@pytest.mark.parametrize("task", ["text", "clip"])
+def test_adapters_for_a_task_that_trains_none(task):
+    part = TASKS[task].parts[0]
+    stage = StageConfig(name="a", task=task, lr={part: 1e-3}, lora={part: LoRAConfig()})
+    with pytest.raises(UserError) as caught:
+        check_words(Recipe(stage=(stage,)))
+    assert str(caught.value) == f"stage 'a': task '{task}' trains no adapters; leave lora out"
+
+
+def test_what_ranks_share_is_a_llava():
+    for kind in TASKS.values():
+        assert issubclass(pkgutil.resolve_name(kind.factory), LLaVATask) == kind.shared
 
 
 def test_a_wrong_quantisation():

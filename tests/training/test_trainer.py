@@ -282,7 +282,7 @@ def test_exactly_the_parts_with_a_rate_are_trained(world, tmp_path, parts):
 
 def test_a_rate_for_a_part_that_is_not_there(world, tmp_path):
     with pytest.raises(UserError, match=r"lr for 'projektor'.*did you mean 'projector'"):
-        trainer_of(world, tmp_path, "stage.finetune.lr.projektor=1e-3")
+        run_recipe(recipe_of(world, tmp_path / "w", "stage.finetune.lr.projektor=1e-3"))
     with pytest.raises(UserError, match=r"no task 'lava'.*did you mean 'llava'"):
         run_recipe(recipe_of(world, tmp_path / "x", "stage.*.task=lava"))
     with pytest.raises(UserError, match="task 'text' trains no adapters; leave lora out"):

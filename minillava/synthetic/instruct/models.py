@@ -142,7 +142,7 @@ class Local:
 
     MOST = 64  # requests at once
 
-    def __init__(self, source: str, temperature: float = 0.7, max_tokens: int = 1024):
+    def __init__(self, source: Path | str, temperature: float = 0.7, max_tokens: int = 1024):
         from minillava.api import LLaVA
 
         self.engine, self.temperature, self.max_tokens = LLaVA.from_pretrained(source).engine, temperature, max_tokens

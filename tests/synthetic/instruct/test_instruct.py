@@ -350,11 +350,15 @@ def test_choices():
         choice("")
 
 
-def test_a_checkpoint_answers_in_this_process(scenes, tmp_path, tiny_model, tiny_tokenizer):
-    """The engine's own answers; of a model that has learned nothing all are rejected, each with its reason."""
+def test_a_checkpoint_answers_in_this_process(scenes, tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    """The engine's own answers; of a model that has learned nothing all are rejected, each with its reason. The hub is
+    asked for the model once."""
     from minillava.checkpoints.save import save_model
 
     save_model(tiny_model, tmp_path / "model", tiny_tokenizer)
+    fetched = []
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda api, name: fetched.append(name))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: str(tmp_path / "model"))
     (tmp_path / "images").mkdir()
     rows = []
     for number in range(3):
@@ -365,8 +369,9 @@ def test_a_checkpoint_answers_in_this_process(scenes, tmp_path, tiny_model, tiny
     words = ["--questions", tmp_path / "questions.json", "--images", tmp_path / "images", "--max-tokens", 6]
     out = tmp_path / "out"
     with Server(lambda number, messages: "A") as server:
-        words += ["--model", tmp_path / "model", "--judge", "j", "--judge-url", server.url]
+        words += ["--model", "some/model", "--judge", "j", "--judge-url", server.url]
         assert instruct(*words, "--out", out) == 0
+    assert fetched == ["some/model"] and read(out / "settings.json")["model"] == "some/model"
     replies = Journal(out / "replies.jsonl").replies
     assert sum("/answer/" in key for key in replies) == 6 and len(read(out / "preferences.json")) == 0
     assert all(reply.prompt_tokens > 4 and reply.new_tokens <= 6 for key, reply in replies.items() if "answer" in key)
