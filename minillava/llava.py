@@ -107,18 +107,18 @@ class LLaVAModel(nn.Module):
         `at_once` bounds the views in one pass of the tower (0: all).
         """
         spans = spans or [view_span(self.config)] * len(images)
+        layout, views = self.config.layout, [span.views for span in spans]
         if self.config.vision.rotary:
             parts = self._see_native(images, spans, at_once)
-        elif self.config.layout.pool_first and any(span.clip for span in spans):
-            parts = self._pool_and_project(self.features(images, at_once), spans)
         else:
-            parts = self.projector(self.features(images, at_once)).split([span.views for span in spans])
-        return [arrange(x_NPD, span, self.config.layout, self.projector.newline) for x_NPD, span in zip(parts, spans)]
-
-    def features(self, images: Tensor, at_once: int = 0) -> Tensor:
-        """What the tower makes of the views, [N, P, C]."""
-        seen = [self._look(some) for some in images.split(at_once or len(images))]
-        return torch.cat(seen) if len(seen) > 1 else seen[0]
+            seen = [self._look(some) for some in images.split(at_once or len(images))]
+            features_NPC = torch.cat(seen) if len(seen) > 1 else seen[0]
+            if layout.pool_first and any(span.clip for span in spans):
+                pooled = zip(features_NPC.split(views), spans)
+                parts = [self.projector(pool(x, layout) if span.clip else x) for x, span in pooled]
+            else:
+                parts = self.projector(features_NPC).split(views)
+        return [arrange(x_NPD, span, layout, self.projector.newline) for x_NPD, span in zip(parts, spans)]
 
     def _look(self, images: Tensor, *where: Any) -> Tensor:
         """One pass of the tower. One that is frozen runs without building a graph."""
@@ -139,11 +139,6 @@ class LLaVAModel(nn.Module):
         sizes = [sum(some) for some in passes]
         parts = zip(images.split(sizes), positions_P3.split(sizes), passes)
         return torch.cat([self.projector(self._look(*part)) for part in parts]).split([span.tokens for span in spans])
-
-    def _pool_and_project(self, features_NPC: Tensor, spans: Sequence[Span]) -> list[Tensor]:
-        """transformers' LLaVA-NeXT-Video pools the frames of a clip before the projector, the original behind it."""
-        parts = zip(features_NPC.split([span.views for span in spans]), spans)
-        return [self.projector(pool(x, self.config.layout) if span.clip else x) for x, span in parts]
 
     def splice(self, x_TD: Tensor, ids_T: Tensor, visual: Sequence[Tensor]) -> Tensor:
         """Put the visual tokens [T, D] of each picture and clip where the placeholders are, in this order."""

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from minillava.config import VisionConfig
 from minillava.kernels.attention import attention
+from minillava.kernels.cpu.product import linear
 from minillava.layers.activations import ACTIVATIONS
-from minillava.layers.linear import Linear, linear
+from minillava.layers.linear import Linear
 from minillava.layers.rotary import cos_sin, rotate
 
 Context = tuple[Sequence[int], Tensor, Tensor]  # boundaries of packed windows; cos and sin of their tokens, [T, 1, K]
@@ -78,11 +79,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_NTD: Tensor, context: Context | None = None) -> Tensor:
-        return self.after(x_NTD, self.attn(self.norm1(x_NTD), context))
-
-    def after(self, x_NTD: Tensor, seen_NTD: Tensor) -> Tensor:
-        """The block behind its attention."""
-        x_NTD = x_NTD + seen_NTD
+        x_NTD = x_NTD + self.attn(self.norm1(x_NTD), context)
         return x_NTD + self.mlp(self.norm2(x_NTD))
 
 
@@ -139,7 +136,7 @@ class VisionTower(nn.Module):
         wanted = [layer % (cfg.num_layers + 1) for layer in cfg.select_layers]
         x_NTD = self.embed(pixels_NCSS, windows)
         states = {0: x_NTD}
-        for i, block in enumerate(self.blocks[: cfg.layers_run], start=1):
+        for i, block in enumerate(self.blocks[: max(wanted)], start=1):
             x_NTD = block(x_NTD, context)
             if i in wanted:
                 states[i] = x_NTD

@@ -12,8 +12,8 @@ import torch
 
 from minillava.config import IGNORE
 from minillava.errors import UserError
+from minillava.kernels.cpu.product import linear
 from minillava.layers.cache import KVCache
-from minillava.layers.linear import linear
 from minillava.llava import next_labels
 
 LENGTHS = (7, 12, 5, 9)  # of four sequences, of which the second and the last have a picture

@@ -39,17 +39,11 @@ class Unallocated(TorchFunctionMode):
         self.meta.__exit__(*error)
 
 
-def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x weight^T + bias."""
-    y_TO = cpu.linear(x_TD, weight_OD, bias_O)
-    return F.linear(x_TD, weight_OD, bias_O) if y_TO is None else y_TO
-
-
 class Linear(nn.Linear):
     """nn.Linear that reads its weight as fast as a CPU can."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return linear(x_TD, self.weight, self.bias)
+        return cpu.linear(x_TD, self.weight, self.bias)
 
     @classmethod
     def around(cls, weight_OD: Tensor, bias_O: Tensor | None) -> Linear:
@@ -118,4 +112,4 @@ def grouped_linear(x_SD: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
     if x_SD.is_cuda and x_SD.dtype == torch.bfloat16:  # asks nothing of the host
         return F.grouped_mm(x_SD, weight_EOD.transpose(1, 2), offs=ends_E)
     parts = x_SD.tensor_split(ends_E[:-1].tolist())
-    return torch.cat([linear(part, weight_OD) for part, weight_OD in zip(parts, weight_EOD)])
+    return torch.cat([cpu.linear(part, weight_OD) for part, weight_OD in zip(parts, weight_EOD)])
