@@ -7,6 +7,7 @@ five fields of `VisionConfig`. `minillava.checkpoints` reads a ModelConfig out o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from minillava.errors import UserError
@@ -42,11 +43,11 @@ class VisionConfig:
     norm: Literal["layer", "rms"] = "layer"
     final_norm: bool = False  # run the norm behind the last block too (OneVision-Encoder's use_head)
 
-    @property
+    @cached_property
     def patches_per_side(self) -> int:
         return self.image_size // self.patch_size
 
-    @property
+    @cached_property
     def num_patches(self) -> int:
         return self.patches_per_side**2
 
@@ -174,7 +175,7 @@ class ChatConfig:
     stop_strings: tuple[str, ...] = ()  # texts that end an answer ("###" of llava_v0)
     repetition_penalty: float = 1.0  # of generation_config.json
 
-    @property
+    @cached_property
     def markers(self) -> dict[str, int]:
         """What stands for a picture and for a clip in a prompt, and the id that it becomes: one entry or two."""
         clip = {self.video_token: self.video_token_id} if self.video_token else {}

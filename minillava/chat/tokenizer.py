@@ -55,7 +55,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_id(self, token: str) -> int | None:
-        """Id of exactly this token, None where the vocabulary lacks it."""
+        """Id of exactly this token, None where the vocabulary lacks it; no token is empty."""
 
     @abstractmethod
     def token_bytes(self, id: int) -> bytes:
@@ -68,15 +68,15 @@ class Tokenizer(ABC):
 
     @property
     def bos_id(self) -> int | None:
-        return self._named_id("bos_token")
+        return self.token_id(self.files.named.get("bos_token", ""))
 
     @property
     def eos_id(self) -> int | None:
-        return self._named_id("eos_token")
+        return self.token_id(self.files.named.get("eos_token", ""))
 
     @property
     def pad_id(self) -> int | None:
-        return self._named_id("pad_token")
+        return self.token_id(self.files.named.get("pad_token", ""))
 
     def encode_parts(self, parts: Iterable[str]) -> list[list[int]]:
         """Ids of each part of one running text, no token crossing from one part into the next.
@@ -101,7 +101,7 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         stream = StreamDecoder(self, skip_special)
-        return "".join([stream.push(id) for id in ids]) + stream.flush()
+        return "".join(map(stream.push, [*ids, None]))
 
     def save(self, folder: Path) -> None:
         """Copy the files this tokenizer was read from."""
@@ -110,10 +110,6 @@ class Tokenizer(ABC):
             source = self.files.folder / name
             if source.is_file() and source.resolve() != (folder / name).resolve():
                 shutil.copyfile(source, folder / name)
-
-    def _named_id(self, name: str) -> int | None:
-        token = self.files.named.get(name)
-        return None if token is None else self.token_id(token)
 
 
 class StreamDecoder:
@@ -125,20 +121,15 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip = tokenizer._strip_first_space
 
-    def push(self, id: int) -> str:
-        """The text that is complete with this id; empty while a character still lacks bytes."""
+    def push(self, id: int | None) -> str:
+        """The text that is complete with this id; empty while a character still lacks bytes. None is the end of the
+        ids: U+FFFD for a character cut short, else nothing."""
         if id in self._skip:
             return ""
-        return self._first(self._utf8.decode(self._tokenizer.token_bytes(id)))
-
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character cut short, else nothing."""
-        return self._first(self._utf8.decode(b"", final=True))
-
-    def _first(self, text: str) -> str:
+        text = self._utf8.decode(b"" if id is None else self._tokenizer.token_bytes(id), final=id is None)
         if self._strip and text:
             self._strip = False
-            return text.removeprefix(" ")
+            text = text.removeprefix(" ")
         return text
 
 
@@ -267,7 +258,7 @@ class JsonTokenizer(Tokenizer):
         return head + self._encode(self._full, tail).ids if tail else head
 
     def token_id(self, token: str) -> int | None:
-        return self._full.token_to_id(token)
+        return self._full.token_to_id(token) if token else None
 
     def token_bytes(self, id: int) -> bytes:
         token = self._full.id_to_token(id) if 0 <= id < self.vocab_size else None

@@ -124,4 +124,4 @@ def passages(dataset: Dataset, example: Example) -> Iterator[tuple[str, bool]]:
             passage, learned = "", not learned
         passage += decoder.push(example.ids[at])
         at += 1
-    yield passage + decoder.flush(), learned
+    yield passage + decoder.push(None), learned

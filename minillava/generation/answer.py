@@ -60,19 +60,14 @@ class AnswerText:
         self.waiting = ""
         self.stopped = False
 
-    def push(self, id: int) -> str:
-        """The text that is settled with this id."""
-        return self._settle(self.stream.push(id), end=False)
-
-    def flush(self) -> str:
-        """What was held back, once no more ids come."""
-        return "" if self.stopped else self._settle(self.stream.flush(), end=True)
-
-    def _settle(self, new: str, end: bool) -> str:
-        self.waiting += new
+    def push(self, id: int | None) -> str:
+        """The text that is settled with this id; None is the end of the ids, which settles what was held back."""
+        if self.stopped:
+            return ""
+        self.waiting += self.stream.push(id)
         found = [at for stop in self.stops if (at := self.waiting.find(stop)) >= 0]
         self.stopped = bool(found)
-        end = end or self.stopped
+        end = id is None or self.stopped
         text = self.waiting[: min(found)] if found else self.waiting
         size = len(text)
         if not end:  # what can be shown whatever comes next

@@ -65,11 +65,6 @@ class Row:
     prefill_s: float = 0.0
     times: list[float] = field(default_factory=list)  # when each token came
 
-    @property
-    def watched(self) -> bool:
-        """Whether the host has to look at the logits before the next step."""
-        return self.logprobs is not None or self.grammar is not None
-
     def accept(self, id: int, eos_ids: frozenset[int]) -> str:
         """Take one more token; returns the text that it settles. Sets `finish_reason` if the answer ends with it."""
         self.token_ids.append(id)
@@ -79,15 +74,14 @@ class Row:
             self.finish_reason = "stop"
         elif len(self.token_ids) == self.limit:
             self.finish_reason = "length"
-        return piece + self.text.flush() if self.finish_reason else piece
+        return piece + self.text.push(None) if self.finish_reason else piece
 
-    def record(self, id: int, logits_V: Tensor) -> None:
-        """Keep the log-probability of the token that came, and of the likeliest ones."""
-        if self.logprobs is not None:
-            logprobs_V = logits_V.float().log_softmax(-1)
-            values, ids = logprobs_V.topk(min(self.logprobs, len(logprobs_V)))
-            likeliest = tuple(zip(ids.tolist(), values.tolist()))
-            self.token_logprobs.append(TokenLogprob(id, float(logprobs_V[id]), likeliest))
+    def record(self, id: int, logits_V: Tensor, most: int) -> None:
+        """Keep the log-probability of the token that came, and of the `most` likeliest ones."""
+        logprobs_V = logits_V.float().log_softmax(-1)
+        values, ids = logprobs_V.topk(min(most, len(logprobs_V)))
+        likeliest = tuple(zip(ids.tolist(), values.tolist()))
+        self.token_logprobs.append(TokenLogprob(id, float(logprobs_V[id]), likeliest))
 
 
 def allowed_next(row: Row, vocabulary: int) -> Tensor:

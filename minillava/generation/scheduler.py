@@ -70,8 +70,7 @@ class Scheduler:
         self.live.clear()
         self.entering = None
         self.slots.pending.clear()
-        for slot in range(self.slots.rows):
-            self.slots.leave(slot)
+        self.slots.cache.live_B.zero_()
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -82,10 +81,12 @@ class Scheduler:
         if self.entering or (self.waiting and len(self.live) < self.slots.rows):
             events += self._leave()
             events += self._prefill()
-        # On a GPU the host is a step behind: it reads the tokens of one while the next is computed.
+        # On a GPU the host is a step behind: it reads the tokens of one while the next is computed, unless one of the
+        # rows needs more than that before the next.
         if self.live and not any(row.finish_reason for row in self.live):
             self.slots.launch(len(self.live))
-            lag = 0 if any(row.watched for row in self.live) else self.slots.lag
+            watched = any(row.logprobs is not None or row.grammar is not None for row in self.live)
+            lag = 0 if watched else self.slots.lag
             while len(self.slots.pending) > lag:
                 events += self._accept(self.slots.take())
         if any(row.finish_reason for row in self.live):
@@ -104,8 +105,8 @@ class Scheduler:
             row = self.live[slot]
             if row.finish_reason:
                 continue
-            if row.watched and logits_BV is not None:
-                row.record(id, logits_BV[slot - start])
+            if row.logprobs is not None and logits_BV is not None:
+                row.record(id, logits_BV[slot - start], row.logprobs)
             piece = row.accept(id, self.engine.eos_ids)
             if row.grammar is not None and not row.finish_reason:
                 row.grammar.advance(id)
@@ -125,11 +126,10 @@ class Scheduler:
                 gone = live[slot]
                 self.memory.prefixes.put(slot, list(self.memory.keys(gone, [*gone.ids, *gone.token_ids[:-1]])))
             last = live.pop()
-            slots.leave(slot)
             if slot < len(live):
                 slots.move(slot, len(live), len(last.ids) + len(last.token_ids) - 1)
-                slots.leave(len(live))
                 live[slot] = last
+            slots.cache.live_B[len(live)] = False
             if self.entering:
                 slots.move(len(live), len(live) + 1, self.entering.cached)
         return events

@@ -17,7 +17,7 @@ from minillava.generation.sampling import Sampler, Sampling, penalised
 from minillava.layers.cache import KVCache
 from minillava.llava import LLaVAModel
 
-MASKED, PENALISED = -1, -2  # beside the kinds of sampling: some tokens are not allowed; repetition costs
+Graph = tuple[torch.cuda.CUDAGraph, Tensor | None]  # a captured step, and where it leaves its logits
 
 
 class Slots:
@@ -40,8 +40,7 @@ class Slots:
         # The host reads the tokens of a step while a GPU works on the next one.
         self.lag = 1 if device.type == "cuda" else 0
         self.pending: deque[tuple[Tensor, Callable[[], object] | None]] = deque()  # tokens on their way; how to wait
-        self.graphs: dict[tuple[int, frozenset[int]], torch.cuda.CUDAGraph] = {}
-        self._graph_logits: dict[tuple[int, frozenset[int]], Tensor | None] = {}
+        self.graphs: dict[tuple[int, frozenset[int]], Graph] = {}  # by the number of slots and their kinds
         self.logits_BV: Tensor | None = None  # of the last step or prompts, until the next
         self.allowed_BV: Tensor | None = None  # which tokens may come next, once a grammar says so
         self.seen_BV: Tensor | None = None  # tokens of prompt and answer, once a row has a penalty on them
@@ -63,6 +62,7 @@ class Slots:
         if self.allowed_BV is None:
             size = self.model.config.decoder.vocab_size
             self.allowed_BV = torch.ones(self.rows, size, dtype=torch.bool, device=self.device)
+            self.graphs.clear()  # captured without a mask
         self.allowed_BV[slot] = allowed_V.to(self.device)
 
     def penalise(self, slot: int, ids: Sequence[int], penalty: float) -> None:
@@ -70,6 +70,7 @@ class Slots:
         size = self.model.config.decoder.vocab_size
         if self.seen_BV is None:
             self.seen_BV = torch.zeros(self.rows, size, dtype=torch.bool, device=self.device)
+            self.graphs.clear()  # captured without a penalty
         self.penalty_B[slot] = penalty
         self.seen_BV[slot] = False
         self.seen_BV[slot, [id for id in {*ids} if 0 <= id < size]] = True  # placeholders may lie outside
@@ -83,36 +84,28 @@ class Slots:
             if state_B is not None:
                 state_B[to] = state_B[slot]
 
-    def leave(self, slot: int) -> None:
-        self.cache.live_B[slot] = False
-
     def first(self, logits_BV: Tensor, start: int) -> list[int]:
         """The first tokens of the sequences in slots `start` and on, from the last logits of their prompts."""
         rows = slice(start, start + len(logits_BV))
         self.cache.live_B[rows] = True
-        self._choose(logits_BV, rows, self._kinds(rows))
+        self._choose(logits_BV, rows, frozenset(self.kinds[rows]))
         return self.tokens_B[rows].tolist()
 
     def _choose(self, logits_BV: Tensor, rows: slice, kinds: frozenset[int]) -> None:
         """The next token of these slots, and whether they go on after it."""
         live_B, left_B, tokens_B = self.cache.live_B[rows], self.left_B[rows], self.tokens_B[rows]
         self.logits_BV = logits_BV
-        if PENALISED in kinds and self.seen_BV is not None:
+        if self.seen_BV is not None:
             logits_BV = penalised(logits_BV, self.seen_BV[rows], self.penalty_B[rows])
-        if MASKED in kinds and self.allowed_BV is not None:
+        if self.allowed_BV is not None:
             logits_BV = logits_BV.masked_fill(~self.allowed_BV[rows], float("-inf"))
-        new_B = self.sampler(logits_BV, rows, kinds - {MASKED, PENALISED})
+        new_B = self.sampler(logits_BV, rows, kinds)
         tokens_B.copy_(torch.where(live_B, new_B, tokens_B))
-        if PENALISED in kinds and self.seen_BV is not None:
+        if self.seen_BV is not None:
             seen_BV, where_B1 = self.seen_BV[rows], tokens_B[:, None]
             seen_BV.scatter_(1, where_B1, seen_BV.gather(1, where_B1) | live_B[:, None])
         left_B -= live_B.to(left_B.dtype)
         live_B &= (left_B > 0) & ~(tokens_B[:, None] == self.eos_E).any(1)
-
-    def _kinds(self, rows: slice) -> frozenset[int]:
-        """What a step of these slots has to be able to do."""
-        more = ((MASKED, self.allowed_BV), (PENALISED, self.seen_BV))
-        return frozenset([*self.kinds[rows], *[kind for kind, where_BV in more if where_BV is not None]])
 
     # ---- one token for each ----
 
@@ -122,11 +115,11 @@ class Slots:
 
     def launch(self, n: int) -> None:
         """Start a step of the first n slots; `take` hands over its tokens."""
-        kinds = self._kinds(slice(0, n))
+        kinds = frozenset(self.kinds[:n])
         if self.captured:
             size = min(1 << (n - 1).bit_length(), self.rows)  # slots from n on are not live: nothing comes of them
-            (self.graphs.get((size, kinds)) or self._capture(size, kinds)).replay()
-            self.logits_BV = self._graph_logits.get((size, kinds))
+            graph, self.logits_BV = self.graphs.get((size, kinds)) or self._capture(size, kinds)
+            graph.replay()
         else:
             self.step(n, kinds)
         if self.device.type == "cuda":
@@ -155,14 +148,14 @@ class Slots:
             for tensor, value in zip(state, before):
                 tensor.copy_(value)
 
-    def _capture(self, n: int, kinds: frozenset[int]) -> torch.cuda.CUDAGraph:
+    def _capture(self, n: int, kinds: frozenset[int]) -> Graph:
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.rehearse(n, kinds)
         torch.cuda.current_stream().wait_stream(stream)
-        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+        pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
         with torch.cuda.graph(graph, pool=pool):
             self.step(n, kinds)
-        self.graphs[n, kinds], self._graph_logits[n, kinds] = graph, self.logits_BV
-        return graph
+        self.graphs[n, kinds] = graph, self.logits_BV
+        return self.graphs[n, kinds]

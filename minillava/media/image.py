@@ -77,12 +77,14 @@ def _opened(source: str | Path | bytes, name: str, use: Callable[[Image.Image], 
         if file.seek(0, io.SEEK_END) == 0:
             raise UserError(f"{name}: the image file is empty (0 bytes); fetch it again")
         file.seek(0)
+        Image.init()
+        formats = [name for name in FORMATS if name in Image.OPEN]  # asking PIL for one that it lacks is a KeyError
         try:
-            return use(Image.open(file, formats=_formats()))
+            return use(Image.open(file, formats=formats))
         except ValueError as error:
             if "MAX_TEXT" not in str(error):
                 raise
-            return use(Image.open(_without_text(file), formats=_formats()))
+            return use(Image.open(_without_text(file), formats=formats))
 
 
 def _without_text(file: BinaryIO) -> io.BytesIO:
@@ -257,13 +259,6 @@ def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     return (unit - np.array(mean, dtype=np.float32)[:, None]) / np.array(std, dtype=np.float32)[:, None]
 
 
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this build of PIL can read: asking it for another is a KeyError."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
 def _decode(image: Image.Image, name: str, orient: bool) -> Image.Image:
     width, height = image.size
     if width < 1 or height < 1:
@@ -273,18 +268,19 @@ def _decode(image: Image.Image, name: str, orient: bool) -> Image.Image:
             f"{name}: {width} x {height} is more than {MAX_PIXELS:,} pixels, or than {MAX_SIDE:,} on a side; "
             "scale the image down first"
         )
-    _scale_key(image)
+    if image.format == "PNG" and "transparency" in image.info:
+        _scale_key(image)
     image.load()
     if orient and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    return _to_rgb(image, name)
+    return image if image.mode == "RGB" and "transparency" not in image.info else _to_rgb(image, name)
 
 
 def _scale_key(image: Image.Image) -> None:
     """Give the colour that a PNG says is clear (tRNS) the depth that its pixels will have. PIL makes those 8 bits deep
     and leaves the colour as it is, so that no pixel has it. Of 16 bits of a colour PIL keeps 8 to compare."""
-    key, tile = image.info.get("transparency"), getattr(image, "tile", None)
-    if not tile or image.format != "PNG":
+    key, tile = image.info["transparency"], getattr(image, "tile", None)
+    if not tile:
         return
     depth = tile[0][3][0] if isinstance(tile[0][3], tuple) else tile[0][3]
     if isinstance(key, int) and depth in ("L;2", "L;4"):
@@ -307,7 +303,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     elif image.mode == "F":
         raise UserError(f"{name}: floating-point pixels have no fixed range; convert the image to 8 bits")
     else:
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return image.convert("RGB")
     found = Image.new("RGB", image.size)
     for top, strip in _strips(image):
         found.paste(convert(strip), (0, top))

@@ -171,7 +171,7 @@ def test_streaming_equals_decoding(folder):
     for ids in samples:
         stream = StreamDecoder(tokenizer)
         pieces = [stream.push(id) for id in ids]
-        assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+        assert "".join(pieces) + stream.push(None) == tokenizer.decode(ids)
 
 
 def test_streaming_never_prints_half_a_character(folder):
@@ -179,10 +179,10 @@ def test_streaming_never_prints_half_a_character(folder):
     stream = StreamDecoder(tokenizer)
     ids = tokenizer.encode("é 世界 🙂", first=True)
     printed = [stream.push(id) for id in ids]
-    assert "".join(printed) == "é 世界 🙂" and stream.flush() == "" and len(ids) > 7
+    assert "".join(printed) == "é 世界 🙂" and stream.push(None) == "" and len(ids) > 7
     cut = StreamDecoder(tokenizer)
     assert "".join(cut.push(id) for id in ids[:-1]) == "é 世界 "
-    assert cut.flush() == "\ufffd"
+    assert cut.push(None) == "\ufffd"
 
 
 def test_saving_copies_what_was_read(folder, tmp_path):

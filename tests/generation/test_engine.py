@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,13 +145,17 @@ def test_the_templates_stop_string_counts(tiny_model, tiny_tokenizer, monkeypatc
 
 
 def test_text_that_may_become_a_stop_string_is_held_back(tiny_tokenizer):
-    text = AnswerText(tiny_tokenizer, ["###", "User:"], strip=True)
-    pieces = [text._settle(new, end=False) for new in ("  a", " ##", "b  ", "#", "#", "#c")]
-    assert pieces == ["a", "", " ##b", "", "", ""] and text.stopped and text.text == "a ##b"
-    text = AnswerText(tiny_tokenizer, ["\nUser:"], strip=True)
-    assert [text._settle(new, end=False) for new in ("\n", "User", ":")] == ["", "", ""] and text.stopped
-    text = AnswerText(tiny_tokenizer, ["###"], strip=False)
-    assert text._settle(" a #", end=False) == " a " and text._settle("", end=True) == "#"
+    def settled(pieces, stops, strip=True):
+        """What comes out as pieces of text come, in place of ids; None is their end."""
+        text = AnswerText(tiny_tokenizer, stops, strip)
+        text.stream = SimpleNamespace(push=lambda piece: piece or "")
+        return [text.push(piece) for piece in pieces], text.stopped
+
+    pieces, stopped = settled(["  a", " ##", "b  ", "#", "#", "#c", None], ["###", "User:"])
+    assert pieces == ["a", "", " ##b", "", "", "", ""] and stopped
+    assert settled(["\n", "User", ":"], ["\nUser:"]) == (["", "", ""], True)
+    assert settled([" a #", None], ["###"], strip=False) == ([" a ", "#"], False)
+    assert settled([" a #", " ", None], ["###"]) == (["a", " #", ""], False)
 
 
 def test_streamed_text_is_the_answer(engine):
