@@ -52,7 +52,8 @@ class ShapesTask(LLaVATask):
     def save(self, folder: Path) -> None:
         super().save(folder)
         if self.config.chat.template != "plain" and parallel.is_main():
-            model = self.run.model if parallel.world() == 1 else Checkpoint.open(folder).load()
+            whole = parallel.world() == 1 and not self.stage.lora  # float32 adapters do not compute with a base in bf16
+            model = self.run.model if whole else Checkpoint.open(folder).load()
             print(report(model, self.run.tokenizer, self.run.folder, 4 * self.scenes))
 
 

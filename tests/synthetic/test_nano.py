@@ -95,6 +95,30 @@ def test_its_result_answers_about_a_picture(toy_run):
     assert again[0].token_ids == answer.token_ids
 
 
+LORA = """
+[model]
+base = "nano"
+[[stage]]
+name = "finetune"
+task = "shapes"
+shapes = { scenes = 2 }
+steps = 1
+batch_size = 4
+lr = { decoder = 1e-3 }
+lora = { decoder = { rank = 2, alpha = 4.0 } }
+"""
+
+
+@pytest.mark.parametrize("quantize", ["", "nf4"])
+def test_adapters_are_measured_too(tmp_path, quantize):
+    """Those of a model in bf16, or in four bits, as what they are merged into."""
+    (tmp_path / "lora.toml").write_text(LORA)
+    run_recipe(read_recipe(tmp_path / "lora.toml", [f"model.quantize={quantize!r}"], str(tmp_path / "run")))
+    shares = json.loads((tmp_path / "run/accuracy.json").read_text())
+    assert list(shares) == ["unseen scenes", "held-out pairs", "no picture"]
+    assert (tmp_path / "run/finetune/done.json").is_file()
+
+
 def test_the_model_that_ships_sees():
     """Exact answers on scenes and pairs that it never saw, and guesses without the picture (README has the table)."""
     from minillava import LLaVA
