@@ -1,17 +1,19 @@
-// Attention of packed sequences in bf16 for inference, by AMX tiles or in fp32; attention.py has the definition.
+// Attention of packed sequences in bf16 for inference, in fp32 where that is not multiplied; attention.py has the
+// definition.
 // Scores of some queries and all their keys lie in the cache: no running maximum, nothing is scaled twice.
 
 #define WIDEST 128 // numbers of a head
-#define QUERIES (4 * TILE)
+#define QUERIES (4 * TILE(ROWS_AT_ONCE))
 
-#ifdef __AMX_BF16__
+#ifdef __AVX512BF16__
 typedef uint16_t cell;
-#define COLUMNS 32
+#define CELLS WORDS
 #else
 typedef float cell;
-#define COLUMNS ROWS_AT_ONCE
-#define TILES_READ_AND_WRITE
+#define CELLS FLOATS
 #endif
+#define COLUMNS ROWS_AT_ONCE
+#define PAIR (4 / (int)sizeof(cell)) // cells of a lane
 
 typedef struct {
   const uint16_t *q, *k, *v;               // [T, H, K], [T, G, K] twice, heads end to end
@@ -23,72 +25,51 @@ typedef struct {
   int causal;
 } queries;
 
-#ifdef __AMX_BF16__
-static __mmask16 some_of(long n) { return n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0; } // lanes
-
-// Keys of a head, by 32 tokens and 32 inputs: two tiles [16, 16, 2] of pairs of inputs, one below the other, of 16 keys.
-static void put_keys(const queries *a, const uint16_t *k, long S, cell *to) {
-  ints next = lanes_times(a->k_next * 2);
-  for (long s = 0; s < up_to(S, 32); s += 32)
-    for (long i = 0; i < up_to(a->K, 32); i += 32)
-      for (long t = s; t < s + 32; t += 16)
-        for (long j = i; j < i + 32; j += 2, to += 32)
-          store(to, _mm512_mask_i32gather_epi32(BITS(setzero)(), j < a->K ? some_of(S - t) : 0, next,
-                                                k + t * a->k_next + j, 1));
+static void put_cells(cell *to, const uint16_t *x, long n) {
+  if (sizeof(cell) == 2) memcpy(to, x, n * 2);
+  else load_all((float *)to, x, n);
 }
 
-// Values of a head, by 32 outputs and 32 tokens: two tiles of pairs of tokens, one below the other, of 16 outputs.
+// Keys of a head, by COLUMNS tokens [K / PAIR, COLUMNS, PAIR].
+static void put_keys(const queries *a, const uint16_t *k, long S, cell *to) {
+  for (long s = 0; s < up_to(S, 32); s += COLUMNS, to += COLUMNS * up_to(a->K, 32))
+    in_lanes(COLUMNS, CELLS, 0, k + s * a->k_next, 0, a->k_next, S - s < COLUMNS ? S - s : COLUMNS, a->K, (char *)to);
+}
+
+// Values of a head, by COLUMNS outputs [S / PAIR, COLUMNS, PAIR].
 static void put_values(const queries *a, const uint16_t *v, long S, cell *to) {
-  for (long o = 0; o < up_to(a->K, 32); o += 32)
-    for (long s = 0; s < up_to(S, 32); s += 32)
-      for (long i = o; i < o + 32; i += 16)
-        for (long j = s; j < s + 32; j += 2, to += 32) {
-          const uint16_t *at = v + j * a->v_next + i;
-          ints even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(j < S ? some_of(a->K - i) : 0, at));
-          ints odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(j + 1 < S ? some_of(a->K - i) : 0, at + a->v_next));
-          store(to, BITS(or)(even, V(slli_epi32)(odd, 16)));
-        }
+  for (long i = 0; i < up_to(a->K, 32); i += COLUMNS)
+    for (long s = 0; s < up_to(S, 32); s++) {
+      cell row[COLUMNS] = {0};
+      if (s < S && i < a->K) put_cells(row, v + s * a->v_next + i, a->K - i < COLUMNS ? a->K - i : COLUMNS);
+      for (long j = 0; j < COLUMNS; j++) to[s / PAIR * COLUMNS * PAIR + j * PAIR + s % PAIR] = row[j];
+      if (s + 1 == up_to(S, 32)) to += COLUMNS * (s + 1);
+    }
 }
 
 // c [QUERIES, COLUMNS] = a [QUERIES, depth] b.
 static void square(const cell *a, long a_next, const cell *b, long depth, float *c, long c_next) {
+#ifdef __AMX_BF16__
   _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   for (long i = 0; i < depth; i += 32, b += 1024) {
     _tile_loadd(4, a + i, 2 * a_next);
     _tile_loadd(5, a + i + 16 * a_next, 2 * a_next);
-    _tile_loadd(6, b, 64);
-    _tile_loadd(7, b + 512, 64);
+    _tile_loadd(6, b, 128);
+    _tile_loadd(7, b + 32, 128);
     _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, 4 * c_next);
   _tile_stored(1, c + 16, 4 * c_next);
   _tile_stored(2, c + 16 * c_next, 4 * c_next);
   _tile_stored(3, c + 16 * c_next + 16, 4 * c_next);
-}
-
-static void put_cells(cell *to, const uint16_t *x, long n) { memcpy(to, x, n * 2); }
 #else
-static void put_keys(const queries *a, const uint16_t *k, long S, cell *to) { // by COLUMNS tokens [K, COLUMNS]
-  for (long s = 0; s < up_to(S, 32); s += COLUMNS, to += COLUMNS * up_to(a->K, 32))
-    rows_of_floats(k, a->k_next, S, a->K, s / COLUMNS, (char *)to);
-}
-
-static void put_values(const queries *a, const uint16_t *v, long S, cell *to) { // by COLUMNS outputs [S, COLUMNS]
-  for (long i = 0; i < up_to(a->K, 32); i += COLUMNS)
-    for (long s = 0; s < up_to(S, 32); s++, to += COLUMNS) {
-      memset(to, 0, COLUMNS * sizeof *to);
-      if (s < S && i < a->K) load_all(to, v + s * a->v_next + i, a->K - i < COLUMNS ? a->K - i : COLUMNS);
-    }
-}
-
-static void square(const cell *a, long a_next, const cell *b, long depth, float *c, long c_next) {
   for (long r = 0; r < QUERIES; r++) memset(c + r * c_next, 0, COLUMNS * sizeof *c);
-  for (long r = 0; r < QUERIES; r += TILE)
-    tile(0, (char *)b, (char *)(a + r * a_next), a_next * 4, c, depth, c + r * c_next, c_next);
-}
-
-static void put_cells(cell *to, const uint16_t *x, long n) { load_all(to, x, n); }
+  for (long r = 0; r < QUERIES; r += TILE(COLUMNS)) {
+    const char *rows = (const char *)(a + r * a_next);
+    tile(COLUMNS, CELLS, (char *)b, rows, a_next * sizeof *a, c, depth, c + r * c_next, c_next, 0, 0, 0);
+  }
 #endif
+}
 
 // QUERIES or fewer of a head from t on, of a sequence of S tokens.
 static void some_queries(const queries *a, const uint16_t *q, uint16_t *o, const cell *keys, const cell *values, long t,

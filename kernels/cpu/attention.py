@@ -1,4 +1,4 @@
-"""Attention of packed sequences on CPUs in bf16 without gradients, by AMX tiles or in fp32: attention.c."""
+"""Attention of packed sequences on CPUs in bf16 without gradients: attention.c."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def attention(
     ends, o_THK = (_long * len(starts))(*starts), q_THK.new_empty(T, H, K)
     sizes = len(starts) - 1, H, G, K, *(t.stride(0) for t in all_)
     padded = sum(b - a + (a - b) % 32 for a, b in pairwise(starts))
-    room = cpu.workspace("attention", (padded, G, 2 * (K + -K % 32)), torch.bfloat16 if code.tiles else torch.float32)
+    room = cpu.workspace("attention", (padded, G, 2 * (K + -K % 32)), torch.bfloat16 if code.bf16 else torch.float32)
     pointers = *(t.data_ptr() for t in (*all_, o_THK, room)), ctypes.addressof(ends)
     code.packed_attention(ctypes.byref(_Queries(*pointers, *sizes, scale, causal)), torch.get_num_threads())
     return o_THK

@@ -48,7 +48,6 @@ ARGUMENTS = {
     "rms_norm": (_pointer, _pointer, _pointer, _long, _long, ctypes.c_float, _int),
     "swiglu": (_pointer, _pointer, _pointer, _long, _long, _long, _int),
     "quick_gelu": (_pointer, _pointer, _long, _int),
-    "nf4_tiles": (_pointer, _pointer, _pointer, _long, _int),
     "packed_attention": (_pointer, _int),
 }
 

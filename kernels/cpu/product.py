@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from minillava.kernels.cpu import library as cpu
 
 HALVES, BYTES, CODES, ROUNDED = range(4)  # kinds of a weight in weight.c
 TYPES = (torch.float32, torch.bfloat16)  # of inputs
-MANY = 64  # rows up to which AMX tiles take 4-bit weights, and weight @ x^T reads bf16 ones fastest (bench/LOG.md)
+MANY = 64  # rows up to which AMX multiplies bytes no slower than bf16, and weight @ x^T is the fastest of bf16
 _pointer, _long = ctypes.c_void_p, ctypes.c_long
 
 
@@ -48,7 +47,7 @@ class Weight:
         """How the C code multiplies it."""
         if self.codes is None:
             return HALVES if self.scales is None else BYTES
-        whole = self.shape[1] % min(self.codes[-1], 128) == 0  # groups of 128 inputs begin and end with blocks
+        whole = self.shape[1] % 64 == 0 and self.codes[-1] >= 64  # one scale for 64 inputs, which are rounded together
         return ROUNDED if self.rounded and whole else CODES
 
     def fits(self) -> bool:
@@ -85,15 +84,15 @@ def codes(flat: Tensor, bounds: Tensor, order: Tensor, absmax: Tensor, packed: T
     return blocks * blocksize
 
 
-def by_rows(x_MK: Tensor, weight: Weight, bias_N: Tensor | None, many: bool) -> Tensor:
-    """x weight^T + bias in x's type, bf16 or fp32, each weight read once for FEW rows; or decoded for many of bf16."""
+def by_rows(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
+    """x weight^T + bias in x's type: bf16, or fp32 of up to FEW rows."""
     code, M, fp32, threads = cpu.library(), len(x_MK), x_MK.dtype == torch.float32, torch.get_num_threads()
     x_MK, y_MN = x_MK.contiguous(), x_MK.new_empty(M, weight.shape[0])
     inside = None if fp32 or bias_N is None else bias_N.to(torch.bfloat16).contiguous()
     matrix = weight.matrix(inside)
     pointers = x_MK.data_ptr(), ctypes.byref(matrix), y_MN.data_ptr()
-    if many:
-        room = cpu.workspace("rows", (M + -M % 32, weight.shape[1]), torch.float32)
+    if M > cpu.FEW:
+        room = cpu.workspace("rows", (M + -M % 32, weight.shape[1] + -weight.shape[1] % 128), torch.float32)
         code.many_rows(*pointers, room.data_ptr(), M, threads)
     else:
         code.few_rows(*pointers, M, fp32, threads)
@@ -109,32 +108,28 @@ def multiply_all(x: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor | N
 
 def multiply(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
     """x weight^T + bias, x in bf16 or fp32, of a weight that `fits`, by the code that is fastest for so many rows."""
-    (M, K), (N, _), code = x_MK.shape, weight.shape, cpu.library()
-    half = x_MK.dtype == torch.bfloat16
-    tiles = half and weight.codes and code.tiles and N % 16 == 0 and K % 64 == 0 and weight.codes[-1] >= 64
-    if (3 if tiles else cpu.FEW) >= M:
-        return by_rows(x_MK, weight, bias_N, many=False)
-    if tiles and M <= MANY:
-        return _by_tiles(x_MK, weight, bias_N)
+    M, code, half = len(x_MK), cpu.library(), x_MK.dtype == torch.bfloat16
     exact = weight.kind in (HALVES, CODES)  # what PyTorch multiplies as fast, once it is in x's type
-    if not half or code.tiles or (code.bf16 and exact):
-        return F.linear(x_MK, values(weight, cpu.workspace("values", weight.shape, x_MK.dtype)), bias_N)
-    return by_rows(x_MK, weight, bias_N, many=True)
+    best = half and not (code.bf16 and exact) and not (code.tiles and M > MANY)
+    if M <= cpu.FEW or best:
+        return by_rows(x_MK, weight, bias_N)
+    return _by_onednn(x_MK, values(weight, cpu.workspace("values", weight.shape, x_MK.dtype)), bias_N)
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x weight^T + bias over the last dimension: F.linear, but on CPUs in bf16 without gradients what is faster there.
 
-    Few rows are bound by reading the weight: four rows or fewer go through our own code, then one through torch.mv and
-    several through weight @ x^T (31, 27 and 29 GB/s where F.linear reaches 22 on two AMX cores). CPUs that do not
-    multiply bf16 widen it in registers.
+    Few rows are bound by reading the weight: FEW or fewer go through our own code (four on AMX), then several through
+    weight @ x^T (31 and 29 GB/s where F.linear reaches 22 on two AMX cores). CPUs that do not multiply bf16 widen it in
+    registers.
     """
     if torch.is_grad_enabled() or not x.is_cpu or not x.dtype == weight_NK.dtype == torch.bfloat16 or not x.numel():
         return F.linear(x, weight_NK, bias_N)
     x_MK, weight = x.reshape(-1, x.shape[-1]), Weight((weight_NK.shape[0], weight_NK.shape[1]), weight_NK)
     M, slow, ours = len(x_MK), not cpu.multiplies_bf16(), not torch.compiler.is_compiling() and weight.fits()
-    if ours and (slow or M <= 4):
-        y_MN = by_rows(x_MK, weight, bias_N, many=M > cpu.FEW)
+    few = 4 if ours and cpu.library().tiles else cpu.FEW
+    if ours and (slow or few >= M):
+        y_MN = by_rows(x_MK, weight, bias_N)
     elif slow:
         bias = None if bias_N is None else bias_N.float()
         y_MN = F.linear(x_MK.float(), weight_NK.float(), bias).to(x.dtype)
@@ -142,17 +137,12 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
         y_MN = torch.mv(weight_NK, x_MK[0])[None] if M == 1 else torch.mm(weight_NK, x_MK.T).T
         y_MN = y_MN if bias_N is None else y_MN + bias_N
     else:
-        return F.linear(x, weight_NK, bias_N)
+        y_MN = _by_onednn(x_MK, weight_NK, bias_N)
     return y_MN.view(*x.shape[:-1], len(weight_NK))
 
 
-def _by_tiles(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
-    """Up to MANY rows of bf16 by AMX."""
-    (M, K), N, blocks, code = x_MK.shape, weight.shape[0], -(-len(x_MK) // 16), cpu.library()
-    x: Any = F.pad(x_MK, (0, 0, 0, 16 * blocks - M)).view(16 * blocks, K // 64, 16, 2, 2)
-    x = x.flip(-1).permute(0, 1, 3, 4, 2).reshape(16 * blocks, K)  # in the order of the codes
-    x = x.view(torch.int32).T.contiguous()  # pairs of inputs, of all rows
-    y_NM, matrix = torch.empty(N, 16 * blocks), ctypes.byref(weight.matrix())
-    code.nf4_tiles(x.data_ptr(), matrix, y_NM.data_ptr(), blocks, torch.get_num_threads())
-    y_MN = y_NM[:, :M].T
-    return (y_MN if bias_N is None else y_MN + bias_N).to(x_MK.dtype, memory_format=torch.contiguous_format)
+def _by_onednn(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """Of bf16 in whole eights of rows: oneDNN splits rows into equal parts, and CLIP's 577 take 1.25 times as long as
+    584, others without small factors up to 1.8 times (bench/LOG.md)."""
+    M, more = len(x_MK), -len(x_MK) % 8 if x_MK.dtype == torch.bfloat16 else 0
+    return F.linear(F.pad(x_MK, (0, 0, 0, more)) if more else x_MK, weight_NK, bias_N)[:M]

@@ -4,8 +4,9 @@
 #include "vector.h"
 #include "weight.c"
 #include "pointwise.c"
-#include "product.c"
+#include "inputs.c"
 #include "rows.c"
+#include "product.c"
 #include "tiles.c"
 #include "attention.c"
 
@@ -136,7 +137,7 @@ void decoder_step(const decoder *d, const cache *c, uint16_t *x, const uint16_t 
 #pragma omp parallel num_threads(threads)
   {
     int t = omp_get_thread_num(), of = omp_get_num_threads();
-    long halves = up_to(M * most * 2, 64), scales = scales_room(most), scores = d->H / d->G * rows;
+    long halves = up_to(M * most * 2, 64), scales = scales_room(most, M), scores = d->H / d->G * rows;
     char *memory = aligned_alloc(64, up_to(halves + prepared + (scales + scores + 2 * M * (I / of + 32)) * 4, 64));
     inputs in = {(uint16_t *)memory, memory + halves, (float *)(memory + halves + prepared), 0};
     float *mine = in.scales + scales, *gates = mine + scores;

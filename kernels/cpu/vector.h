@@ -25,11 +25,16 @@ INLINE void store_halves(void *p, ints words) { _mm256_storeu_si256(p, _mm512_cv
 INLINE floats nearest(floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE float sum(floats v) { return _mm512_reduce_add_ps(v); }
 INLINE float largest(floats v) { return _mm512_reduce_max_ps(v); }
-INLINE floats pick(__m128 from, ints lanes) { return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(from)); }
+INLINE floats half_each(float a, float b) { return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(a), _mm512_set1_ps(b)); }
 typedef struct { floats low, high; } table; // of 16 floats: all in the first register, or half
 INLINE floats look_up(table t, ints i) { return _mm512_permutexvar_ps(i, t.low); } // by the low four bits
+INLINE ints bytes8(const void *p) { return _mm512_set1_epi64(*(const long long *)p); }
 INLINE ints bytes16(const void *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(p)); }
 INLINE floats gather(const float *p, ints at) { return _mm512_i32gather_ps(at, p, 4); }
+INLINE void store_spans(char *p, ints a, ints b) { // 32 bytes of each, and again
+  _mm512_storeu_si512(p, _mm512_shuffle_i64x2(a, b, 0x44));
+  _mm512_storeu_si512(p + 64, _mm512_shuffle_i64x2(a, b, 0xee));
+}
 
 #else
 #define W 8
@@ -51,16 +56,19 @@ INLINE floats nearest(floats v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEARES
   return _mm_cvtss_f32(op(four, _mm_movehdup_ps(four)));
 INLINE float sum(floats v) { HALVED(_mm_add_ps, v) }
 INLINE float largest(floats v) { HALVED(_mm_max_ps, v) }
-INLINE floats pick(__m128 from, ints lanes) {
-  return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(from), lanes);
-}
+#define half_each(a, b) _mm256_set1_ps(a)
 typedef struct { floats low, high; } table;
 INLINE floats look_up(table t, ints i) { // by the low three bits, and bit 3 shifted to where the sign is
   floats low = _mm256_permutevar8x32_ps(t.low, i), high = _mm256_permutevar8x32_ps(t.high, i);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
 }
+INLINE ints bytes8(const void *p) { return _mm256_set1_epi64x(*(const long long *)p); }
 INLINE ints bytes16(const void *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(p)); }
 INLINE floats gather(const float *p, ints at) { return _mm256_i32gather_ps(p, at, 4); }
+INLINE void store_spans(char *p, ints a, ints b) {
+  _mm256_storeu_si256((ints *)p, a);
+  _mm256_storeu_si256((ints *)(p + 32), b);
+}
 #endif
 
 // Lane i: the sum of register i of W. Halves are added until a register holds one number of each.
@@ -148,6 +156,9 @@ static void evens_first(const uint16_t *x, float *y, long n) { // in fp32, of 2 
     V(storeu_ps)(y + i + W, of.odd);
   }
 }
+static void even_floats(const float *x, float *y, long n) { // the same order
+  for (long i = 0; i < n; i++) y[i / (2 * W) * 2 * W + i % 2 * W + i % (2 * W) / 2] = x[i];
+}
 #ifdef __AVX512BF16__
 typedef uint16_t number; // as it is
 INLINE floats dot(floats acc, const uint16_t *a, const number *x) { // of 2 W
@@ -168,6 +179,12 @@ INLINE floats dot(floats acc, const uint16_t *a, const number *x) {
 // acc += w x by an instruction: in assembler, as gcc copies sums beside its own intrinsics or where they change types.
 #define SUMMED(instruction) __asm__(instruction " %2, %1, %0" : "+v"(acc) : "v"(w), "vm"(x)); return acc;
 INLINE ints add_product(ints acc, ints w, ints x) { SUMMED("vfmadd231ps") } // in fp32
+
+#ifdef __AVX512BF16__
+INLINE ints dot_words(ints acc, ints w, ints x) { SUMMED("vdpbf16ps") } // of pairs in bf16, in fp32
+#else
+#define dot_words add_product // where no inputs are in pairs
+#endif
 
 #ifdef __AVX512VNNI__
 #define OFFSET 128

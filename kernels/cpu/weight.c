@@ -1,7 +1,7 @@
 // What a linear layer's weight may be, and its values: bf16, bytes with a scale for each output, or 4-bit codes
 // (nf4_dequantize.py has the format).
 
-enum kind { HALVES, BYTES, CODES, ROUNDED }; // ROUNDED: codes as bytes; inputs of these and of BYTES are bytes too
+enum kind { HALVES, BYTES, CODES, ROUNDED }; // ROUNDED: codes as bytes, K and blocks in whole 64s; inputs as of BYTES
 
 typedef struct {
   long N, K;
@@ -27,6 +27,10 @@ static inline float scale(const matrix *w, long n, long e) {
   if (w->kind == BYTES) return ((const float *)w->scales)[n] / 127;
   if (!w->nested) return ((const float *)w->scales)[block];
   return w->dynamic[((const uint8_t *)w->scales)[block]] * w->nested[group] + w->nested[w->groups + group];
+}
+
+INLINE const char *scale_at(const matrix *w, long e) { // of codes
+  return (const char *)w->scales + (e >> w->shift) * (w->nested ? 1 : 4);
 }
 
 // Scales of the blocks that output n is in, as if block 0 of the weight were there: where they are, or in `room`.
@@ -59,23 +63,24 @@ static table table_of(const matrix *w) {
   return (table){V(loadu_ps)(of), V(loadu_ps)(of + 16 - W)};
 }
 
-// Values of output n from input k on, in bf16 or else fp32; `count` and k in whole 32s.
-static void decode(const matrix *w, long n, long k, long count, int bf16, void *to) {
+// Values of output n from input k on, in bf16 or fp32, or of 2 W the even ones first; `count` and k in whole 32s.
+enum order { BF16, FP32, EVENS_FIRST };
+static void decode(const matrix *w, long n, long k, long count, enum order order, void *to) {
   table t = table_of(w);
-  if (w->kind == HALVES && !bf16) return load_all(to, (const uint16_t *)address(HALVES, w, n * w->K + k), count);
   for (long i = 0, e = n * w->K + k; i < count; i += 2 * W, e += 2 * W) {
     floats by = all_of(scale(w, n, e));
     pair of = values_at(w->kind, t, address(w->kind, w, e));
     of = (pair){V(mul_ps)(of.even, by), V(mul_ps)(of.odd, by)};
-    if (bf16) store((uint16_t *)to + i, joined(of));
-    else store_pair((float *)to + i, of);
+    if (order == BF16) store((uint16_t *)to + i, joined(of));
+    else if (order == FP32) store_pair((float *)to + i, of);
+    else store((float *)to + i, (ints)of.even), store((float *)to + i + W, (ints)of.odd);
   }
 }
 
 // All values [N, K] of a weight, K in whole 32s.
 void weight_values(const matrix *w, void *out, int bf16, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (long n = 0; n < w->N; n++) decode(w, n, 0, w->K, bf16, (char *)out + n * w->K * (bf16 ? 2 : 4));
+  for (long n = 0; n < w->N; n++) decode(w, n, 0, w->K, bf16 ? BF16 : FP32, (char *)out + n * w->K * (bf16 ? 2 : 4));
 }
 
 // x [blocks, size] in bf16 or fp32 to codes, and each block's largest magnitude, as `quantize` in quantize.py, to the
