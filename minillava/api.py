@@ -19,9 +19,10 @@ from minillava.device import multiplies_bf16, pick_device
 from minillava.errors import UserError, nearest
 from minillava.generation.answer import Answer
 from minillava.generation.conversation import Conversation
-from minillava.generation.engine import Engine, Request
+from minillava.generation.engine import Engine
 from minillava.generation.look import Look, attention_over_pictures
 from minillava.generation.prompts import Prompt, is_batch, request_of, requests_of
+from minillava.generation.request import Request, Row
 from minillava.generation.sampling import Sampling
 from minillava.generation.score import Choice, score
 from minillava.kernels.cpu.library import library
@@ -130,15 +131,13 @@ class LLaVA:
         if is_batch(prompt):
             raise UserError("a stream is of one prompt; use generate for a list of them")
 
-        def pieces(requests: list[Request]) -> Generator[str, None, Answer]:
-            events = self.engine.stream(requests)
-            while True:
-                try:
-                    yield next(events)[1]
-                except StopIteration as end:
-                    return end.value[0]
+        def pieces(row: Row) -> Generator[str, None, Answer]:
+            for _, piece in self.engine.stream([row]):
+                yield piece
+            return self.engine.answer(row)
 
-        return pieces(self._requests(prompt, images, **how))
+        (request,) = self._requests(prompt, images, **how)
+        return pieces(self.engine.row(0, request, {}))
 
     def score(
         self,

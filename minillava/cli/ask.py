@@ -291,7 +291,8 @@ class Run:
         device = self.model.engine.device
         speed, token_s, now = answer.decode_tok_per_s, answer.token_s, peak_bytes(device)
         peak = self.peak = now if now > self.with_buffers else self.peak  # without what measuring the copy took
-        share = answer.read_bytes / token_s / copy_bytes_per_s(device) if token_s else None
+        read = self.model.engine.step_bytes(answer.prompt_tokens + len(answer.token_ids) // 2)
+        share = read / token_s / copy_bytes_per_s(device) if token_s else None
         self.with_buffers = max(now, peak_bytes(device))
         if self.args.json:
             fields = {

@@ -30,7 +30,6 @@ class Answer:
     prefill_s: float = 0.0  # their prompts, up to the first token
     decode_s: float = 0.0  # from the first token to this answer's last
     token_s: float | None = None  # median time of one token after the first; None if there is none
-    read_bytes: int = 0  # that each of them had to read: weights, and this answer's keys and values
     reused_tokens: int = 0  # of the prompt, that were computed for an earlier request
     logprobs: Sequence[TokenLogprob] = ()  # where they were asked for
 

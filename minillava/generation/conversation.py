@@ -8,7 +8,7 @@ import torch
 
 from minillava.chat.messages import Message
 from minillava.generation.answer import Answer
-from minillava.generation.engine import Engine, Request, drain
+from minillava.generation.engine import Engine, Request
 from minillava.generation.sampling import GREEDY, Sampling
 from minillava.generation.slots import Slots
 from minillava.media.visual import Media, Visual
@@ -49,7 +49,10 @@ class Conversation:
             same += 1
         row.cached, self.cached_ids = same, self.cached_ids[:same]  # what is interrupted is not lost beyond this
         self.prefilled_tokens = len(row.ids) - same
-        (answer,) = drain(engine.run([row], self._room(len(row.ids) + row.limit)), on_text)
+        for _, piece in engine.run([row], self._room(len(row.ids) + row.limit)):
+            if on_text is not None:
+                on_text(0, piece)
+        answer = engine.answer(row)
         self.cached_ids = [*row.ids, *answer.token_ids[:-1]]
         self.messages, self.new = [*messages, Message("assistant", answer.text)], []
         return answer

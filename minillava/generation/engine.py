@@ -9,7 +9,7 @@ Letters: N views of a picture or clip, C channels, T tokens, D width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from statistics import median
@@ -54,21 +54,36 @@ class Engine:
         Raises UserError for a picture that cannot be read, a mismatch of placeholders and pictures, and a prompt that
         leaves no room in the context; nothing is computed then.
         """
-        return drain(self.stream(requests), on_text)
-
-    def stream(self, requests: Sequence[Request]) -> Generator[tuple[int, str], None, list[Answer]]:
-        """Yields (index of the request, text) as text comes; returns the answers."""
         opened: dict[object, Visual] = {}
         rows = [self.row(index, request, opened) for index, request in enumerate(requests)]
         del opened  # from here on a picture lives as long as rows need it
-        if not rows:
-            return []
+        for row, piece in self.stream(rows) if rows else ():
+            if on_text is not None:
+                on_text(row.index, piece)
+        return [self.answer(row) for row in rows]
+
+    def stream(self, rows: Sequence[Row]) -> Iterator[tuple[Row, str]]:
+        """Yields (row, text) as text comes, until all rows have ended; in the last batch's slots, where they do."""
         capacity = max(len(row.ids) + row.limit for row in rows)
-        slots = self._slots(min(len(rows), MAX_ROWS, max(1, CACHE_BYTES // (capacity * self.cache_bytes()))), capacity)
+        count = min(len(rows), MAX_ROWS, max(1, CACHE_BYTES // (capacity * self.cache_bytes())))
+        slots, self._idle = self._idle, None
+        key = (self.device, self._cache_dtype(), self.eos_ids)
+        if slots is None or slots.key != key or slots.rows < count or slots.capacity < capacity:
+            slots = None  # before the new ones, which have some room to spare for the next batch
+            slots = self.new_slots(count, min(-(-capacity // 256) * 256, self.config.decoder.max_positions))
         try:
-            return (yield from self.run(rows, slots))
+            yield from self.run(rows, slots)
         finally:
             self._idle = slots
+
+    def run(self, rows: Sequence[Row], slots: Slots) -> Iterator[tuple[Row, str]]:
+        """Yields (row, text) as text comes, until all rows have ended."""
+        slots.pending.clear()  # of a run that was interrupted
+        scheduler = Scheduler(self, slots, chunk=PREFILL_TOKENS)
+        for row in rows:
+            scheduler.submit(row)
+        while scheduler.busy:
+            yield from ((row, piece) for row, piece in scheduler.step() if piece)
 
     def row(self, index: int, request: Request, opened: dict[object, Visual], capacity: int | None = None) -> Row:
         """Check a request and make its ids. `opened` holds the pictures opened so far; new ones are put there.
@@ -129,15 +144,6 @@ class Engine:
         read -= 0 if config.tie_embeddings else decoder.embed.weight.nbytes  # a row a token is read of it
         return read + tokens * self.cache_bytes()
 
-    def _slots(self, rows: int, capacity: int) -> Slots:
-        """The idle ones if they do, else new ones, with some room to spare for the next batch."""
-        idle, self._idle = self._idle, None
-        key = (self.device, self._cache_dtype(), self.eos_ids)
-        if idle is not None and idle.key == key and idle.rows >= rows and idle.capacity >= capacity:
-            return idle
-        del idle
-        return self.new_slots(rows, min(-(-capacity // 256) * 256, self.config.decoder.max_positions))
-
     def cache_bytes(self) -> int:
         """Of the keys and values of one token."""
         decoder = self.config.decoder
@@ -163,42 +169,23 @@ class Engine:
                 picture.visual_TD = visual_TD
             self.pictures_seen += len(some)
 
-    def run(self, rows: Sequence[Row], slots: Slots) -> Generator[tuple[int, str], None, list[Answer]]:
-        """Yields (index of the row, text) as text comes; returns the answers."""
-        slots.pending.clear()  # of a run that was interrupted
-        scheduler = Scheduler(self, slots, chunk=PREFILL_TOKENS)
-        for row in rows:
-            scheduler.submit(row)
-        while scheduler.busy:
-            for row, piece in scheduler.step():
-                if piece:
-                    yield row.index, piece
-        return [self.answer(row) for row in rows]
-
     def answer(self, row: Row) -> Answer:
         """What a row that has ended, or was cancelled, says."""
-        visual = count_placeholders(self.config.chat, row.ids)
-        decode_s = row.times[-1] - row.times[0] if row.times else 0.0
-        token_s = median(b - a for a, b in pairwise(row.times)) if len(row.times) > 1 else None
-        common = (row.text.text, row.token_ids, len(row.ids), visual, row.finish_reason)
-        read = self.step_bytes(len(row.ids) + len(row.token_ids) // 2)
-        more = row.reused, row.token_logprobs
-        return Answer(*common, row.vision_s, row.prefill_s, decode_s, token_s, read, *more)
+        return Answer(
+            row.text.text,
+            row.token_ids,
+            prompt_tokens=len(row.ids),
+            image_tokens=count_placeholders(self.config.chat, row.ids),
+            finish_reason=row.finish_reason,
+            vision_s=row.vision_s,
+            prefill_s=row.prefill_s,
+            decode_s=row.times[-1] - row.times[0] if row.times else 0.0,
+            token_s=median(b - a for a, b in pairwise(row.times)) if len(row.times) > 1 else None,
+            reused_tokens=row.reused,
+            logprobs=row.token_logprobs,
+        )
 
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-def drain(
-    events: Generator[tuple[int, str], None, list[Answer]], on_text: Callable[[int, str], None] | None
-) -> list[Answer]:
-    """Hand the text on as it comes; the answers at the end."""
-    while True:
-        try:
-            index, piece = next(events)
-        except StopIteration as end:
-            return end.value
-        if on_text is not None:
-            on_text(index, piece)

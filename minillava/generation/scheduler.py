@@ -145,7 +145,10 @@ class Scheduler:
         began = engine.now()
         visual = self._see(spans)
         seen = engine.now()
-        logits_BV = self._pass(spans, visual)
+        ids_T = torch.tensor([id for row, at, end in spans for id in row.ids[at:end]], device=engine.device)
+        cu_seqlens = list(accumulate((end - at for _, at, end in spans), initial=0))
+        where = {"cu_seqlens": cu_seqlens, "slots": range(start, start + len(spans))}
+        logits_BV = engine.model(ids_T, visual=visual, cache=slots.cache, last_only=True, **where)
         complete = [row for row, _, end in spans if end == len(row.ids)]  # all but at most the last
         self.entering = spans[-1][0] if len(complete) < len(spans) else None
         ids: list[int] = []
@@ -167,33 +170,32 @@ class Scheduler:
         """What the next pass computes: the rest of the row that is entering, and those that wait."""
         spans: list[Span] = []
         room, computing = self.chunk, set[bytes]()
-        if self.entering is not None:
-            room -= self._plan(self.entering, room, spans, computing)
-        while room > 0 and self.waiting and len(self.live) + len(spans) < self.slots.rows:
-            row, slot = self.waiting[0], len(self.live) + len(spans)
-            known = 0  # blocks of the prompt that are in the memory; never all: its last token has to be computed
-            if self.memory is not None:
-                known = self.memory.prefixes.known(row.block_keys[: (len(row.ids) - 1) // BLOCK])
-            if row.block_keys[known : known + 1] and row.block_keys[known] in computing:
-                break  # another row is computing what this one can take over after this pass
-            self.waiting.popleft()
-            if self.memory is not None:
-                self.memory.prefixes.fill(slot, row.block_keys[:known])
-                row.cached = row.reused = known * BLOCK
-            self.slots.enter(slot, row.sampling, row.limit, row.cached)
-            if row.grammar is not None:
-                self.slots.allow(slot, allowed_next(row, self.engine.config.decoder.vocab_size))
-            if row.sampling.repetition_penalty not in (None, 1):
-                self.slots.penalise(slot, row.ids, row.sampling.repetition_penalty)
-            room -= self._plan(row, room, spans, computing)
+        while room > 0:
+            if self.entering is not None and not spans:
+                row = self.entering
+            elif self.waiting and len(self.live) + len(spans) < self.slots.rows:
+                row, slot = self.waiting[0], len(self.live) + len(spans)
+                known = 0  # blocks of the prompt that are in the memory; never all: its last token has to be computed
+                if self.memory is not None:
+                    known = self.memory.prefixes.known(row.block_keys[: (len(row.ids) - 1) // BLOCK])
+                if row.block_keys[known : known + 1] and row.block_keys[known] in computing:
+                    break  # another row is computing what this one can take over after this pass
+                self.waiting.popleft()
+                if self.memory is not None:
+                    self.memory.prefixes.fill(slot, row.block_keys[:known])
+                    row.cached = row.reused = known * BLOCK
+                self.slots.enter(slot, row.sampling, row.limit, row.cached)
+                if row.grammar is not None:
+                    self.slots.allow(slot, allowed_next(row, self.engine.config.decoder.vocab_size))
+                if row.sampling.repetition_penalty not in (None, 1):
+                    self.slots.penalise(slot, row.ids, row.sampling.repetition_penalty)
+            else:
+                break
+            end = min(len(row.ids), row.cached + room)
+            spans.append((row, row.cached, end))
+            computing.update(row.block_keys[row.cached // BLOCK :])
+            room -= end - row.cached
         return spans
-
-    def _plan(self, row: Row, room: int, spans: list[Span], computing: set[bytes]) -> int:
-        """Add the next part of a prompt, of at most `room` tokens; returns its length."""
-        end = min(len(row.ids), row.cached + room)
-        spans.append((row, row.cached, end))
-        computing.update(row.block_keys[row.cached // BLOCK :])
-        return end - row.cached
 
     def _see(self, spans: Sequence[Span]) -> list[Tensor]:
         """The visual tokens [T, D] of these parts of prompts, from each picture that is in one."""
@@ -229,10 +231,3 @@ class Scheduler:
                 picture.visual_TD = first[key].visual_TD
                 assert picture.visual_TD is not None
                 kept.put(key, picture.visual_TD)
-
-    def _pass(self, spans: Sequence[Span], visual: Sequence[Tensor]) -> Tensor:
-        """One packed pass over parts of prompts -> logits [B, V] behind each."""
-        ids_T = torch.tensor([id for row, at, end in spans for id in row.ids[at:end]], device=self.engine.device)
-        cu_seqlens = list(accumulate((end - at for _, at, end in spans), initial=0))
-        where = {"cu_seqlens": cu_seqlens, "slots": range(len(self.live), len(self.live) + len(spans))}
-        return self.engine.model(ids_T, visual=visual, cache=self.slots.cache, last_only=True, **where)

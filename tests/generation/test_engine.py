@@ -166,7 +166,8 @@ def test_streamed_text_is_the_answer(engine):
 
     answers = engine.generate(mixed_requests(), hear)
     assert shown == [a.text for a in answers] == [engine.tokenizer.decode(a.token_ids).strip() for a in answers]
-    assert dict(engine.stream([request(max_new_tokens=1)])).keys() <= {0}
+    row = engine.row(0, request(max_new_tokens=1), {})
+    assert {id(said) for said, _ in engine.stream([row])} <= {id(row)} and row.finish_reason
 
 
 # ---- sampling ----
@@ -399,7 +400,7 @@ def test_slots_are_used_again(engine):
     first = [a.token_ids for a in engine.generate(mixed_requests())]
     slots = engine._idle
     assert [a.token_ids for a in engine.generate(mixed_requests()[:5])] == first[:5] and engine._idle is slots
-    stream = engine.stream(mixed_requests()[:1])
+    stream = engine.stream([engine.row(0, mixed_requests()[0], {})])
     next(stream)  # holds the slots until it ends
     assert [a.token_ids for a in engine.generate(mixed_requests())] == first and engine._idle is not slots
     stream.close()
@@ -414,6 +415,6 @@ def test_captured_steps_give_the_same_tokens(tiny_model, tiny_tokenizer):
     assert graphs > 1, "a batch that shrinks needs several"
     assert [a.token_ids for a in engine.generate(mixed_requests())] == captured
     assert engine._idle is slots and len(slots.graphs) == graphs, "the second batch captures nothing"
-    slots._capture = lambda n, kinds: type("Plain", (), {"replay": lambda self: slots.step(n, kinds)})()
+    slots._capture = lambda n, kinds: (SimpleNamespace(replay=lambda: slots.step(n, kinds)), None)
     slots.graphs.clear()
     assert [a.token_ids for a in engine.generate(mixed_requests())] == captured
