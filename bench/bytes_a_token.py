@@ -25,7 +25,7 @@ from minillava.kernels.tools.launches import Call, Launches
 from minillava.layers import decode
 from minillava.layers.cache import KVCache
 from minillava.layers.quantize import Linear4bit
-from minillava.layers.rotary import rotary_tables
+from minillava.layers.rotary import angles, cos_sin
 
 BYTES_PER_S = 4.3e12  # what a copy reaches on an H200
 CONTEXT = 1024  # tokens in the cache: a picture of 576 and a few turns
@@ -64,7 +64,7 @@ def step(decoder: Decoder, B: int) -> list[Call]:
     tokens_B = torch.zeros(B, dtype=torch.int64, device="meta")
     code("nf4", tokens_B.device)
     with aot.compiling("sm_90") as found, Launches(found) as seen:
-        rotary = rotary_tables(cache.begin(B, None), decoder.config, torch.bfloat16)
+        rotary = cos_sin(angles(cache.begin(B, None), decoder.config), torch.bfloat16)
         hidden_BD = decode.step(
             decoder.blocks, nn.functional.embedding(tokens_B, decoder.embed.weight[:B]), rotary, cache
         )

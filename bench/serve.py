@@ -61,8 +61,9 @@ class Bench:
         """A scheduler that remembers nothing yet."""
         with torch.inference_mode():
             slots = self.engine.new_slots(rows, capacity)
-            placeholders = list(self.config.chat.markers.values())
-            return Scheduler(self.engine, slots, CHUNK, Memory(placeholders, slots.cache, 1 << 30, 1 << 28))
+            return Scheduler(
+                self.engine, slots, CHUNK, Memory(self.engine.processor.placeholders, slots.cache, 1 << 30, 1 << 28)
+            )
 
     def numbers(self, count: int) -> list[int]:
         """Random words."""

@@ -71,7 +71,7 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """A rotary embedding stretched over a longer context than it was trained for; `layers.rotary.frequencies`."""
+    """A rotary embedding stretched over a longer context than it was trained for; `layers.rotary.angles`."""
 
     kind: Literal["linear", "llama3"] = "linear"  # linear: all frequencies over `factor`; llama3: only the slow ones
     factor: float = 1.0

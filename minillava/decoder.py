@@ -22,7 +22,7 @@ from minillava.kernels.rms_norm import rms_norm
 from minillava.kernels.swiglu import swiglu
 from minillava.layers.cache import KVCache
 from minillava.layers.linear import Fused, Linear, dense_weight, grouped_linear
-from minillava.layers.rotary import rotary_tables, rotate
+from minillava.layers.rotary import angles, cos_sin, rotate
 from minillava.layers.stack import Stack
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [T, H, K], k and v [T, G, K] -> [T, H, K]
@@ -166,10 +166,10 @@ class Decoder(nn.Module):
             positions_T = torch.cat([torch.arange(length) for length in lengths]).to(x_TD.device)
         else:
             positions_T = cache.begin(len(x_TD), cu_seqlens, slots)
-        rotary = rotary_tables(positions_T, self.config, x_TD.dtype)
+        rotary = cos_sin(angles(positions_T, self.config), x_TD.dtype)
 
-        # A decode step reads weights and little else; some devices go through all blocks in one call.
-        if cache is not None and cu_seqlens is None:
+        # A decode step reads weights and little else; some devices go through all blocks in one call, once fused.
+        if self.blocks.fused and cache is not None and cu_seqlens is None:
             hidden_TD = self.blocks.step(x_TD, rotary, cache, self.norm)
             if hidden_TD is not None:
                 cache.advance()

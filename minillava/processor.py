@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -54,47 +55,54 @@ class Processor:
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
+        self.placeholders = frozenset(config.chat.markers.values())  # ids that stand for visual tokens
 
     def __call__(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Message] | str,
         media: Sequence[Media] = (),
         generate: bool = False,
         max_tokens: int | None = None,
         opened: dict[object, Visual] | None = None,
+        measure: bool = False,
     ) -> Example:
         """The conversation in the checkpoint's template: with `generate` up to where the model answers, else as a
-        sample to learn from, cut to `max_tokens`, with those pictures and clips whose every token is left.
+        sample to learn from, cut to `max_tokens`, with those pictures and clips whose every token is left. A text is a
+        finished prompt, with BOS in front unless it is spelled out there. With `measure` nothing is decoded but clips:
+        the ids are the same, and there are no pixels.
 
         Raises MediaError for a picture or clip that cannot be read, and UserError for a conversation that the template
         cannot hold and for markers that are more or fewer than the media.
         """
-        chat, visuals = self.config.chat, self.open(media, opened)
-        pieces = render(chat, self.tokenizer, with_times(chat, messages, visuals), generate)
-        example = self._encode(pieces, visuals)
+        chat, visuals = self.config.chat, self.open(media, opened, measure)
+        if isinstance(messages, str):
+            pieces = [(messages, False)]
+        else:
+            if any(visual.times for visual in visuals):
+                messages = with_times(chat, messages, visuals)
+            pieces = render(chat, self.tokenizer, messages, generate)
+        visuals = in_prompt_order(chat, [text for text, _ in pieces], visuals)
+        if chat.video_token and any(visual.tags for visual in visuals):
+            pieces = with_tags(chat, pieces, visuals)
+        counts = [count for visual in visuals for count in visual.counts]
+        example = Example(*encode(chat, self.tokenizer, pieces, counts), visuals)
         if not generate:
             example.labels[0] = IGNORE  # nothing predicts the first token
         return example if max_tokens is None else self._shorten(example, max_tokens)
-
-    def raw(self, text: str, media: Sequence[Media] = (), opened: dict[object, Visual] | None = None) -> Example:
-        """A finished prompt, with BOS in front unless it is spelled out there. Raises as a call does."""
-        return self._encode([(text, False)], self.open(media, opened))
 
     def given(
         self, ids: Sequence[int], media: Sequence[Media] = (), opened: dict[object, Visual] | None = None
     ) -> Example:
         """A prompt's ids, placeholders expanded. Raises UserError where these are not as many as the visual tokens."""
         visuals = self.open(media, opened)
-        found, expected = count_placeholders(self.config.chat, ids), sum(visual.span.tokens for visual in visuals)
+        found, expected = self.visual_tokens(ids), sum(visual.span.tokens for visual in visuals)
         if found != expected:
             raise UserError(f"the ids hold {found} image placeholders, the pictures make {expected} visual tokens")
         return Example(list(ids), [IGNORE] * len(ids), visuals)
 
-    def count(self, messages: Sequence[Message], media: Sequence[Media]) -> int:
-        """Tokens of the whole sample, by geometry: pictures are not decoded for it. Raises as a call does."""
-        chat, visuals = self.config.chat, self.open(media, measure=True)
-        pieces = render(chat, self.tokenizer, with_times(chat, messages, visuals), generate=False)
-        return len(self._encode(pieces, visuals).ids)
+    def visual_tokens(self, ids: Sequence[int]) -> int:
+        """How many of the ids stand for visual tokens."""
+        return sum(map(list(ids).count, self.placeholders))
 
     def open(
         self, media: Sequence[Media], opened: dict[object, Visual] | None = None, measure: bool = False
@@ -104,7 +112,8 @@ class Processor:
         opened = {} if opened is None else opened
         visuals = []
         for medium in media:
-            key = medium.key, several and not medium.video
+            source = str(medium.source) if isinstance(medium.source, str | Path) else id(medium.source)
+            key = source, medium.video, medium.name, several and not medium.video  # what is opened only once
             if key not in opened:
                 try:
                     make = medium.measure if measure else medium.open
@@ -114,24 +123,16 @@ class Processor:
             visuals.append(opened[key])
         return visuals
 
-    def _encode(self, pieces: Sequence[Piece], visuals: Sequence[Visual]) -> Example:
-        chat = self.config.chat
-        ordered = in_prompt_order(chat, [text for text, _ in pieces], visuals)
-        counts = [count for visual in ordered for count in visual.counts]
-        ids, labels = encode(chat, self.tokenizer, with_tags(chat, pieces, ordered), counts)
-        return Example(ids, labels, ordered)
-
     def _shorten(self, example: Example, max_tokens: int) -> Example:
         """The first max_tokens, or what is in front of the picture or clip that would be cut through."""
         ids, end, kept = example.ids, max_tokens, len(example.visuals)
         if len(ids) <= max_tokens:
             return example
-        placeholders = set(self.config.chat.markers.values())
         behind = 0  # the last picture
         for number, visual in enumerate(example.visuals):
-            start = next(at for at in range(behind, len(ids)) if ids[at] in placeholders)
+            start = next(at for at in range(behind, len(ids)) if ids[at] in self.placeholders)
             for count in visual.counts:
-                behind = next(at for at in range(behind, len(ids)) if ids[at] in placeholders) + count
+                behind = next(at for at in range(behind, len(ids)) if ids[at] in self.placeholders) + count
             if behind > max_tokens:
                 before = start - 1 if self.config.chat.image_start_end else start  # no <im_start> without its image
                 end, kept = min(before, max_tokens), number
@@ -160,10 +161,8 @@ def in_prompt_order(chat: ChatConfig, texts: Sequence[str], visuals: Sequence[Vi
     return [next(following[marker]) for marker in found]
 
 
-def with_times(chat: ChatConfig, messages: Sequence[Message], visuals: Sequence[Visual]) -> Sequence[Message]:
+def with_times(chat: ChatConfig, messages: Sequence[Message], visuals: Sequence[Visual]) -> list[Message]:
     """Behind the marker of each clip what the model is told of its times, on a line of its own (LLaVA-Video)."""
-    if not any(visual.times for visual in visuals):
-        return messages
     marker = marker_of(chat, video=True)
     times = iter([visual.times for visual in visuals if marker_of(chat, visual.span.clip) == marker])
     changed = []
@@ -176,14 +175,12 @@ def with_times(chat: ChatConfig, messages: Sequence[Message], visuals: Sequence[
     return changed
 
 
-def with_tags(chat: ChatConfig, pieces: Sequence[Piece], visuals: Sequence[Visual]) -> Sequence[Piece]:
+def with_tags(chat: ChatConfig, pieces: Sequence[Piece], visuals: Sequence[Visual]) -> list[Piece]:
     """A clip whose frames are told apart by their times as so many pictures, each behind "<1.5 seconds>" (OneVision-2).
 
     Canvases, unlike frames, end each with a line break, and take the one behind the clip.
     """
     clips = iter([visual for visual in visuals if visual.tags])
-    if not chat.video_token or not any(visual.tags for visual in visuals):
-        return pieces
     start, end = TEMPLATES["onevision_1_5"].around
     marker = f"(?:{re.escape(start)}\\s*)?{re.escape(chat.video_token)}(?:\\s*{re.escape(end)})?(\n?)"
 
@@ -200,8 +197,3 @@ def user_message(chat: ChatConfig, text: str, media: Sequence[Media]) -> Message
     """A question about pictures and clips: each marker stays where the user put it; without any, they come first."""
     markers = [marker_of(chat, medium.video) for medium in media]
     return Message("user", "".join(f"{marker}\n" for marker in markers if marker not in text) + text)
-
-
-def count_placeholders(chat: ChatConfig, ids: Sequence[int]) -> int:
-    """How many of the ids are visual tokens."""
-    return sum(map(list(ids).count, set(chat.markers.values())))

@@ -1,6 +1,6 @@
 """Norms and activations in bf16 on CPUs without gradients, in one pass where PyTorch takes several: pointwise.c.
 
-Each function returns None where the caller has to use PyTorch's."""
+The norm and SwiGLU, which have kernels elsewhere, return None where the caller has to use those or PyTorch."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def swiglu(gate_ND: Tensor, up_ND: Tensor) -> Tensor | None:
     return y_ND
 
 
-def quick_gelu(x: Tensor) -> Tensor | None:
-    """x sigmoid(1.702 x)."""
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), CLIP's approximation; on any device, differentiable."""
     if (code := cpu.inference(x)) is None or x.shape[-1] % 16 or not x.is_contiguous():
-        return None
+        return x * torch.sigmoid(1.702 * x)
     y = torch.empty_like(x)
     code.quick_gelu(x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads())
     return y

@@ -121,8 +121,13 @@ def _tokenize(
     Original LLaVA tokenizes the text behind every picture afresh, which with SentencePiece gives a lone blank there; in
     transformers the marker is one more token inside the text.
     """
+    stretches: list[tuple[str, list[Piece]]] = [("", [])]  # a marker or none, and what follows up to the next one
+    for text, supervised in pieces:
+        head, *rest = split_at_markers(chat, text) if chat.split_at_image else [text]
+        stretches[-1][1].append((head, supervised))
+        stretches += [(marker, [(tail, supervised)]) for marker, tail in zip(rest[::2], rest[1::2])]
     marker_of = {tokenizer.token_id(marker): marker for marker in chat.markers}
-    for marker, stretch in _stretches(chat, pieces) if chat.split_at_image else [("", pieces)]:
+    for marker, stretch in stretches:
         if marker:
             yield marker, False
         for (_, supervised), ids in zip(stretch, tokenizer.encode_parts(text for text, _ in stretch)):
@@ -130,16 +135,6 @@ def _tokenize(
                 yield ids, supervised
             else:
                 yield from ((marker_of[id], False) if id in marker_of else ([id], supervised) for id in ids)
-
-
-def _stretches(chat: ChatConfig, pieces: Sequence[Piece]) -> list[tuple[str, list[Piece]]]:
-    """The pieces cut at every marker: (marker, what follows up to the next one); the first follows none."""
-    stretches: list[tuple[str, list[Piece]]] = [("", [])]
-    for text, supervised in pieces:
-        head, *rest = split_at_markers(chat, text)
-        stretches[-1][1].append((head, supervised))
-        stretches += [(marker, [(tail, supervised)]) for marker, tail in zip(rest[::2], rest[1::2])]
-    return stretches
 
 
 def _check_tokens(chat: ChatConfig, tokenizer: Tokenizer, pieces: Sequence[Piece]) -> None:

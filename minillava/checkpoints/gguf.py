@@ -24,7 +24,7 @@ from minillava.decoder import Decoder
 from minillava.errors import UserError
 from minillava.files import named
 from minillava.layers.linear import Fused, dense_weight
-from minillava.layers.rotary import frequencies
+from minillava.layers.rotary import angles
 from minillava.llava import LLaVAModel
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def decoder_parts(decoder: Decoder, form: str) -> Iterator[Part]:
     yield matrix("token_embd.weight", decoder.embed.weight, fine)
     if c.rope_scaling is not None and c.rope_scaling.kind == "llama3":
         plain = DecoderConfig(head_dim=c.head_dim, rope_theta=c.rope_theta)
-        slower = [frequencies(config, torch.device("cpu")) for config in (plain, c)]
+        slower = [angles(torch.ones(1), config)[0] for config in (plain, c)]
         yield vector("rope_freqs.weight", slower[0] / slower[1])
     blocks: Any = decoder.blocks
     for i, block in enumerate(blocks):

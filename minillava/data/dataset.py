@@ -112,8 +112,8 @@ class Dataset:
         """`length` of any sample."""
         try:
             with _named(sample):
-                count = self.processor.count(sample.written_for(self.config.chat), sample.media)
-                return min(count, self.max_tokens)
+                measured = self.processor(sample.written_for(self.config.chat), sample.media, measure=True)
+                return min(len(measured.ids), self.max_tokens)
         except SampleError:
             return 0
 

@@ -106,12 +106,11 @@ def describe(dataset: Dataset, index: int, colours: tuple[str, str]) -> str:
 
 def passages(dataset: Dataset, example: Example) -> Iterator[tuple[str, bool]]:
     """The text of trained and untrained tokens in turn; a picture or clip is its number of views and tokens."""
-    placeholders = set(dataset.config.chat.markers.values())
     decoder = StreamDecoder(dataset.tokenizer, skip_special=False)
     runs = iter([(visual.span, count) for visual in example.visuals for count in visual.counts])
     passage, learned, at = "", False, 0
     while at < len(example.ids):
-        if example.ids[at] in placeholders:
+        if example.ids[at] in dataset.processor.placeholders:
             span, count = next(runs)
             number = span.frames[0] if span.native else span.views
             views = f"{number} {'frames' if span.clip else 'views'}, " if number > 1 and count == span.tokens else ""

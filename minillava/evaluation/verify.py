@@ -129,7 +129,7 @@ def _fed(subject: LLaVA, prompt: Prompt, pixels_NCHW: Tensor, exact: Trace) -> T
 
 
 def _visual(subject: LLaVA, ids: Sequence[int]) -> Tensor:
-    return torch.isin(torch.tensor(ids), torch.tensor([*subject.config.chat.markers.values()]))
+    return torch.isin(torch.tensor(ids), torch.tensor([*subject.engine.processor.placeholders]))
 
 
 def _stages(

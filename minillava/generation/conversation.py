@@ -49,7 +49,7 @@ class Conversation:
             same += 1
         row.cached, self.cached_ids = same, self.cached_ids[:same]  # what is interrupted is not lost beyond this
         self.prefilled_tokens = len(row.ids) - same
-        for _, piece in engine.run([row], self._room(len(row.ids) + row.limit)):
+        for _, piece in engine.stream([row], self._room(len(row.ids) + row.limit)):
             if on_text is not None:
                 on_text(0, piece)
         answer = engine.answer(row)

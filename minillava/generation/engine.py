@@ -25,7 +25,7 @@ from minillava.generation.scheduler import Scheduler
 from minillava.generation.slots import Slots
 from minillava.llava import LLaVAModel
 from minillava.media.visual import Visual
-from minillava.processor import Example, Processor, count_placeholders
+from minillava.processor import Processor
 
 TOWER_BATCH = 16  # views in one pass of the tower: CLIP-L/336 takes about 30 MB of float32 activations for each
 MAX_ROWS = 64  # requests computed together
@@ -62,28 +62,29 @@ class Engine:
                 on_text(row.index, piece)
         return [self.answer(row) for row in rows]
 
-    def stream(self, rows: Sequence[Row]) -> Iterator[tuple[Row, str]]:
-        """Yields (row, text) as text comes, until all rows have ended; in the last batch's slots, where they do."""
-        capacity = max(len(row.ids) + row.limit for row in rows)
-        count = min(len(rows), MAX_ROWS, max(1, CACHE_BYTES // (capacity * self.cache_bytes())))
-        slots, self._idle = self._idle, None
-        key = (self.device, self._cache_dtype(), self.eos_ids)
-        if slots is None or slots.key != key or slots.rows < count or slots.capacity < capacity:
-            slots = None  # before the new ones, which have some room to spare for the next batch
-            slots = self.new_slots(count, min(-(-capacity // 256) * 256, self.config.decoder.max_positions))
-        try:
-            yield from self.run(rows, slots)
-        finally:
-            self._idle = slots
+    def stream(self, rows: Sequence[Row], own: Slots | None = None) -> Iterator[tuple[Row, str]]:
+        """Yields (row, text) as text comes, until all rows have ended.
 
-    def run(self, rows: Sequence[Row], slots: Slots) -> Iterator[tuple[Row, str]]:
-        """Yields (row, text) as text comes, until all rows have ended."""
+        own: slots that the caller keeps. None: those of the last batch where they do, else new ones.
+        """
+        slots = own
+        if slots is None:
+            capacity = max(len(row.ids) + row.limit for row in rows)
+            count = min(len(rows), MAX_ROWS, max(1, CACHE_BYTES // (capacity * self.cache_bytes())))
+            slots, self._idle = self._idle, None
+            key = (self.device, self._cache_dtype(), self.eos_ids)
+            if slots is None or slots.key != key or slots.rows < count or slots.capacity < capacity:
+                slots = None  # before the new ones, which have some room to spare for the next batch
+                slots = self.new_slots(count, min(-(-capacity // 256) * 256, self.config.decoder.max_positions))
         slots.pending.clear()  # of a run that was interrupted
-        scheduler = Scheduler(self, slots, chunk=PREFILL_TOKENS)
-        for row in rows:
-            scheduler.submit(row)
-        while scheduler.busy:
-            yield from ((row, piece) for row, piece in scheduler.step() if piece)
+        scheduler = Scheduler(self, slots, PREFILL_TOKENS)
+        scheduler.waiting.extend(rows)
+        try:
+            while scheduler.busy:
+                yield from ((row, piece) for row, piece in scheduler.step() if piece)
+        finally:
+            if own is None:
+                self._idle = slots
 
     def row(self, index: int, request: Request, opened: dict[object, Visual], capacity: int | None = None) -> Row:
         """Check a request and make its ids. `opened` holds the pictures opened so far; new ones are put there.
@@ -97,9 +98,15 @@ class Engine:
             sampling.check()
             if request.max_new_tokens < 1:
                 raise UserError(f"max_new_tokens is {request.max_new_tokens}; use 1 or more")
-            prompt = self._prompt(request, opened)
+            if request.prompt_ids is not None:
+                prompt = self.processor.given(request.prompt_ids, request.media, opened)
+            else:
+                asked = request.messages if request.raw is None else request.raw
+                prompt = self.processor(asked, request.media, generate=True, opened=opened)
+            if not prompt.ids:
+                raise UserError("the prompt is empty; write one")
             ids, words = prompt.ids, self.config.decoder.vocab_size
-            if max(ids) >= words and (strange := set(ids) - {*range(words), *self.config.chat.markers.values()}):
+            if max(ids) >= words and (strange := set(ids) - {*range(words), *self.processor.placeholders}):
                 raise UserError(
                     f"the prompt has the id {max(strange)}, but the embedding {words} rows; the tokenizer is not this "
                     "model's, or the text writes a special token that the model lacks"
@@ -115,19 +122,7 @@ class Engine:
             raise UserError(f"{request.name}: {error}" if request.name else str(error)) from None
         text = AnswerText(self.tokenizer, (*self.stops, *request.stop), strip=bool(request.messages))
         limit = min(request.max_new_tokens, context - len(ids))
-        watched = request.logprobs, request.grammar
-        return Row(index, ids, prompt.visuals, limit, sampling, text, *watched)
-
-    def _prompt(self, request: Request, opened: dict[object, Visual]) -> Example:
-        if request.prompt_ids is not None:
-            prompt = self.processor.given(request.prompt_ids, request.media, opened)
-        elif request.raw is not None:
-            prompt = self.processor.raw(request.raw, request.media, opened)
-        else:
-            prompt = self.processor(request.messages, request.media, generate=True, opened=opened)
-        if not prompt.ids:
-            raise UserError("the prompt is empty; write one")
-        return prompt
+        return Row(index, ids, prompt.visuals, limit, sampling, text, request.logprobs, request.grammar)
 
     # ---- the model ----
 
@@ -175,7 +170,7 @@ class Engine:
             row.text.text,
             row.token_ids,
             prompt_tokens=len(row.ids),
-            image_tokens=count_placeholders(self.config.chat, row.ids),
+            image_tokens=self.processor.visual_tokens(row.ids),
             finish_reason=row.finish_reason,
             vision_s=row.vision_s,
             prefill_s=row.prefill_s,

@@ -75,8 +75,7 @@ def run(
     context = min(context, engine.config.decoder.max_positions)
     with torch.inference_mode():
         place = engine.new_slots(slots, context)
-        placeholders = [*engine.config.chat.markers.values()]
-        memory = Memory(placeholders, place.cache, PREFIX_BYTES, PICTURE_BYTES)
+        memory = Memory(engine.processor.placeholders, place.cache, PREFIX_BYTES, PICTURE_BYTES)
     scheduler = Scheduler(engine, place, CHUNK, memory)
 
     def make(number: int, given: Any) -> Row:

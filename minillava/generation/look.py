@@ -89,7 +89,7 @@ def attention_over_pictures(
     begin = len(engine.processor(messages[:-1], media, generate=True).ids)
     first, last = _tokens_of(engine, example.ids[begin:], messages[-1].text, word)
     weights_S = _weights(engine, example, begin + first, begin + last, layer, heads)
-    placeholders = torch.tensor(list(engine.config.chat.markers.values()))
+    placeholders = torch.tensor([*engine.processor.placeholders])
     where_T = torch.isin(torch.tensor(example.ids[: len(weights_S)]), placeholders)
     parts = weights_S[where_T].split([visual.span.tokens for visual in example.visuals])
     pictures = [medium.image() for medium in media]

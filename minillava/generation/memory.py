@@ -27,8 +27,8 @@ BLOCK = 32  # tokens: of a shared prefix fewer than so many are computed again
 class Memory:
     """Pictures and prefixes of one model, for all requests of one `Scheduler`."""
 
-    def __init__(self, placeholders: Sequence[int], cache: KVCache, prefix_bytes: int, picture_bytes: int):
-        self.placeholders = frozenset(placeholders)
+    def __init__(self, placeholders: frozenset[int], cache: KVCache, prefix_bytes: int, picture_bytes: int):
+        self.placeholders = placeholders
         self.prefixes = Prefixes(cache, prefix_bytes)
         self.pictures = Pictures(picture_bytes)
 

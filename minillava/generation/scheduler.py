@@ -20,7 +20,6 @@ from minillava.generation.memory import BLOCK, Memory
 from minillava.generation.request import Row, allowed_next
 from minillava.generation.slots import Slots
 from minillava.media.visual import Visual
-from minillava.processor import count_placeholders
 
 if TYPE_CHECKING:
     from minillava.generation.engine import Engine
@@ -201,7 +200,7 @@ class Scheduler:
         """The visual tokens [T, D] of these parts of prompts, from each picture that is in one."""
         needed = []  # (row, number of the picture, its first and last token in this part)
         for row, at, end in spans:
-            first, last = (count_placeholders(self.engine.config.chat, row.ids[:stop]) for stop in (at, end))
+            first, last = (self.engine.processor.visual_tokens(row.ids[:stop]) for stop in (at, end))
             ends = list(accumulate(picture.span.tokens for picture in row.pictures))
             for number, (picture, stop) in enumerate(zip(row.pictures, ends)):
                 start = stop - picture.span.tokens

@@ -13,27 +13,22 @@ from torch import Tensor
 from minillava.config import DecoderConfig
 
 
-def frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
-    """Radians a position [F] of the rotary embedding, in float32, stretched by `rope_scaling`.
+def angles(positions_T: Tensor, config: DecoderConfig) -> Tensor:
+    """Radians [T, F] of the rotary embedding at these positions, in float32, stretched by `rope_scaling`.
 
     Linear (arXiv 2306.15595) divides all by `factor`. Llama 3.1 leaves those that turn more often than
     `high_freq_factor` in the old context, divides those below `low_freq_factor`, and blends what is between.
     """
-    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    radians, scaling = 1 / config.rope_theta**exponents, config.rope_scaling
-    if scaling is None:
-        return radians
-    if scaling.kind == "linear":
-        return radians / scaling.factor
-    turns = scaling.original_positions * radians / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - keep) * radians / scaling.factor + keep * radians
-
-
-def rotary_tables(positions_T: Tensor, config: DecoderConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, K] of the rotary embedding, angles computed in float32."""
-    return cos_sin(torch.outer(positions_T.float(), frequencies(config, positions_T.device)), dtype)
+    exponents_F = torch.arange(0, config.head_dim, 2, device=positions_T.device, dtype=torch.float32) / config.head_dim
+    radians_F, scaling = 1 / config.rope_theta**exponents_F, config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        radians_F = radians_F / scaling.factor
+    elif scaling is not None:
+        turns_F = scaling.original_positions * radians_F / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep_F = ((turns_F - low) / (high - low)).clamp(0, 1)
+        radians_F = (1 - keep_F) * radians_F / scaling.factor + keep_F * radians_F
+    return torch.outer(positions_T.float(), radians_F)
 
 
 def cos_sin(angles_TF: Tensor, dtype: torch.dtype, pairs: bool = False) -> tuple[Tensor, Tensor]:

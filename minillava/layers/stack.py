@@ -27,7 +27,7 @@ FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # attribute of a mo
 class Stack(nn.ModuleList):
     """Blocks that run one after another."""
 
-    fused = False  # for inference: weights stay what they are
+    fused = False  # for inference: weights stay what they are, and `step` may be asked
     _step: Step | Literal[False] | None = None  # all of them in C; False: not possible, None: not looked into
 
     def fuse(self) -> None:
@@ -48,7 +48,7 @@ class Stack(nn.ModuleList):
 
     def step(self, x_BD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache, norm: nn.Module) -> Tensor | None:
         """One token for each of the first B slots through all blocks and the norm behind them; None: block by block."""
-        if not self.fused or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if x_BD.is_cuda:
             return norm(decode.step(self, x_BD, rotary, cache)) if decode.takes(self, x_BD, cache) else None

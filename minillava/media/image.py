@@ -53,7 +53,7 @@ def open_image(source: str | Path | bytes | Image.Image, name: str = "") -> Imag
     if isinstance(source, Image.Image):
         with _named_errors(name):
             return _decode(source, name, orient=False)
-    return _opened(source, name, lambda image: _decode(image, name, orient=True))
+    return _opened(source, name, functools.partial(_decode, name=name, orient=True))
 
 
 def image_size(source: str | Path | bytes, name: str) -> tuple[int, int]:

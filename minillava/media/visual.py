@@ -44,12 +44,6 @@ class Media:
     video: bool = False
     name: str = ""
 
-    @property
-    def key(self) -> object:
-        """Equal for what has to be opened only once."""
-        source = str(self.source) if isinstance(self.source, str | Path) else id(self.source)
-        return source, self.video, self.name
-
     def read(self) -> Any:
         """The picture, or the clip, or where it is."""
         return self.source

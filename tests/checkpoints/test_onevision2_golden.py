@@ -116,7 +116,7 @@ def test_golden_case(folder, case, tmp_path):
     engine, merge = model.engine, model.config.projector.merge
     engine.processor = processor(model, case)
     media = media_of(folder, case, tmp_path)
-    prompt = engine.processor.raw(case["prompt"], media)
+    prompt = engine.processor(case["prompt"], media)
     assert runs(prompt.ids) == case["prompt_ids"] and len(prompt.ids) == case["prompt_len"]
 
     spans = prompt.spans
@@ -232,7 +232,7 @@ POSITIONS = {
 def test_what_looks_like_a_fault_is_what_the_weights_know(folder, case, tmp_path, monkeypatch):
     """Section 8 of the facts: each of these moves a logit by 1.2 to 7.2 there, so nothing here is to be repaired."""
     model = loaded(folder)
-    prompt = processor(model, case).raw(case["prompt"], media_of(folder, case, tmp_path))
+    prompt = processor(model, case)(case["prompt"], media_of(folder, case, tmp_path))
     right_V = logits(model, prompt)
     assert (right_V[:64] - torch.tensor(case["first_logits"])).abs().max() < 2e-3
     changes = {"halves turned": moved(model, prompt, right_V, rotary_pairs=False)}
@@ -254,7 +254,7 @@ def test_what_looks_like_a_fault_is_what_the_weights_know(folder, case, tmp_path
 def test_pictures_and_frames_see_only_themselves(folder, case, tmp_path, monkeypatch):
     """All rows of the grid in one window move a logit by 3.0 there; without the norm in front, by 6.0."""
     model = loaded(folder)
-    prompt = processor(model, case).raw(case["prompt"], media_of(folder, case, tmp_path))
+    prompt = processor(model, case)(case["prompt"], media_of(folder, case, tmp_path))
     right_V = logits(model, prompt)
     with monkeypatch.context() as patch:
         patch.setattr(Span, "windows", property(WINDOWS["whole rows"]))

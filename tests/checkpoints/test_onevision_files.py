@@ -35,7 +35,7 @@ def made(folder, form="", **parts):
 
 def logits(model):
     pictures = [Media(drawn(60, 130)), Media([drawn(60, 60, i) for i in range(3)], True)]
-    prompt = model.engine.processor.raw("What happens?<|image_pad|>Is<|video_pad|>this", pictures)
+    prompt = model.engine.processor("What happens?<|image_pad|>Is<|video_pad|>this", pictures)
     with torch.no_grad():
         return model.model(torch.tensor(prompt.ids), prompt.pixels_NCHW, spans=prompt.spans)
 

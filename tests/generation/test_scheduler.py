@@ -42,8 +42,9 @@ def ask(text, images=(), **options):
 def scheduler_of(engine, rows=4, chunk=40, prefix_bytes=1 << 20, picture_bytes=1 << 20, capacity=200):
     with torch.inference_mode():
         slots = engine.new_slots(rows, capacity)
-    placeholders = engine.config.chat.markers.values()
-    return Scheduler(engine, slots, chunk, Memory(placeholders, slots.cache, prefix_bytes, picture_bytes))
+    return Scheduler(
+        engine, slots, chunk, Memory(engine.processor.placeholders, slots.cache, prefix_bytes, picture_bytes)
+    )
 
 
 def submit(scheduler, request):

@@ -13,7 +13,7 @@ from minillava.layers import decode
 from minillava.layers.cache import KVCache
 from minillava.layers.linear import Fused, Linear
 from minillava.layers.quantize import Linear4bit
-from minillava.layers.rotary import rotary_tables
+from minillava.layers.rotary import angles, cos_sin
 
 TINY = {"vocab_size": 11, "hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "head_dim": 16}
 
@@ -45,7 +45,7 @@ def test_a_step_is_what_the_blocks_do(more, bits):
             hidden.append(decoder(new, None, cache))
             continue
         assert decode.takes(decoder.blocks, new, cache)
-        rotary = rotary_tables(cache.begin(2, None), config, torch.float32)
+        rotary = cos_sin(angles(cache.begin(2, None), config), torch.float32)
         hidden.append(decoder.norm(decode.step(decoder.blocks, new, rotary, cache)))
         cache.advance()
     torch.testing.assert_close(*hidden)
@@ -95,7 +95,7 @@ def test_kernels_a_layer(B, bits):
     cache = KVCache(decoder.config, B, 4096, torch.device("meta"), torch.bfloat16)
     with torch.device("meta"):
         x_BD = torch.empty(B, 4096, dtype=torch.bfloat16)
-    rotary = rotary_tables(cache.begin(B, None), decoder.config, torch.bfloat16)
+    rotary = cos_sin(angles(cache.begin(B, None), decoder.config), torch.bfloat16)
     assert decode.takes(decoder.blocks, x_BD, cache)
     code("nf4", x_BD.device)  # the table of codes is made once
     with aot.compiling("sm_90") as found, Launches(found) as seen:

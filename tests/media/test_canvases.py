@@ -39,7 +39,7 @@ def test_frames_are_pictures_behind_their_times_in_prompt_order(model):
     prompt, text = written(model, "<|image_pad|>\nIs this from it? <|video_pad|>\n", [frames, picture])
     assert f"user\n{wide}Is this from it? {clip}<|im_end|>" in text
     assert [span.clip for span in prompt.spans] == [False, True]
-    assert model.engine.processor.raw("<|vision_start|>\n<|video_pad|> <|vision_end|>", [frames]).ids.count(5) == 8
+    assert model.engine.processor("<|vision_start|>\n<|video_pad|> <|vision_end|>", [frames]).ids.count(5) == 8
 
 
 def test_a_cut_keeps_whole_clips(model):

@@ -54,8 +54,8 @@ def scheduler_of(engine: Engine, limits: Limits, kind: type[S]) -> S:
     """Slots and memory of this size, and what runs rows through them."""
     context = min(limits.context, engine.config.decoder.max_positions)
     rows = max(1, min(limits.slots, limits.cache_bytes // (context * engine.cache_bytes())))
-    slots, placeholders = engine.new_slots(rows, context), [*engine.config.chat.markers.values()]
-    memory = Memory(placeholders, slots.cache, limits.prefix_bytes, limits.picture_bytes)
+    slots = engine.new_slots(rows, context)
+    memory = Memory(engine.processor.placeholders, slots.cache, limits.prefix_bytes, limits.picture_bytes)
     return kind(engine, slots, limits.chunk, memory)
 
 
