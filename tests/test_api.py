@@ -2,6 +2,8 @@
 
 import base64
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from minillava.api import LLaVA
 from minillava.chat.messages import Message
 from minillava.errors import UserError
 from minillava.generation.sampling import GREEDY, Sampler, Sampling
+from minillava.synthetic.shapes import demo_scene
 
 TEXT = "What is this?"
 
@@ -166,3 +169,34 @@ def test_one_text_where_a_list_may_be_is_one_of_one(model):
         model.conversation("dog.jpg").ask(TEXT)
     with pytest.raises(UserError, match=r"cannot be fetched from host\.invalid"):
         model.generate(TEXT, "https://host.invalid/a.png", fetch="host.invalid")
+
+
+COUNT = """
+import sys
+import minillava, minillava.kernels
+from minillava import LLaVA
+
+ours, passed = tuple(minillava.__path__[0:1] + minillava.kernels.__path__[0:1]), {}
+
+
+def watch(frame, event, _):
+    code = frame.f_code
+    if event == "call" and code.co_filename.startswith(ours):
+        if not code.co_name.endswith(("comp>", "genexpr>")):  # of which newer Pythons make no call
+            passed[code.co_filename, code.co_qualname] = None
+
+
+model = LLaVA.from_pretrained("nano", device="cpu")
+sys.setprofile(watch)
+model.generate("What color is the moon?", images=sys.argv[1:])
+sys.setprofile(None)
+print(*(f"{path}: {name}" for path, name in passed), sep="\\n")
+"""
+
+
+def test_an_answer_passes_through_few_functions(tmp_path):
+    """The first one of the model that ships, from the call of `generate` until it is back: a reader's way."""
+    demo_scene()[0].save(tmp_path / "demo.png")
+    command = [sys.executable, "-c", COUNT, tmp_path / "demo.png"]
+    passed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert 100 < len(passed) <= 130, "\n".join(passed)

@@ -190,10 +190,16 @@ def native_patches(frames: Sequence[Image.Image], config: ModelConfig, span: Spa
 
 
 def _normalised(image: Image.Image, config: ImageConfig) -> torch.Tensor:
+    """By a table of the normalised value of every 8-bit level.
+
+    Rounds where transformers' numpy path does: x * (1/255) in float64, kept as float32, (x - mean) / std in float32.
+    """
+    mean_C1, std_C1 = (np.array(values, dtype=np.float32)[:, None] for values in (config.mean, config.std))
+    levels_CL = ((np.arange(256) * (1 / 255)).astype(np.float32) - mean_C1) / std_C1
     pixels_HWC = np.asarray(image)
     pixels_CHW = np.empty((3, *pixels_HWC.shape[:2]), dtype=np.float32)
-    for channel, levels in enumerate(_levels(config.mean, config.std)):
-        np.take(levels, pixels_HWC[:, :, channel], out=pixels_CHW[channel], mode="clip")
+    for channel, levels_L in enumerate(levels_CL):
+        np.take(levels_L, pixels_HWC[:, :, channel], out=pixels_CHW[channel], mode="clip")
     return torch.from_numpy(pixels_CHW)
 
 
@@ -247,16 +253,6 @@ def _resized_by_torch(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 _FITS = {"pad": _pad, "crop": _crop, "squash": _squash}
-
-
-@functools.lru_cache(maxsize=8)
-def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Table [C, 256] of the normalised value of every 8-bit level.
-
-    Rounds where transformers' numpy path does: x * (1/255) in float64, kept as float32, (x - mean) / std in float32.
-    """
-    unit = (np.arange(256) * (1 / 255)).astype(np.float32)
-    return (unit - np.array(mean, dtype=np.float32)[:, None]) / np.array(std, dtype=np.float32)[:, None]
 
 
 def _decode(image: Image.Image, name: str, orient: bool) -> Image.Image:
