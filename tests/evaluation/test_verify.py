@@ -11,7 +11,7 @@ from helpers import REAL, tiny_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from minillava import LLaVA, llava, visual_tokens
+from minillava import LLaVA, decoder, llava, visual_tokens
 from minillava.checkpoints.save import save_model
 from minillava.cli import run_command
 from minillava.config import DecoderConfig
@@ -102,8 +102,11 @@ def no_q_bias(subject, *_):
 
 
 def bf16_frequencies(subject, folder, tmp_path, patch):
-    right = rotary.frequencies
-    patch.setattr(rotary, "frequencies", lambda *args: right(*args).bfloat16().float())
+    def angles(positions_T, config):
+        radians_F = rotary.angles(torch.ones(1), config)[0].bfloat16().float()
+        return torch.outer(positions_T.float(), radians_F)
+
+    patch.setattr(decoder, "angles", angles)
 
 
 def corrupted_tensor(subject, folder, tmp_path, patch):
