@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minillava.chat.tokenizer import check_unicode
-from minillava.checkpoints.hub import NANO, resolve
+from minillava.checkpoints.hub import NANO
 from minillava.cli import ranks
+from minillava.cli.model import add_model, add_numbers, check_numbers, find_model
 from minillava.cli.values import amount, whole
-from minillava.errors import UserError, nearest
+from minillava.errors import UserError
 from minillava.files import named
-from minillava.layers.scheme import Scheme
 
 if TYPE_CHECKING:
     from minillava import LLaVA
@@ -35,123 +34,60 @@ HELP = """One question a line, about all pictures so far.
 DEMO_PICTURE = Path("runs/demo.png")
 LOOK, DRAWN = "look.png", (".png", ".jpg", ".jpeg", ".webp")
 INTERRUPTED = "interrupted"
-DTYPES = ("float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
-DEVICES = ("cpu", "cuda", "mps")
-GPU_NODES = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")  # in /dev: NVIDIA's, Jetson's, AMD's, that of Windows' Linux
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """A model, pictures, a question, and how to answer."""
-    p.add_argument(
-        "--model", default=str(NANO), metavar="DIR|HUB_ID", help="checkpoint (default: the one that ships, nano)"
-    )
-    p.add_argument("--base", metavar="DIR|HUB_ID", help="what a delta, a lone projector or LoRA adapters belong to")
-    p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
-    p.add_argument("--video", action="append", default=[], metavar="FILE", help="a video, or a folder of frames")
-    p.add_argument("--frames", type=whole(1), metavar="N", help="frames of a video to look at, at most")
-    p.add_argument(
-        "--fps", type=amount(), metavar="F", help="frames a second to look at; 0: spread evenly over the video"
-    )
-    p.add_argument("--prompt", metavar="TEXT", help="the question; <image> in it says where a picture goes")
-    p.add_argument("--chat", action="store_true", help="a conversation: one question a line, the pictures stay")
-    p.add_argument("--raw", action="store_true", help="--prompt is the whole prompt: no chat template around it")
-    p.add_argument("--max-new-tokens", type=whole(1), default=512, metavar="N", help="length limit (default: 512)")
-    p.add_argument("--temperature", type=amount(), default=0.0, metavar="T", help="0 is greedy (default)")
-    p.add_argument(
-        "--top-p",
-        type=amount(zero=False, most=1),
-        default=1.0,
-        metavar="P",
-        help="likeliest tokens of this probability together",
-    )
-    p.add_argument("--top-k", type=whole(), default=0, metavar="K", help="K likeliest tokens; 0: all (default)")
-    p.add_argument(
-        "--min-p", type=amount(most=1), default=0.0, metavar="P", help="tokens P times as likely as the likeliest"
-    )
-    p.add_argument("--seed", type=whole(-(2**63), 2**64 - 1), default=0, metavar="S", help="of sampling (default: 0)")
-    p.add_argument(
-        "--repetition-penalty",
-        type=amount(zero=False),
-        metavar="R",
-        help="of tokens that came before (default: the checkpoint's)",
-    )
-    p.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given several times"
-    )
-    p.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: what suits device and size)")
-    p.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... or mps (default: cuda if there, else cpu)")
-    p.add_argument(
-        "--quantize",
-        metavar="nf4",
-        help="decoder in 4 or 8 bits: nf4, nf4-double, fp4, int8, ...; nf4:decoder,vision,head=int8 for more parts;\n"
-        "nf4-exact: CPUs do not round inputs to 8 bits for faster products",
-    )
-    p.add_argument(
-        "--look", metavar="WORD", help="draw the attention from a word of the answer over the picture: no explanation"
-    )
-    p.add_argument("--out", metavar="FILE", help="picture of --look (default: look.png; look-1.png, ... for several)")
-    p.add_argument("--json", action="store_true", help="print an answer as one line of JSON")
+    add = p.add_argument
+    add_model(p)
+    add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    add("--video", action="append", default=[], metavar="FILE", help="a video, or a folder of frames")
+    add("--frames", type=whole(1), metavar="N", help="frames of a video to look at, at most")
+    add("--fps", type=amount(), metavar="F", help="frames a second to look at; 0: spread evenly over the video")
+    add("--prompt", metavar="TEXT", help="the question; <image> in it says where a picture goes")
+    add("--chat", action="store_true", help="a conversation: one question a line, the pictures stay")
+    add("--raw", action="store_true", help="--prompt is the whole prompt: no chat template around it")
+    add("--max-new-tokens", type=whole(1), default=512, metavar="N", help="length limit (default: 512)")
+    add("--temperature", type=amount(), default=0.0, metavar="T", help="0 is greedy (default)")
+    likeliest = "likeliest tokens of this probability together"
+    add("--top-p", type=amount(zero=False, most=1), default=1.0, metavar="P", help=likeliest)
+    add("--top-k", type=whole(), default=0, metavar="K", help="K likeliest tokens; 0: all (default)")
+    add("--min-p", type=amount(most=1), default=0.0, metavar="P", help="tokens P times as likely as the likeliest")
+    add("--seed", type=whole(-(2**63), 2**64 - 1), default=0, metavar="S", help="of sampling (default: 0)")
+    penalty = "of tokens that came before (default: the checkpoint's)"
+    add("--repetition-penalty", type=amount(zero=False), metavar="R", help=penalty)
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given several times")
+    add_numbers(p)
+    add("--look", metavar="WORD", help="draw the attention from a word of the answer over the picture: no explanation")
+    add("--out", metavar="FILE", help="picture of --look (default: look.png; look-1.png, ... for several)")
+    add("--json", action="store_true", help="print an answer as one line of JSON")
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what can be refused before torch is imported."""
-    _check_request(args)
-    _check_look(args)
-    check_numbers(args)
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Raises UserError for a dtype, a quantisation or a device that is unknown or not there."""
-    if args.dtype is not None and args.dtype not in DTYPES:
-        raise UserError(f"dtype '{args.dtype}' is unknown{nearest(args.dtype, DTYPES)}")
-    if args.quantize is not None:
-        Scheme.parse(args.quantize)
-    check_device(args.device or "cpu")
-
-
-def check_device(name: str) -> None:
-    """Raises UserError for a device that is unknown, or as far as can be seen from here not there."""
-    kind, _, number = name.partition(":")
-    if kind not in DEVICES or not re.fullmatch(r"[a-z]+(:\d+)?", name):
-        raise UserError(f"device '{name}' is unknown{nearest(kind, DEVICES)}")
-    if kind != "cuda" and int(number or 0):
-        raise UserError(f"device '{name}' is not there (a machine has one {kind}); use {kind}")
-    if kind == "cuda" and sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in GPU_NODES):
-        raise UserError(f"device '{name}' is not there (this machine has no GPU driver); leave it out, or use cpu")
-
-
-def find_model(args: argparse.Namespace) -> Path:
-    """The folder of `--model`; `--base` becomes its folder. Raises UserError where there is none."""
-    if args.base is not None:
-        args.base = resolve(args.base)
-    return resolve(args.model)
-
-
-def _check_request(args: argparse.Namespace) -> None:
     if args.raw and (args.chat or args.prompt is None):
         raise UserError("--raw takes the whole prompt from --prompt, and does not go with --chat; give --prompt alone")
     if (args.image or args.video) and args.prompt is None and not args.chat:
-        raise UserError(
-            f"--{'image' if args.image else 'video'} needs a question; give --prompt TEXT, or --chat to ask several"
-        )
+        flag = "--image" if args.image else "--video"
+        raise UserError(f"{flag} needs a question; give --prompt TEXT, or --chat to ask several")
     check_unicode(args.prompt or "")
     for image in args.image:
         if not Path(image).is_file():
-            raise UserError(
-                f"{image}: {'is a folder' if Path(image).is_dir() else 'no such image file'}; check the path"
-            )
+            what = "is a folder" if Path(image).is_dir() else "no such image file"
+            raise UserError(f"{image}: {what}; check the path")
     for video in args.video:
         if not Path(video).exists():
             raise UserError(f"{video}: no such video file or folder of frames; check the path")
         if Path(video).is_file() and find_spec("av") is None:
             raise UserError(f"{video}: videos need PyAV; pip install av, or give a folder of frames")
+    if args.look is None and args.out is not None:
+        raise UserError("--out is where --look WORD draws; give a word of the answer")
+    if args.look is not None:
+        _check_look(args)
+    check_numbers(args)
 
 
 def _check_look(args: argparse.Namespace) -> None:
-    if args.look is None:
-        if args.out is not None:
-            raise UserError("--out is where --look WORD draws; give a word of the answer")
-        return
     if not args.image or args.video or args.prompt is None or args.chat or args.raw:
         raise UserError("--look takes --image and --prompt, without --video, --chat or --raw")
     if Path(args.out or LOOK).suffix.lower() not in DRAWN:
@@ -295,32 +231,25 @@ class Run:
         share = read / token_s / copy_bytes_per_s(device) if token_s else None
         self.with_buffers = max(now, peak_bytes(device))
         if self.args.json:
-            fields = {
-                "text": answer.text,
-                "token_ids": answer.token_ids,
-                "prompt_tokens": answer.prompt_tokens,
-                "image_tokens": answer.image_tokens,
-                "finish_reason": answer.finish_reason,
+            said = ("text", "token_ids", "prompt_tokens", "image_tokens", "finish_reason")
+            fields = {name: getattr(answer, name) for name in said} | {
                 "load_s": round(self.load_s, 4),
                 "vision_s": round(answer.vision_s, 4),
                 "prefill_s": round(answer.prefill_s, 4),
-                "decode_tok_per_s": None if speed is None else round(speed, 2),
+                "decode_tok_per_s": speed and round(speed, 2),
                 "peak_bytes": peak,
-                "token_s": None if token_s is None else round(token_s, 6),
-                "bandwidth_share": None if share is None else round(share, 4),
+                "token_s": token_s and round(token_s, 6),
+                "bandwidth_share": share and round(share, 4),
             }
             print(json.dumps(fields, ensure_ascii=False), flush=True)
             return
         print(flush=True)
         visual = f", {answer.image_tokens} of them visual" if answer.image_tokens else ""
-        decoding = ""
+        parts = [f"load {self.load_s:.2f} s", f"vision {answer.vision_s:.3f} s"]
+        parts += [f"prefill {answer.prefill_s:.3f} s ({answer.prompt_tokens} tokens{visual})"]
         if speed is not None and token_s is not None and share is not None:
-            decoding = f" | decode {speed:.1f} tok/s (median {token_s * 1e3:.2f} ms, {share:.0%} of copy bandwidth)"
-        memory = f" | peak {peak / 2**30:.2f} GiB" if peak else ""  # Windows does not say
-        cut = " | stopped at the length limit" if answer.finish_reason == "length" else ""
-        print(
-            f"[load {self.load_s:.2f} s | vision {answer.vision_s:.3f} s | prefill {answer.prefill_s:.3f} s "
-            f"({answer.prompt_tokens} tokens{visual}){decoding}{memory} | {describe_device(device)}{cut}]",
-            file=sys.stderr,
-            flush=True,
-        )
+            parts += [f"decode {speed:.1f} tok/s (median {token_s * 1e3:.2f} ms, {share:.0%} of copy bandwidth)"]
+        parts += [f"peak {peak / 2**30:.2f} GiB"] if peak else []  # Windows does not say
+        parts += [describe_device(device)]
+        parts += ["stopped at the length limit"] if answer.finish_reason == "length" else []
+        print(f"[{' | '.join(parts)}]", file=sys.stderr, flush=True)

@@ -8,18 +8,15 @@ from pathlib import Path
 from minillava.cli.values import whole
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(p: argparse.ArgumentParser) -> None:
     """Which files, and where the conversations go."""
-    parser.add_argument("files", nargs="+", metavar="FILE", help="all files of one data set: questions and annotations")
-    parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines of LLaVA's format")
-    parser.add_argument(
-        "--append", action="store_true", help="put them behind what is in --out: several sets, one file"
-    )
-    parser.add_argument("--images", default="", metavar="PREFIX", help="in front of picture names: coco/train2017/")
-    parser.add_argument(
-        "--turns", type=whole(1), default=10, help="at most so many questions about one picture (default: 10)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of what is by chance: boxes asked for, or given")
+    add = p.add_argument
+    add("files", nargs="+", metavar="FILE", help="all files of one data set: questions and annotations")
+    add("--out", required=True, metavar="FILE", help="JSON lines of LLaVA's format")
+    add("--append", action="store_true", help="put them behind what is in --out: several sets, one file")
+    add("--images", default="", metavar="PREFIX", help="in front of picture names: coco/train2017/")
+    add("--turns", type=whole(1), default=10, help="at most so many questions about one picture (default: 10)")
+    add("--seed", type=int, default=0, help="of what is by chance: boxes asked for, or given")
 
 
 def run(args: argparse.Namespace) -> None:

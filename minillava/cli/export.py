@@ -8,8 +8,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from minillava.checkpoints.hub import NANO
-from minillava.cli.ask import find_model
+from minillava.cli.model import add_model, find_model
 from minillava.errors import UserError
 
 FORMS = ("F16", "Q8_0", "Q4_0")
@@ -17,8 +16,7 @@ FORMS = ("F16", "Q8_0", "Q4_0")
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Which model, where to, and in how many bits."""
-    p.add_argument("--model", default=str(NANO), metavar="DIR|HUB_ID", help="checkpoint (default: the one that ships)")
-    p.add_argument("--base", metavar="DIR|HUB_ID", help="what a delta, a lone projector or LoRA adapters belong to")
+    add_model(p)
     p.add_argument("--gguf", required=True, metavar="DIR", help="folder for the two files")
     p.add_argument("--name", metavar="NAME", help="of the files (default: the last part of --model)")
     p.add_argument(

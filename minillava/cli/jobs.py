@@ -11,8 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from minillava.checkpoints.hub import NANO
-from minillava.cli import ask
+from minillava.cli.model import add_model, add_numbers, check_numbers, find_model
 from minillava.cli.values import amount, some_path, whole
 from minillava.errors import UserError
 from minillava.files import claimed_file, write_whole
@@ -22,27 +21,24 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """Files, a model, and how to answer where a row does not say."""
     p.add_argument("rows", type=some_path, metavar="IN.jsonl")
     p.add_argument("out", type=some_path, metavar="OUT.jsonl")
-    p.add_argument("--model", default=str(NANO), metavar="DIR|HUB_ID", help="checkpoint (default: the one that ships)")
-    p.add_argument("--base", metavar="DIR|HUB_ID", help="what a delta, a lone projector or LoRA adapters belong to")
-    p.add_argument("--images", type=some_path, metavar="DIR", help="folder of the pictures and videos that rows name")
-    p.add_argument("--fetch", action="append", default=[], metavar="HOST", help="pictures may come from this host")
-    p.add_argument("--slots", type=whole(1), default=16, metavar="N", help="rows answered at once (default: 16)")
-    p.add_argument(
-        "--context", type=whole(1), default=4096, metavar="N", help="tokens of prompt and answer (default: 4096)"
-    )
-    p.add_argument("--max-new-tokens", type=whole(1), default=512, metavar="N", help="length limit (default: 512)")
-    p.add_argument("--temperature", type=amount(), default=0.0, metavar="T", help="0 is greedy (default)")
-    p.add_argument("--top-p", type=amount(zero=False, most=1), default=1.0, metavar="P", help="of sampling")
-    p.add_argument(
-        "--seed",
-        type=whole(-(2**63), 2**64 - 1),
-        default=0,
-        metavar="S",
-        help="of the first row; then S + 1, ... (default: 0)",
-    )
-    p.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: what suits device and size)")
-    p.add_argument("--device", metavar="D", help="cpu, cuda, ... or mps (default: cuda if there, else cpu)")
-    p.add_argument("--quantize", metavar="nf4", help="see `minillava ask --help`")
+    add_asking(p)
+
+
+def add_asking(p: argparse.ArgumentParser, new_tokens: int = 512) -> None:
+    """Who answers, and how."""
+    add = p.add_argument
+    add_model(p)
+    add("--images", type=some_path, metavar="DIR", help="folder of the pictures and videos that rows name")
+    add("--fetch", action="append", default=[], metavar="HOST", help="pictures may come from this host")
+    add("--slots", type=whole(1), default=16, metavar="N", help="rows answered at once (default: 16)")
+    add("--context", type=whole(1), default=4096, metavar="N", help="tokens of prompt and answer (default: 4096)")
+    limit = "length limit (default: %(default)s)"
+    add("--max-new-tokens", type=whole(1), default=new_tokens, metavar="N", help=limit)
+    add("--temperature", type=amount(), default=0.0, metavar="T", help="0 is greedy (default)")
+    add("--top-p", type=amount(zero=False, most=1), default=1.0, metavar="P", help="of sampling")
+    seed = "of the first row; then S + 1, ... (default: 0)"
+    add("--seed", type=whole(-(2**63), 2**64 - 1), default=0, metavar="S", help=seed)
+    add_numbers(p)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -55,13 +51,13 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"{args.out}: {what}; give another file")
     if args.images is not None and not args.images.is_dir():
         raise UserError(f"{args.images}: no such folder of pictures; check the path")
-    ask.check_numbers(args)
+    check_numbers(args)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load the model, answer what is not answered yet."""
     check(args)
-    source = ask.find_model(args)
+    source = find_model(args)
     with claimed_file(args.out):
         return _answer(args, source)
 

@@ -27,23 +27,21 @@ if TYPE_CHECKING:
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """What is planned, and for what sizes."""
-    p.add_argument("what", metavar="RECIPE|MODEL", help="a recipe (its training is planned), or a checkpoint (answers)")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
-    p.add_argument("--stage", metavar="NAME", help="this stage of the recipe only")
-    p.add_argument("--card", default="A100-80GB", metavar="NAME", help="for times (default: A100-80GB); ? lists all")
-    p.add_argument("--fit", action="store_true", help="settings that fit 16, 24, 40, 80 and 141 GB")
-    p.add_argument(
-        "--picture", default="1024x768", metavar="WxH", help="pixels of the picture of each sample or prompt; 0x0: none"
-    )
-    p.add_argument(
-        "--tokens", type=whole(), default=0, metavar="N",
-        help="of a sample or prompt, its picture included (default: max_tokens; the picture and 64)",
-    )  # fmt: skip
-    p.add_argument("--new", type=whole(1), default=512, metavar="N", help="tokens of an answer (default: 512)")
-    p.add_argument("--rows", type=whole(1), default=1, metavar="N", help="answers at a time (default: 1)")
-    p.add_argument("--quantize", default="", metavar="nf4", help="weights of a model that answers, as `ask` takes it")
-    p.add_argument("--cpu", action="store_true", help="for this CPU's code paths in place of a GPU's")
-    p.add_argument("--json", action="store_true", help="print a line of JSON for each plan")
+    add = p.add_argument
+    add("what", metavar="RECIPE|MODEL", help="a recipe (its training is planned), or a checkpoint (answers)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
+    add("--stage", metavar="NAME", help="this stage of the recipe only")
+    add("--card", default="A100-80GB", metavar="NAME", help="for times (default: A100-80GB); ? lists all")
+    add("--fit", action="store_true", help="settings that fit 16, 24, 40, 80 and 141 GB")
+    picture = "pixels of the picture of each sample or prompt; 0x0: none"
+    add("--picture", default="1024x768", metavar="WxH", help=picture)
+    tokens = "of a sample or prompt, its picture included (default: max_tokens; the picture and 64)"
+    add("--tokens", type=whole(), default=0, metavar="N", help=tokens)
+    add("--new", type=whole(1), default=512, metavar="N", help="tokens of an answer (default: 512)")
+    add("--rows", type=whole(1), default=1, metavar="N", help="answers at a time (default: 1)")
+    add("--quantize", default="", metavar="nf4", help="weights of a model that answers, as `ask` takes it")
+    add("--cpu", action="store_true", help="for this CPU's code paths in place of a GPU's")
+    add("--json", action="store_true", help="print a line of JSON for each plan")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -86,10 +84,8 @@ def _recipe(args: argparse.Namespace) -> Iterator[str]:
             return plan_training(its, stage, held, quantize, args.cpu, args.tokens, args.picture)
 
         tokens = stage.row_tokens or args.tokens or stage.max_tokens
-        title = (
-            f"stage {stage.name}: {stage.batch_size} {'rows' if stage.row_tokens else 'samples'} a step, {stage.micro} "
-        )
-        title += f"at a time, of {tokens:,} tokens"
+        title = f"stage {stage.name}: {stage.batch_size} {'rows' if stage.row_tokens else 'samples'} a step, "
+        title += f"{stage.micro} at a time, of {tokens:,} tokens"
         if args.fit:
             yield title
             for gb, how, micro, found in fit_training(plan, stage, recipe.model.quantize):
@@ -126,10 +122,8 @@ def _shown(args: argparse.Namespace, title: str, plan: Plan, unit: str) -> Itera
 
     card = args.card
     if args.json:
-        times = {"step_s": card.step_s(plan), "token_s": card.token_s(plan)}
-        yield json.dumps(
-            {"what": title, "peak": plan.peak, "parts": plan.parts, "flops": plan.flops, "card": card.name, **times}
-        )
+        found = {"what": title, "peak": plan.peak, "parts": plan.parts, "flops": plan.flops, "card": card.name}
+        yield json.dumps(found | {"step_s": card.step_s(plan), "token_s": card.token_s(plan)})
         return
     yield title
     for part in PARTS:

@@ -23,16 +23,22 @@ def rank() -> int:
 
 
 def load(source: Path, args: argparse.Namespace) -> LLaVA:
-    """The model of `--dtype`, `--device`, `--quantize` and `--base`, or this process's part of it."""
+    """The model of `--dtype`, `--device`, `--quantize` and `--base`, or this process's part of it, on a GPU of its own
+    where there are some."""
+    import torch
+
     from minillava import LLaVA
 
-    device = _own_device(args.device) if world() > 1 else args.device
-    share = (rank(), world()) if world() > 1 else None
-    model = LLaVA.from_pretrained(source, args.dtype, device, args.quantize, args.base, share)
-    if share is not None:
-        from minillava.layers import tensor_parallel
+    if world() == 1:
+        return LLaVA.from_pretrained(source, args.dtype, args.device, args.quantize, args.base)
+    from minillava.layers import tensor_parallel
 
-        tensor_parallel.join(model.device)
+    device = args.device
+    if device in (None, "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        device = f"cuda:{torch.cuda.current_device()}"
+    model = LLaVA.from_pretrained(source, args.dtype, device, args.quantize, args.base, (rank(), world()))
+    tensor_parallel.join(model.device)
     return model
 
 
@@ -40,13 +46,3 @@ def mute() -> None:
     """Only the first one writes."""
     if rank():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
-
-
-def _own_device(device: str | None) -> str | None:
-    """A GPU of its own for each process of this machine."""
-    import torch
-
-    if device not in (None, "cuda") or not torch.cuda.is_available():
-        return device
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return f"cuda:{torch.cuda.current_device()}"

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import minillava
-from minillava.cli.ask import check_device
+from minillava.cli.model import check_device
 from minillava.cli.values import whole
 from minillava.errors import UserError, nearest
 from minillava.recipe import Recipe, differences, read_recipe, stage_index
@@ -18,31 +18,22 @@ from minillava.training.tasks import check_words
 INTERRUPTED = "stopped; --resume continues from the last checkpoint"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(p: argparse.ArgumentParser) -> None:
     """What to train, what to change of it, where it goes."""
-    parser.add_argument(
-        "recipe", nargs="?",
-        help=f"a TOML file, or one that ships (default: nano):\n{', '.join(sorted(packaged()))}",
-    )  # fmt: skip
-    parser.add_argument(
+    add = p.add_argument
+    add("recipe", nargs="?", help=f"a TOML file, or one that ships (default: nano):\n{', '.join(sorted(packaged()))}")
+    add(
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="change one value of the recipe, as often as needed: --set seed=1\n"
         "--set stage.finetune.lr.projector=1e-3 --set 'stage.*.steps=100'",
     )  # fmt: skip
-    parser.add_argument("--stage", metavar="NAME", help="train this stage only, on what the earlier ones left in --out")
-    parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on where the run in --out stopped, by its own recipe; --set changes steps, rates and what is logged",
-    )
-    parser.add_argument(
-        "--inspect", type=whole(1), metavar="N", help="show N samples of each stage as they would be trained"
-    )
-    parser.add_argument(
-        "--export", action="store_true",
-        help="write the model of the newest checkpoint of the run in --out (or of --stage), also while it goes on",
-    )  # fmt: skip
+    add("--stage", metavar="NAME", help="train this stage only, on what the earlier ones left in --out")
+    add("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
+    resume = "go on where the run in --out stopped, by its own recipe; --set changes steps, rates and what is logged"
+    add("--resume", action="store_true", help=resume)
+    add("--inspect", type=whole(1), metavar="N", help="show N samples of each stage as they would be trained")
+    export = "write the model of the newest checkpoint of the run in --out (or of --stage), also while it goes on"
+    add("--export", action="store_true", help=export)
 
 
 def packaged() -> dict[str, Path]:

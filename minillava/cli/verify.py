@@ -2,7 +2,8 @@
 
 It is compared with our own plain PyTorch code in float64 (for models in 16 bits float32), or with transformers, on one
 question. Each stage gets the reference's values, so the first that departs is where the fault is. Allowed is twice the
-error of plain PyTorch in the same dtype. Exit status: 0, 1 where a stage departs, 2 for bad input."""
+error of plain PyTorch in the same dtype. With --quantize the weights are compared too. Exit status: 0, 1 where a stage
+departs, 2 for bad input."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from minillava.chat.tokenizer import check_unicode
 from minillava.checkpoints.hub import resolve
-from minillava.cli.ask import check_numbers, find_model
+from minillava.cli.model import BASE, add_numbers, check_numbers, find_model
 from minillava.cli.values import whole
 from minillava.errors import UserError
 
@@ -26,21 +27,20 @@ if TYPE_CHECKING:
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """A model as it is to be used, what it is compared with, and on what."""
-    p.add_argument("model", metavar="DIR|HUB_ID", help="checkpoint")
-    p.add_argument("--base", metavar="DIR|HUB_ID", help="what a delta, a lone projector or LoRA adapters belong to")
-    p.add_argument(
+    add = p.add_argument
+    add("model", metavar="DIR|HUB_ID", help="checkpoint")
+    add("--base", metavar="DIR|HUB_ID", help=BASE)
+    add(
         "--against", metavar="transformers|DIR",
         help="transformers' model of the same folder, pixels and ids included; or another checkpoint, such as the one\n"
         "that this was converted from (default: the checkpoint itself as our plain code)",
     )  # fmt: skip
-    p.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: what suits device and size)")
-    p.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... or mps (default: cuda if there, else cpu)")
-    p.add_argument("--quantize", metavar="nf4", help="as `minillava ask` takes it; the weights are compared too")
-    p.add_argument("--image", metavar="FILE", help="a picture (default: a drawn scene)")
-    p.add_argument("--prompt", default="What is in this picture?", metavar="TEXT", help="the question")
-    p.add_argument("--tokens", type=whole(1), default=16, metavar="N", help="tokens of the answer (default: 16)")
-    p.add_argument("--json", action="store_true", help="print the report as one line of JSON")
-    p.add_argument("--plot", metavar="FILE.png", help="draw the errors by depth")
+    add_numbers(p)
+    add("--image", metavar="FILE", help="a picture (default: a drawn scene)")
+    add("--prompt", default="What is in this picture?", metavar="TEXT", help="the question")
+    add("--tokens", type=whole(1), default=16, metavar="N", help="tokens of the answer (default: 16)")
+    add("--json", action="store_true", help="print the report as one line of JSON")
+    add("--plot", metavar="FILE.png", help="draw the errors by depth")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from bad.flags import FILES, flags
 from helpers import ROOT, disk_of
 
 from minillava import api
-from minillava.cli import COMMANDS, ask, main, threads
+from minillava.cli import COMMANDS, ask, main, model, threads
 from minillava.training.progress import plot
 
 HEAVY = {"torch", "numpy", "PIL", "transformers", "tokenizers"}
@@ -119,7 +119,7 @@ def test_a_video_file_needs_pyav(capsys, monkeypatch):
 
 
 def test_dtypes_are_those_of_the_class():
-    assert set(ask.DTYPES) == set(api.DTYPES)
+    assert set(model.DTYPES) == set(api.DTYPES)
 
 
 def test_a_closed_pipe_is_silent():
