@@ -86,10 +86,8 @@ class Bench:
     def run(self, scheduler: Scheduler, requests: list[Request]) -> tuple[float, list[Row]]:
         """Seconds for all of them, which come together."""
         began = time.perf_counter()
-        rows = [self.engine.row(0, request, {}) for request in requests]
+        rows = [scheduler.row(request) for request in requests]
         for row in rows:
-            assert scheduler.memory is not None
-            scheduler.memory.describe(row)
             scheduler.submit(row)
         while scheduler.busy:
             scheduler.step()

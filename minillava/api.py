@@ -21,7 +21,7 @@ from minillava.generation.answer import Answer
 from minillava.generation.conversation import Conversation
 from minillava.generation.engine import Engine
 from minillava.generation.look import Look, attention_over_pictures
-from minillava.generation.prompts import Prompt, is_batch, request_of, requests_of
+from minillava.generation.prompts import Prompt, is_batch, requests_of
 from minillava.generation.request import Request, Row
 from minillava.generation.sampling import Sampling
 from minillava.generation.score import Choice, score
@@ -193,10 +193,7 @@ class LLaVA:
         """A request for each prompt."""
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         how = Request(raw="" if raw else None, max_new_tokens=max_new_tokens, sampling=Sampling(**sampling), stop=stops)
-        chat, sources = self.config.chat, OwnSources(one_or_more(fetch))
-        if is_batch(prompt):
-            return requests_of(chat, prompt, images, videos, sources, how)
-        return [request_of(chat, prompt, images, videos, sources, how)]
+        return requests_of(self.config.chat, prompt, images, videos, OwnSources(one_or_more(fetch)), how)
 
     @property
     def device(self) -> torch.device:

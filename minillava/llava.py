@@ -9,6 +9,7 @@ Letters: T tokens, N views of the tower's size, P patches of one, D width, V voc
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,9 +136,9 @@ class LLaVAModel(nn.Module):
         positions_P3 = torch.cat([patch_positions(span, self.config.projector.merge) for span in spans])
         windows = [patches for span in spans for patches in span.windows]
         bounded = at_once and not self.config.vision.strip_slip
-        passes = split_windows(windows, at_once * PATCHES_A_VIEW) if bounded else [windows]
-        sizes = [sum(some) for some in passes]
-        parts = zip(images.split(sizes), positions_P3.split(sizes), passes)
+        groups = [windows[part] for part in passes(windows, at_once * PATCHES_A_VIEW)] if bounded else [windows]
+        sizes = list(map(sum, groups))
+        parts = zip(images.split(sizes), positions_P3.split(sizes), groups)
         return torch.cat([self.projector(self._look(*part)) for part in parts]).split([span.tokens for span in spans])
 
     def splice(self, x_TD: Tensor, ids_T: Tensor, visual: Sequence[Tensor]) -> Tensor:
@@ -171,14 +172,16 @@ class LLaVAModel(nn.Module):
                     p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
 
 
-def split_windows(windows: Sequence[int], most: int) -> list[list[int]]:
-    """Windows of patches in passes of at most so many patches; a larger window has a pass of its own."""
-    passes: list[list[int]] = [[]]
-    for patches in windows:
-        if passes[-1] and sum(passes[-1]) + patches > most:
-            passes.append([])
-        passes[-1].append(patches)
-    return passes
+def passes(sizes: Sequence[int], most: int, count: int = sys.maxsize) -> list[slice]:
+    """Things of these sizes in order, in passes of at most `count` and of at most `most` together; one that is larger
+    has a pass of its own."""
+    found, start, total = list[slice](), 0, 0
+    for at, size in enumerate(sizes):
+        if at > start and (total + size > most or at - start == count):
+            found.append(slice(start, at))
+            start, total = at, 0
+        total += size
+    return [*found, slice(start, len(sizes))]
 
 
 def next_labels(labels_T: Tensor, cu_seqlens: Sequence[int]) -> Tensor:

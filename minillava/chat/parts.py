@@ -14,9 +14,9 @@ ROLES = {"developer": "system"}  # OpenAI's newer name
 Source = tuple[bool, Any]  # whether it is a clip; a file, a URL, a picture, ..., None: what comes beside the messages
 
 
-def read_messages(chat: ChatConfig, given: Sequence[Mapping[str, Any]]) -> tuple[list[Message], list[Source]]:
+def read_messages(chat: ChatConfig, given: Sequence[Message | Mapping[str, Any]]) -> tuple[list[Message], list[Source]]:
     """The messages, and pictures and clips in their order. A part stands where it is among the texts; if a text says
-    itself where they go, by markers, it is believed. Raises UserError that names the message.
+    itself where they go, by markers, it is believed. A Message stays. Raises UserError that names the message.
     """
     messages, sources = [], []
     for number, entry in enumerate(given, 1):
@@ -30,6 +30,8 @@ def read_messages(chat: ChatConfig, given: Sequence[Mapping[str, Any]]) -> tuple
 
 
 def _message(chat: ChatConfig, entry: Any) -> tuple[Message, list[Source]]:
+    if isinstance(entry, Message):
+        return entry, []
     if not isinstance(entry, Mapping) or not isinstance(role := entry.get("role"), str):
         raise UserError("expected an object with 'role' and 'content'")
     role = ROLES.get(role, role)

@@ -13,14 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minillava.checkpoints.hub import NANO
-from minillava.cli import ask, ranks
+from minillava.cli import ranks
+from minillava.cli.model import add_model, add_numbers, check_numbers, find_model
 from minillava.cli.values import amount, whole
 from minillava.errors import UserError
 
 if TYPE_CHECKING:
     from minillava.generation.engine import Engine
-    from minillava.generation.serve.running import Limits
+    from minillava.generation.scheduler import Limits
 
 LOOPBACK = {"127.0.0.1": ("127.0.0.1", "localhost"), "localhost": ("127.0.0.1", "localhost")}
 GIB, MB = 1 << 30, 1 << 20
@@ -28,31 +28,24 @@ GIB, MB = 1 << 30, 1 << 20
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """A model, where to listen, what clients may do, and how much memory they get."""
-    p.add_argument("--model", default=str(NANO), metavar="DIR|HUB_ID", help="checkpoint (default: the one that ships)")
-    p.add_argument("--base", metavar="DIR|HUB_ID", help="what a delta, a lone projector or LoRA adapters belong to")
-    p.add_argument("--name", metavar="NAME", help="what clients call the model (default: the last part of --model)")
-    p.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: what suits device and size)")
-    p.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... or mps (default: cuda if there, else cpu)")
-    p.add_argument("--quantize", metavar="nf4", help="decoder in 4 bits; see `minillava ask --help`")
-    p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: all networks (default: 127.0.0.1)")
-    p.add_argument("--port", type=whole(0, 65535), default=8000, metavar="N", help="default: 8000")
-    p.add_argument("--api-key", metavar="KEY", help="asked of every client (or variable MINILLAVA_API_KEY)")
-    p.add_argument(
-        "--fetch", action="append", default=[], metavar="HOST",
-        help="pictures may be fetched from this host, .example.org: from all below; may be given several times",
-    )  # fmt: skip
-    p.add_argument("--pictures", metavar="DIR", help="pictures may be named by their path in this folder")
-    p.add_argument("--slots", type=whole(1), default=16, metavar="N", help="requests answered at once (default: 16)")
-    p.add_argument("--waiting", type=whole(), default=240, metavar="N", help="requests that may wait (default: 240)")
-    p.add_argument("--context", type=whole(1), default=4096, metavar="N", help="tokens of a request (default: 4096)")
-    p.add_argument("--chunk", type=whole(1), default=512, metavar="N", help="prompt tokens of a step (default: 512)")
-    p.add_argument(
-        "--cache-gib", type=amount(zero=False), default=4.0, metavar="G", help="keys and values in slots (default: 4)"
-    )
-    p.add_argument(
-        "--prefix-gib", type=amount(), default=1.0, metavar="G", help="of earlier prompts, kept (default: 1)"
-    )
-    p.add_argument("--body-mb", type=whole(1), default=32, metavar="N", help="largest body of a request (default: 32)")
+    add = p.add_argument
+    add_model(p)
+    add("--name", metavar="NAME", help="what clients call the model (default: the last part of --model)")
+    add_numbers(p)
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: all networks (default: 127.0.0.1)")
+    add("--port", type=whole(0, 65535), default=8000, metavar="N", help="default: 8000")
+    add("--api-key", metavar="KEY", help="asked of every client (or variable MINILLAVA_API_KEY)")
+    fetch = "pictures may be fetched from this host, .example.org: from all below; may be given several times"
+    add("--fetch", action="append", default=[], metavar="HOST", help=fetch)
+    add("--pictures", metavar="DIR", help="pictures may be named by their path in this folder")
+    add("--slots", type=whole(1), default=16, metavar="N", help="requests answered at once (default: 16)")
+    add("--waiting", type=whole(), default=240, metavar="N", help="requests that may wait (default: 240)")
+    add("--context", type=whole(1), default=4096, metavar="N", help="tokens of a request (default: 4096)")
+    add("--chunk", type=whole(1), default=512, metavar="N", help="prompt tokens of a step (default: 512)")
+    slots = "keys and values in slots (default: 4)"
+    add("--cache-gib", type=amount(zero=False), default=4.0, metavar="G", help=slots)
+    add("--prefix-gib", type=amount(), default=1.0, metavar="G", help="of earlier prompts, kept (default: 1)")
+    add("--body-mb", type=whole(1), default=32, metavar="N", help="largest body of a request (default: 32)")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -64,7 +57,7 @@ def check(args: argparse.Namespace) -> None:
         check_address(args.host, args.port)
     if args.pictures is not None and not Path(args.pictures).is_dir():
         raise UserError(f"{args.pictures}: no such folder of pictures; check the path")
-    ask.check_numbers(args)
+    check_numbers(args)
 
 
 def check_address(host: str, port: int) -> None:
@@ -80,11 +73,12 @@ def check_address(host: str, port: int) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load the model and serve until SIGTERM or Ctrl-C; what runs then is finished."""
     check(args)
-    source = ask.find_model(args)
+    source = find_model(args)
     import uvicorn
 
+    from minillava.generation.scheduler import Limits
     from minillava.generation.serve.app import Access, Server
-    from minillava.generation.serve.running import Limits, Running
+    from minillava.generation.serve.running import Running
     from minillava.media.sources import Sources
 
     model = ranks.load(source, args)
@@ -98,11 +92,13 @@ def run(args: argparse.Namespace) -> None:
     key = args.api_key or os.environ.get("MINILLAVA_API_KEY", "")
     access = Access(key, LOOPBACK.get(args.host, ()), args.body_mb * MB)
     sources = Sources(args.fetch, Path(args.pictures) if args.pictures else None)
-    name = args.name or Path(str(args.model).rstrip("/")).name
-    print(
-        f"{name}: {_slots(running.scheduler.slots.rows, args)} of {running.context} tokens; {_address(args)}",
-        flush=True,
-    )
+    name, host = args.name or Path(str(args.model).rstrip("/")).name, args.host
+    slots, fewer = running.scheduler.slots.rows, ""
+    if slots < args.slots:
+        holds = f"--cache-gib {args.cache_gib * args.slots / slots:.0f} holds all"
+        fewer = f" (of {args.slots}; {holds}, or a smaller --context)"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
+    print(f"{name}: {slots} slots{fewer} of {running.context} tokens; {address}", flush=True)
     app = Server(running, name, sources, access).app()
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", server_header=False)
 
@@ -111,24 +107,13 @@ def _follow(engine: Engine, limits: Limits) -> None:
     """A process without a server; the first one says when to end, torchrun's SIGTERM does not."""
     from minillava.generation.scheduler import Scheduler
     from minillava.generation.serve.ranks import follow
-    from minillava.generation.serve.running import scheduler_of
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    follow(scheduler_of(engine, limits, Scheduler))
+    follow(Scheduler.of(engine, limits))
 
 
 def _end(reason: str) -> None:
     """The first process ends as by SIGTERM: it cannot go on without the others."""
     print(f"error: the processes cannot go on together: {reason}", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _slots(rows: int, args: argparse.Namespace) -> str:
-    """How many there are, and why not as many as asked for."""
-    more = f" (of {args.slots}; --cache-gib {args.cache_gib * args.slots / rows:.0f} holds all, or a smaller --context)"
-    return f"{rows} slots" + (more if rows < args.slots else "")
-
-
-def _address(args: argparse.Namespace) -> str:
-    return f"http://[{args.host}]:{args.port}" if ":" in args.host else f"http://{args.host}:{args.port}"

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minillava.chat.templates import TEMPLATES
 from minillava.chat.tokenizer import StreamDecoder, Tokenizer
-from minillava.config import ChatConfig
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,6 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text
-
-
-def stop_strings(config: ChatConfig) -> tuple[str, ...]:
-    """Texts that end an answer: the checkpoint's and its template's."""
-    template = TEMPLATES.get(config.template)
-    return (*config.stop_strings, *(template.stop_strings if template else ()))
 
 
 class AnswerText:

@@ -15,15 +15,17 @@ from itertools import pairwise
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from minillava.chat.prompt import stop_ids
+from minillava.chat.templates import TEMPLATES
 from minillava.chat.tokenizer import Tokenizer
 from minillava.errors import UserError
-from minillava.generation.answer import Answer, AnswerText, stop_strings
+from minillava.generation.answer import Answer, AnswerText
 from minillava.generation.request import Request, Row
 from minillava.generation.scheduler import Scheduler
 from minillava.generation.slots import Slots
-from minillava.llava import LLaVAModel
+from minillava.llava import LLaVAModel, passes
 from minillava.media.visual import Visual
 from minillava.processor import Processor
 
@@ -39,8 +41,9 @@ class Engine:
     def __init__(self, model: LLaVAModel, tokenizer: Tokenizer):
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
         self.processor = Processor(model.config, tokenizer)
-        self.eos_ids = stop_ids(model.config.chat, tokenizer)
-        self.stops = stop_strings(model.config.chat)
+        chat, template = model.config.chat, TEMPLATES.get(model.config.chat.template)
+        self.eos_ids = stop_ids(chat, tokenizer)
+        self.stops = (*chat.stop_strings, *(template.stop_strings if template else ()))
         self.pictures_seen = 0  # that went through the tower since the start
         self._idle: Slots | None = None  # of the last batch, for the next one: on a GPU its graphs are worth keeping
 
@@ -145,24 +148,20 @@ class Engine:
         return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * self._cache_dtype().itemsize
 
     def _cache_dtype(self) -> torch.dtype:
-        kind = self.device.type
-        return (
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.decoder.embed.weight.dtype
-        )
+        weight = self.model.decoder.embed.weight
+        kind = weight.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
-    def see(self, pictures: Sequence[Visual]) -> None:
-        """Give each picture its visual tokens, unless it has them."""
+    def see(self, pictures: Sequence[Visual]) -> list[Tensor]:
+        """The visual tokens [T, D] of each picture, which keeps them."""
         unseen = list({id(picture): picture for picture in pictures if picture.visual_TD is None}.values())
-        while unseen:
-            some: list[Visual] = []
-            views = 0
-            while unseen and (not some or views + unseen[0].span.views <= TOWER_BATCH):
-                views += unseen[0].span.views
-                some.append(unseen.pop(0))
+        for part in passes([picture.span.views for picture in unseen], TOWER_BATCH) if unseen else ():
+            some = unseen[part]
             pixels_NCHW = torch.cat([picture.pixels_NCHW for picture in some]).to(self.device)
             for picture, visual_TD in zip(some, self.model.see(pixels_NCHW, [p.span for p in some], TOWER_BATCH)):
                 picture.visual_TD = visual_TD
             self.pictures_seen += len(some)
+        return [picture.visual_TD for picture in pictures if picture.visual_TD is not None]
 
     def answer(self, row: Row) -> Answer:
         """What a row that has ended, or was cancelled, says."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,16 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minillava.errors import UserError
 from minillava.files import named
-from minillava.generation.answer import Answer
 from minillava.generation.engine import Engine
-from minillava.generation.memory import Memory
 from minillava.generation.prompts import request_of
 from minillava.generation.request import Request, Row
-from minillava.generation.scheduler import Scheduler
+from minillava.generation.scheduler import Limits, Scheduler
 from minillava.media.sources import OwnSources
 
 IDS = ("id", "question_id", "custom_id")
@@ -34,8 +31,6 @@ PROMPTS = ("messages", "prompt", "text", "question")
 LENGTHS = ("max_new_tokens", "max_completion_tokens", "max_tokens")
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 AHEAD = 4  # rows for each slot that are prepared, or wait for an earlier one's answer
-CHUNK = 512  # prompt tokens of a step
-PREFIX_BYTES, PICTURE_BYTES = 1 << 30, 256 << 20
 
 
 @dataclass
@@ -72,16 +67,10 @@ def run(
     """
     outcome = Outcome(kept=resume(rows, out))
     note(outcome.kept)
-    context = min(context, engine.config.decoder.max_positions)
-    with torch.inference_mode():
-        place = engine.new_slots(slots, context)
-        memory = Memory(engine.processor.placeholders, place.cache, PREFIX_BYTES, PICTURE_BYTES)
-    scheduler = Scheduler(engine, place, CHUNK, memory)
+    scheduler = Scheduler.of(engine, Limits(slots, context, cache_bytes=sys.maxsize))
 
     def make(number: int, given: Any) -> Row:
-        row = engine.row(0, asked(engine, given, number, how, sources), {}, context)
-        memory.describe(row)
-        return row
+        return scheduler.row(asked(engine, given, number, how, sources))
 
     with ThreadPoolExecutor(1) as pool, named(out), out.open("a", encoding="utf-8", errors="backslashreplace") as file:
         coming = islice(enumerate(lines(rows)), outcome.kept, None)
@@ -177,22 +166,18 @@ def _several(body: Mapping[str, Any], key: str) -> list[Any]:
 def result(engine: Engine, job: Job) -> dict[str, Any]:
     """What is written for a row; OpenAI's shape for a line of its batches."""
     given, name = job.given, identity(job.given)
-    answer = engine.answer(job.row) if job.row is not None and not job.error else None
     batch = isinstance(given, Mapping) and isinstance(given.get("body"), Mapping)
-    if answer is None:
+    if job.error or job.row is None:
         error = {"code": "invalid_request_error", "message": job.error} if batch else job.error
         return {"custom_id": name, "response": None, "error": error} if batch else {"id": name, "error": error}
-    if batch:
-        return _batch_result(name, answer)
-    return {"id": name, "text": answer.text, "finish_reason": answer.finish_reason,
-            "prompt_tokens": answer.prompt_tokens, "image_tokens": answer.image_tokens,
-            "new_tokens": len(answer.token_ids)}  # fmt: skip
-
-
-def _batch_result(name: Any, answer: Answer) -> dict[str, Any]:
+    answer = engine.answer(job.row)
+    prompt, new = answer.prompt_tokens, len(answer.token_ids)
+    if not batch:
+        return {"id": name, "text": answer.text, "finish_reason": answer.finish_reason, "prompt_tokens": prompt,
+                "image_tokens": answer.image_tokens, "new_tokens": new}  # fmt: skip
     message = {"role": "assistant", "content": answer.text}
-    usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": len(answer.token_ids)}
-    body = {"object": "chat.completion", "usage": usage | {"total_tokens": sum(usage.values())},
+    usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    body = {"object": "chat.completion", "usage": usage,
             "choices": [{"index": 0, "message": message, "finish_reason": answer.finish_reason}]}  # fmt: skip
     return {"custom_id": name, "response": {"status_code": 200, "body": body}, "error": None}
 

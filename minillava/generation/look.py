@@ -117,11 +117,10 @@ def _weights(
     engine: Engine, example: Example, first: int, last: int, layer: int | None, heads: Literal["mean", "max"]
 ) -> Tensor:
     """Weights [S] on every token, of the positions in front of tokens first to last."""
-    engine.see(example.visuals)
     ids = example.ids[: last - 1]  # the last token itself is not asked
     like = engine.model.decoder.embed.weight
     cache = WatchingCache(engine.config, len(ids), last - first, like)
-    visual = [v.visual_TD for v in example.visuals if v.visual_TD is not None]
+    visual = engine.see(example.visuals)
     engine.model(torch.tensor(ids, device=like.device), visual=visual, cache=cache, last_only=True)
     chosen = cache.weights if layer is None else [cache.weights[layer]]
     over_heads = [w_HQS.mean(0) if heads == "mean" else w_HQS.amax(0) for w_HQS in chosen]

@@ -28,16 +28,18 @@ def is_batch(prompt: Any) -> bool:
 
 
 def requests_of(
-    chat: ChatConfig, prompts: Sequence[Prompt], images: Any, videos: Any, sources: OwnSources, how: Request
+    chat: ChatConfig, prompt: Any, images: Any, videos: Any, sources: OwnSources, how: Request
 ) -> list[Request]:
-    """A request for each prompt, which samples with the next seed. `images` and `videos` have an entry for each prompt
-    (one, several, or None), or are one that all are about. Raises UserError that says which prompt."""
+    """A request for each prompt, which samples with the next seed. Of several `images` and `videos` have an entry for
+    each prompt (one, several, or None), or are one that all are about. Raises UserError that says which prompt."""
+    if not is_batch(prompt):
+        return [request_of(chat, prompt, images, videos, sources, how)]
     found = []
-    shown = zip(_for_each(prompts, images, "images"), _for_each(prompts, videos, "videos"))
-    for number, (prompt, (some, clips)) in enumerate(zip(prompts, shown)):
+    shown = zip(_for_each(prompt, images, "images"), _for_each(prompt, videos, "videos"))
+    for number, (one, (some, clips)) in enumerate(zip(prompt, shown)):
         name, sampling = f"prompt {number + 1}", replace(how.sampling, seed=how.sampling.seed + number)
         try:
-            request = request_of(chat, prompt, some, clips, sources, replace(how, sampling=sampling, name=name))
+            request = request_of(chat, one, some, clips, sources, replace(how, sampling=sampling, name=name))
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         found.append(request)
@@ -66,12 +68,7 @@ def request_of(
         return replace(how, messages=[user_message(chat, prompt, given)], media=given)
     if how.raw is not None:
         raise UserError("a raw prompt is one text; leave raw out for messages")
-    turns = [prompt] if isinstance(prompt, Message | Mapping) else prompt
-    written = [turn for turn in turns if isinstance(turn, Message)]
-    if len(written) == len(turns):
-        return replace(how, messages=written, media=given)
-    dicts = [{"role": t.role, "content": t.text} if isinstance(t, Message) else t for t in turns]
-    messages, parts = read_messages(chat, dicts)
+    messages, parts = read_messages(chat, [prompt] if isinstance(prompt, Message | Mapping) else prompt)
     media, left = _in_order(parts, pictures, clips, sources)
     first = next((n for n, message in enumerate(messages) if message.role == "user"), None)
     if left and first is not None and not any(marker in m.text for m in messages for marker in chat.markers):

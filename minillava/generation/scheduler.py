@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from minillava.generation.memory import BLOCK, Memory
-from minillava.generation.request import Row, allowed_next
+from minillava.generation.request import Request, Row, allowed_next
 from minillava.generation.slots import Slots
 from minillava.media.visual import Visual
 
@@ -26,6 +27,19 @@ if TYPE_CHECKING:
 
 Event = tuple[Row, str]  # new text of a row, possibly none; of one step each row has one, with all that came
 Span = tuple[Row, int, int]  # tokens from the first number to the second of a row's prompt
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests that come one after another get."""
+
+    slots: int = 16  # answered at once
+    context: int = 4096  # tokens of a request, prompt and answer, at most
+    waiting: int = 240  # requests beyond those, before a server refuses more
+    chunk: int = 512  # prompt tokens of a step: what others wait for between two tokens
+    cache_bytes: int = 4 << 30  # keys and values in slots; as few slots as fit, but one
+    prefix_bytes: int = 1 << 30  # keys and values of earlier prompts and answers
+    picture_bytes: int = 256 << 20  # visual tokens of earlier pictures
 
 
 class Scheduler:
@@ -38,10 +52,27 @@ class Scheduler:
         self.entering: Row | None = None  # in the slot behind them, with part of its prompt
         self.prefilled_tokens = 0  # computed, of all prompts so far
 
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, engine: Engine, limits: Limits) -> Self:
+        """One with slots and a memory of this size."""
+        context = min(limits.context, engine.config.decoder.max_positions)
+        rows = max(1, min(limits.slots, limits.cache_bytes // (context * engine.cache_bytes())))
+        slots = engine.new_slots(rows, context)
+        memory = Memory(engine.processor.placeholders, slots.cache, limits.prefix_bytes, limits.picture_bytes)
+        return cls(engine, slots, limits.chunk, memory)
+
     @property
     def busy(self) -> bool:
         """Whether there is anything left to do."""
         return bool(self.waiting or self.live or self.entering)
+
+    def row(self, request: Request) -> Row:
+        """Check a request and make its ids, and what the memory knows it by; on any thread. Raises as `Engine.row`."""
+        row = self.engine.row(0, request, {}, self.slots.capacity)
+        if self.memory is not None:
+            self.memory.describe(row)
+        return row
 
     def submit(self, row: Row) -> None:
         """The row waits for its turn. Raises ValueError if it can never have one."""
@@ -206,14 +237,10 @@ class Scheduler:
                 start = stop - picture.span.tokens
                 if start < last and stop > first:
                     needed.append((row, number, max(first, start) - start, min(last, stop) - start))
-        pictures = [row.pictures[number] for row, number, _, _ in needed]
-        if self.memory is None:
-            self.engine.see(pictures)
-        else:
+        if self.memory is not None:
             self._see_once([(row.picture_keys[number][0], row.pictures[number]) for row, number, _, _ in needed])
-        return [
-            picture.visual_TD[a:b] for picture, (_, _, a, b) in zip(pictures, needed) if picture.visual_TD is not None
-        ]
+        seen = self.engine.see([row.pictures[number] for row, number, _, _ in needed])
+        return [visual_TD[start:stop] for visual_TD, (_, _, start, stop) in zip(seen, needed)]
 
     def _see_once(self, pictures: Sequence[tuple[bytes, Visual]]) -> None:
         """From the memory what is there, and into it what is not."""

@@ -5,7 +5,7 @@ Letters: B choices, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -18,6 +18,7 @@ from minillava.errors import UserError
 from minillava.generation.engine import Engine
 from minillava.generation.request import Request
 from minillava.layers.cache import KVCache
+from minillava.llava import passes
 
 PASS_TOKENS = 512  # of choices computed together: each has logits of the whole vocabulary
 PASS_CHOICES = 32  # each has a copy of the prompt's keys and values
@@ -52,8 +53,7 @@ def score(engine: Engine, request: Request, choices: Sequence[str]) -> list[Choi
     longest, context = max(map(len, ids)), engine.config.decoder.max_positions
     if len(row.ids) + longest > context:
         raise UserError(f"the prompt of {len(row.ids)} tokens and a choice of {longest} do not fit {context}; shorten")
-    engine.see(row.pictures)
-    visual = [picture.visual_TD for picture in row.pictures if picture.visual_TD is not None]
+    visual = engine.see(row.pictures)
     like = engine.model.decoder.embed.weight
     rows, at = min(len(choices), PASS_CHOICES), len(row.ids) - 1  # the prompt's last token goes with each choice
     cache = KVCache(engine.config.decoder, rows, at + longest, like.device, like.dtype)
@@ -62,13 +62,11 @@ def score(engine: Engine, request: Request, choices: Sequence[str]) -> list[Choi
         engine.model(torch.tensor(row.ids[:-1], device=like.device), visual=visual, cache=cache, last_only=True)
         for slot in range(1, rows):
             cache.move(slot, 0, at)
-    for some in _passes(ids, rows):
-        for slot in range(len(some)):
+    for part in passes(list(map(len, ids)), PASS_TOKENS, rows):
+        for slot in range(len(ids[part])):
             cache.keep(slot, at)
-        logprobs = _logprobs(engine, cache, [[row.ids[-1], *answer] for answer in some])
-        found += [
-            Choice(text, tuple(answer), values) for text, answer, values in zip(choices[len(found) :], some, logprobs)
-        ]
+        logprobs = _logprobs(engine, cache, [[row.ids[-1], *answer] for answer in ids[part]])
+        found += [Choice(*choice) for choice in zip(choices[part], map(tuple, ids[part]), logprobs)]
     return found
 
 
@@ -83,17 +81,6 @@ def _logprobs(engine: Engine, cache: KVCache, sequences: Sequence[Sequence[int]]
     logits_TV = engine.model(before_T, cache=cache, cu_seqlens=bounds, slots=range(len(sequences)))
     logprobs_T = logits_TV.float().log_softmax(-1).gather(1, after_T[:, None]).squeeze(1)
     return [tuple(part_T.tolist()) for part_T in logprobs_T.split([len(ids) - 1 for ids in sequences])]
-
-
-def _passes(ids: Sequence[Sequence[int]], rows: int) -> Iterator[list[Sequence[int]]]:
-    """Choices in order, as many at once as have slots and few enough tokens."""
-    some: list[Sequence[int]] = []
-    for answer in ids:
-        if some and (len(some) == rows or sum(map(len, some)) + len(answer) > PASS_TOKENS):
-            yield some
-            some = []
-        some.append(answer)
-    yield some
 
 
 def _answer_ids(engine: Engine, request: Request, text: str, prompt: list[int], opened: dict) -> list[int]:

@@ -14,7 +14,7 @@ from onevision import DENSE, LAYOUT, TOWER, config, drawn, fill, make_model, pac
 
 from minillava.chat.messages import Message
 from minillava.errors import UserError
-from minillava.llava import LLaVAModel, split_windows
+from minillava.llava import LLaVAModel, passes
 from minillava.media.video import choose
 from minillava.media.visual import Media
 from minillava.visual_tokens import clip_span, image_span, patch_positions
@@ -129,7 +129,9 @@ def test_packed_samples_equal_each_alone(model):
 
 def test_passes_bound_the_tower(model):
     """768 frames go through it a few at a time: what a pass holds does not grow with the video."""
-    assert split_windows([4, 4, 4, 9, 2], 8) == [[4, 4], [4], [9], [2]]
+    sizes = [4, 4, 4, 9, 2]
+    assert [sizes[part] for part in passes(sizes, 8)] == [[4, 4], [4], [9], [2]]
+    assert [sizes[part] for part in passes(sizes, 12, 2)] == [[4, 4], [4], [9, 2]]
     largest = []
     hook = model.model.vision.blocks[0].register_forward_hook(lambda _, x, y: largest.append(x[0].shape[1]))
     span = clip_span(model.config, 768, 56, 56, range(768))

@@ -94,8 +94,9 @@ def test_a_picture_is_seen_once_and_the_batch_stays_full(world, monkeypatch):
 
     def watched(self, pictures):
         before = self.pictures_seen
-        see(self, pictures)
+        found = see(self, pictures)
         seen.append(self.pictures_seen - before)
+        return found
 
     def stepped(self):
         events = step(self)

@@ -175,4 +175,4 @@ def test_memory_is_flat_over_two_thousand_requests(own):
         assert {*pool.map(ask, range(500, 2500))} == {200, 400}
     settled(server)
     assert resident() - before < 8 << 20
-    assert server.running.memory.pictures.held_bytes <= 1 << 16
+    assert server.running.scheduler.memory.pictures.held_bytes <= 1 << 16

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import hmac
 import json
+import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +27,13 @@ from minillava.generation.request import Row
 from minillava.generation.serve.grammar import Grammars
 from minillava.generation.serve.metrics import exposition
 from minillava.generation.serve.protocol import (
-    CHAT,
-    COMPLETIONS,
     LOOK,
     BadRequest,
     Body,
+    Form,
     Protocol,
     error_body,
     looks_body,
-    new_id,
     usage,
 )
 from minillava.generation.serve.running import Busy, Failed, Running
@@ -53,8 +53,31 @@ class Access:
     body_bytes: int = 32 << 20
 
 
-Deltas = Callable[[int, str, bool], dict[str, Any]]  # (number of the choice, text, whether it is the first) -> a choice
-Finish = Callable[[int, Answer], dict[str, Any]]
+Handler = Callable[["Server", Request], Awaitable[Response]]
+
+
+def guarded(route: Handler) -> Handler:
+    """Errors in OpenAI's shape; nobody without the key."""
+
+    async def checked(self: Server, request: Request) -> Response:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if self.access.key and not hmac.compare_digest(given.encode(), self.access.key.encode()):
+            return JSONResponse(error_body("the API key is missing or wrong", 401, code="invalid_api_key"), 401)
+        try:
+            return await route(self, request)
+        except BadRequest as error:
+            return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status)
+        except UserError as error:
+            return JSONResponse(error_body(" ".join(str(error).split())), 400)
+        except Busy as error:
+            headers = {"Retry-After": "1"}
+            return JSONResponse(error_body(str(error), 429, code="rate_limit_exceeded"), 429, headers)
+        except Failed as error:
+            return JSONResponse(error_body(f"the model failed: {error}", 500), 500)
+        except ClientDisconnect:
+            return Response(status_code=499)
+
+    return checked
 
 
 class Server:
@@ -101,60 +124,26 @@ class Server:
     async def metrics(self, request: Request) -> Response:
         return PlainTextResponse(exposition(self.running), media_type="text/plain; version=0.0.4")
 
+    @guarded
     async def models(self, request: Request) -> Response:
-        return await self._guarded(request, self._models)
-
-    async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model()]})
 
+    @guarded
     async def model(self, request: Request) -> Response:
-        return await self._guarded(request, self._one_model)
-
-    async def _one_model(self, request: Request) -> Response:
         self._check_model(request.path_params["name"])
         return JSONResponse(self._model())
 
-    def _model(self) -> dict[str, Any]:
-        return {"id": self.name, "object": "model", "created": 0, "owned_by": "minillava",
-                "max_model_len": self.running.context}  # fmt: skip
-
+    @guarded
     async def chat(self, request: Request) -> Response:
-        return await self._guarded(request, self._chat)
+        return await self._answer(request, self.protocol.chat)
 
-    async def _chat(self, request: Request) -> Response:
-        protocol = self.protocol
-
-        def delta(index: int, text: str, first: bool) -> dict[str, Any]:
-            said = {"role": "assistant", "content": text} if first else {"content": text}
-            return {"index": index, "delta": said, "logprobs": None, "finish_reason": None}
-
-        def ended(index: int, answer: Answer) -> dict[str, Any]:
-            logprobs = protocol.chat_logprobs(answer.logprobs) if answer.logprobs else None
-            message = {"role": "assistant", "content": answer.text, "refusal": None}
-            return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish_reason}
-
-        return await self._answer(request, CHAT, protocol.chat_requests, "chat.completion", delta, ended)
-
+    @guarded
     async def completions(self, request: Request) -> Response:
-        return await self._guarded(request, self._completions)
+        return await self._answer(request, self.protocol.completions)
 
-    async def _completions(self, request: Request) -> Response:
-        protocol = self.protocol
-
-        def delta(index: int, text: str, first: bool) -> dict[str, Any]:
-            return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
-
-        def ended(index: int, answer: Answer) -> dict[str, Any]:
-            logprobs = protocol.completion_logprobs(answer.logprobs) if answer.logprobs else None
-            return {"index": index, "text": answer.text, "logprobs": logprobs, "finish_reason": answer.finish_reason}
-
-        return await self._answer(request, COMPLETIONS, protocol.completion_requests, "text_completion", delta, ended)
-
+    @guarded
     async def look(self, request: Request) -> Response:
         """The attention of a word of an answer to the pictures: `minillava.generation.look`."""
-        return await self._guarded(request, self._look)
-
-    async def _look(self, request: Request) -> Response:
         with self.running.place():
             body = await self._body(request, LOOK)
             self._check_model(body.values.get("model"))
@@ -163,24 +152,9 @@ class Server:
 
     # ---- what all of them do ----
 
-    async def _guarded(self, request: Request, route: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Errors in OpenAI's shape; nobody without the key."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if self.access.key and not hmac.compare_digest(given.encode(), self.access.key.encode()):
-            return JSONResponse(error_body("the API key is missing or wrong", 401, code="invalid_api_key"), 401)
-        try:
-            return await route(request)
-        except BadRequest as error:
-            return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status)
-        except UserError as error:
-            return JSONResponse(error_body(" ".join(str(error).split())), 400)
-        except Busy as error:
-            headers = {"Retry-After": "1"}
-            return JSONResponse(error_body(str(error), 429, code="rate_limit_exceeded"), 429, headers)
-        except Failed as error:
-            return JSONResponse(error_body(f"the model failed: {error}", 500), 500)
-        except ClientDisconnect:
-            return Response(status_code=499)
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": 0, "owned_by": "minillava",
+                "max_model_len": self.running.context}  # fmt: skip
 
     def _check_model(self, name: object) -> None:
         if name not in (None, "", self.name):
@@ -193,10 +167,8 @@ class Server:
             raise BadRequest("the content type has to be application/json", status=415)
         most, found = self.access.body_bytes, bytearray()
         too_large = BadRequest(f"the body is larger than {most >> 20} MB", status=413)
-        if (
-            request.headers.get("content-length", "0").isdigit()
-            and int(request.headers.get("content-length", 0)) > most
-        ):
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length) > most:
             raise too_large
         try:
             async with asyncio.timeout(BODY_S):
@@ -212,34 +184,24 @@ class Server:
             raise BadRequest("the body is not JSON") from None
         return Body(values, known)
 
-    async def _answer(
-        self,
-        request: Request,
-        known: set[str],
-        read: Callable[[Body], list[Any]],
-        kind: str,
-        delta: Deltas,
-        ended: Finish,
-    ) -> Response:
+    async def _answer(self, request: Request, form: Form) -> Response:
         """Read the body, make rows of it, answer at once or as a stream."""
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self.running.place())
-            body = await self._body(request, known)
+            body = await self._body(request, form.keys)
             self._check_model(body.values.get("model"))
-            requests = await asyncio.to_thread(read, body)
+            requests = await asyncio.to_thread(form.read, body)
             if len(requests) > 1:
                 stack.enter_context(self.running.place(len(requests) - 1))
             rows = [await self.running.prepare(each) for each in requests]
             n = body.values.get("n") or 1
-            head = {**new_id("chatcmpl" if kind == "chat.completion" else "cmpl"), "model": self.name}
+            head = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
             if body.flag("stream"):
-                head["object"] = kind + ".chunk" * (kind == "chat.completion")
-                events = self._stream(rows, head, n, body.includes_usage, delta, ended)
-                stack = stack.pop_all()
-                return Events(events, stack)
+                events = self._stream(rows, {**head, "object": form.chunk}, n, body.includes_usage, form)
+                return Events(events, stack.pop_all())
             answers = await self._all(request, rows)
-            choices = [ended(index, answer) for index, answer in enumerate(answers)]
-            return JSONResponse({**head, "object": kind, "choices": choices, "usage": usage(rows, answers, n)})
+            choices = [form.choice(index, form.whole(answer.text), answer) for index, answer in enumerate(answers)]
+            return JSONResponse({**head, "object": form.kind, "choices": choices, "usage": usage(rows, answers, n)})
 
     async def _all(self, request: Request, rows: Sequence[Row]) -> list[Answer]:
         """Every answer. If the client goes, its rows do too."""
@@ -269,13 +231,7 @@ class Server:
                 await answers
 
     async def _stream(
-        self,
-        rows: Sequence[Row],
-        head: dict[str, Any],
-        n: int,
-        includes_usage: bool,
-        delta: Deltas,
-        ended: Finish,
+        self, rows: Sequence[Row], head: dict[str, Any], n: int, includes_usage: bool, form: Form
     ) -> AsyncIterator[str]:
         """Server-sent events. When the client goes, this is cancelled, and the rows with it."""
         merged: asyncio.Queue[tuple[int, str | Answer | Exception]] = asyncio.Queue()
@@ -292,7 +248,7 @@ class Server:
         tasks = [asyncio.create_task(listen(index, row)) for index, row in enumerate(rows)]
         try:
             for index in range(len(rows)):
-                yield _event({**head, "choices": [delta(index, "", True)], **tail})
+                yield _event({**head, "choices": [form.choice(index, form.first)], **tail})
             answers: dict[int, Answer] = {}
             while len(answers) < len(rows):
                 index, event = await merged.get()
@@ -300,14 +256,11 @@ class Server:
                     yield _event(error_body(f"the model failed: {event}", 500))
                     return
                 if isinstance(event, str):
-                    yield _event({**head, "choices": [delta(index, event, False)], **tail})
-                    continue
-                answers[index] = event
-                whole, empty = ended(index, event), delta(index, "", False)
-                if "delta" in empty:
-                    empty["delta"] = {}
-                last = {**empty, "logprobs": whole["logprobs"], "finish_reason": whole["finish_reason"]}
-                yield _event({**head, "choices": [last], **tail})
+                    choice = form.choice(index, form.piece(event))
+                else:
+                    answers[index] = event
+                    choice = form.choice(index, form.last, event)
+                yield _event({**head, "choices": [choice], **tail})
             if includes_usage:
                 counts = usage(rows, [answers[index] for index in range(len(rows))], n)
                 yield _event({**head, "choices": [], "usage": counts})

@@ -7,7 +7,8 @@ from minillava.generation.serve.running import Running
 
 def exposition(running: Running) -> str:
     """Counters and gauges, with their help lines."""
-    scheduler, memory, totals = running.scheduler, running.memory, running.totals
+    scheduler, memory, totals = running.scheduler, running.scheduler.memory, running.totals
+    assert memory is not None
     counters = {
         "requests": (totals["requests"], "Prompts taken"),
         "requests_failed": (totals["failed"], "Prompts that the model failed on"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from minillava.chat.messages import Message
@@ -109,12 +109,44 @@ class Body:
         return n, [Request(sampling=sampling, **how) for sampling in samplings]
 
 
+@dataclass(frozen=True)
+class Form:
+    """What an endpoint takes, and how it writes answers."""
+
+    keys: set[str]
+    read: Callable[[Body], list[Request]]
+    logprobs: Callable[[Sequence[TokenLogprob]], dict[str, Any]]
+    prefix: str  # of ids
+    kind: str  # "object" of a body
+    chunk: str  # and of an event of a stream
+    whole: Callable[[str], dict[str, Any]]  # the text of an answer in its choice
+    piece: Callable[[str], dict[str, Any]]  # and a part of it
+    first: dict[str, Any]  # before all parts
+    last: dict[str, Any]  # behind them
+
+    def choice(self, index: int, said: dict[str, Any], answer: Answer | None = None) -> dict[str, Any]:
+        """A choice in which this is said; `answer`: the text ends with it."""
+        logprobs = self.logprobs(answer.logprobs) if answer and answer.logprobs else None
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": answer and answer.finish_reason}
+
+
 class Protocol:
     """What one model's server makes of bodies."""
 
-    def __init__(self, chat: ChatConfig, tokenizer: Tokenizer, grammars: Grammars, sources: Sources, context: int):
-        self.chat, self.tokenizer, self.grammars, self.sources = chat, tokenizer, grammars, sources
+    def __init__(self, config: ChatConfig, tokenizer: Tokenizer, grammars: Grammars, sources: Sources, context: int):
+        self.config, self.tokenizer, self.grammars, self.sources = config, tokenizer, grammars, sources
         self.context = context
+        self.chat = Form(
+            CHAT, self.chat_requests, self.chat_logprobs, "chatcmpl", "chat.completion", "chat.completion.chunk",
+            whole=lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
+            piece=lambda text: {"delta": {"content": text}},
+            first={"delta": {"role": "assistant", "content": ""}}, last={"delta": {}},
+        )  # fmt: skip
+        self.completions = Form(
+            COMPLETIONS, self.completion_requests, self.completion_logprobs, "cmpl", "text_completion",
+            "text_completion", whole=lambda text: {"text": text}, piece=lambda text: {"text": text},
+            first={"text": ""}, last={"text": ""},
+        )  # fmt: skip
 
     def chat_requests(self, body: Body) -> list[Request]:
         """The choices of /v1/chat/completions. Raises BadRequest, UserError."""
@@ -131,7 +163,7 @@ class Protocol:
         if not isinstance(given, list) or not given:
             raise BadRequest("messages has to be a list of at least one message", "messages")
         try:
-            messages, sources = read_messages(self.chat, given)
+            messages, sources = read_messages(self.config, given)
             return messages, [self.sources.open(url, video, n) for n, (video, url) in enumerate(sources, 1)]
         except UserError as error:
             raise BadRequest(str(error), "messages") from None
@@ -218,11 +250,6 @@ def looks_body(looks: Sequence[Look]) -> dict[str, Any]:
         return {"weights": look.weights_T.tolist(), "share": float(look.weights_T.sum()), "maps": maps}
 
     return {"object": "attention", "pictures": [written(look) for look in looks]}
-
-
-def new_id(prefix: str) -> dict[str, Any]:
-    """What every chunk of one answer repeats."""
-    return {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time())}
 
 
 def usage(rows: Sequence[Row], answers: Sequence[Answer], n: int) -> dict[str, Any]:

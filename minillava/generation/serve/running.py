@@ -11,14 +11,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import torch
-
 from minillava.errors import UserError
 from minillava.generation.answer import Answer
 from minillava.generation.engine import Engine
-from minillava.generation.memory import Memory
 from minillava.generation.request import Request, Row
-from minillava.generation.scheduler import Scheduler
+from minillava.generation.scheduler import Limits, Scheduler
 from minillava.generation.serve.ranks import Apart, Leader
 from minillava.layers.tensor_parallel import is_shared
 
@@ -31,32 +28,6 @@ class Busy(Exception):
 
 class Failed(Exception):
     """The model could not be run: no memory, or a fault."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server gives to its requests."""
-
-    slots: int = 16  # answered at once
-    context: int = 4096  # tokens of a request, prompt and answer, at most
-    waiting: int = 240  # requests beyond those, before more are refused
-    chunk: int = 512  # prompt tokens of a step: what others wait for between two tokens
-    cache_bytes: int = 4 << 30  # keys and values in slots; as few slots as fit, but one
-    prefix_bytes: int = 1 << 30  # keys and values of earlier prompts and answers
-    picture_bytes: int = 256 << 20  # visual tokens of earlier pictures
-
-
-S = TypeVar("S", bound=Scheduler)
-
-
-@torch.inference_mode()
-def scheduler_of(engine: Engine, limits: Limits, kind: type[S]) -> S:
-    """Slots and memory of this size, and what runs rows through them."""
-    context = min(limits.context, engine.config.decoder.max_positions)
-    rows = max(1, min(limits.slots, limits.cache_bytes // (context * engine.cache_bytes())))
-    slots = engine.new_slots(rows, context)
-    memory = Memory(engine.processor.placeholders, slots.cache, limits.prefix_bytes, limits.picture_bytes)
-    return kind(engine, slots, limits.chunk, memory)
 
 
 @dataclass(eq=False)
@@ -78,10 +49,8 @@ class Running:
 
     def __init__(self, engine: Engine, limits: Limits):
         self.engine = engine
-        self.scheduler = scheduler_of(engine, limits, Leader if is_shared(engine.model.decoder) else Scheduler)
+        self.scheduler = (Leader if is_shared(engine.model.decoder) else Scheduler).of(engine, limits)
         self.context = self.scheduler.slots.capacity
-        assert self.scheduler.memory is not None
-        self.memory = self.scheduler.memory
         self.most, self.open = self.scheduler.slots.rows + limits.waiting, 0
         self.on_fault: Callable[[str], None] = lambda reason: None  # when the thread ends and nobody has asked it to
         self.totals = dict.fromkeys(("requests", "failed", "cancelled", "prompt_tokens", "reused", "new_tokens"), 0)
@@ -104,13 +73,7 @@ class Running:
 
     async def prepare(self, request: Request) -> Row:
         """Check a request, open its pictures, make its ids; off the event loop. Raises UserError."""
-
-        def make() -> Row:
-            row = self.engine.row(0, request, {}, self.context)
-            self.memory.describe(row)
-            return row
-
-        return await asyncio.to_thread(make)
+        return await asyncio.to_thread(self.scheduler.row, request)
 
     async def answer(self, row: Row) -> AsyncGenerator[str | Answer, None]:
         """The text piece by piece, then the Answer. Whoever stops listening (`aclose`) cancels the row."""
