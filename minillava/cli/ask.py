@@ -132,12 +132,11 @@ class Run:
         self.peak = self.with_buffers = 0  # bytes
 
     def once(self, prompt: str, images: Sequence[str], videos: Sequence[str] = ()) -> None:
-        a = self.args
-        how = (a.max_new_tokens, a.temperature, a.top_p, a.top_k, a.seed, a.raw)
-        more = (a.stop, a.min_p, a.repetition_penalty)
-        answer = self.model.generate(prompt, images, *how, self.write, videos, *more)
+        sampled = ("temperature", "top_p", "top_k", "seed", "min_p", "repetition_penalty")
+        how = {name: getattr(self.args, name) for name in (*sampled, "max_new_tokens", "raw", "stop")}
+        answer = self.model.generate(prompt, images, videos=videos, on_text=self.write, **how)
         self.show(answer)
-        if a.look is not None:
+        if self.args.look is not None:
             self.draw(prompt, images, answer)
 
     def draw(self, prompt: str, images: Sequence[str], answer: Answer) -> None:

@@ -25,7 +25,7 @@ from minillava.media.visual import Visual
 if TYPE_CHECKING:
     from minillava.generation.engine import Engine
 
-Event = tuple[Row, str]  # new text of a row, possibly none; of one step each row has one, with all that came
+Event = tuple[Row, str]  # all text that came for a row in a step, possibly none
 Span = tuple[Row, int, int]  # tokens from the first number to the second of a row's prompt
 
 
@@ -51,6 +51,7 @@ class Scheduler:
         self.live: list[Row] = []  # live[i] is in slot i
         self.entering: Row | None = None  # in the slot behind them, with part of its prompt
         self.prefilled_tokens = 0  # computed, of all prompts so far
+        self._said: dict[int, Event] = {}  # in this step, by id of the row
 
     @classmethod
     @torch.inference_mode()
@@ -105,12 +106,12 @@ class Scheduler:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """A part of the prompts, and one more token for each row behind its own."""
-        events: list[Event] = []
+        self._said = {}
         if any(row.finish_reason for row in self.live):  # cancelled
-            events += self._leave()
+            self._leave()
         if self.entering or (self.waiting and len(self.live) < self.slots.rows):
-            events += self._leave()
-            events += self._prefill()
+            self._leave()
+            self._prefill()
         # On a GPU the host is a step behind: it reads the tokens of one while the next is computed, unless one of the
         # rows needs more than that before the next.
         if self.live and not any(row.finish_reason for row in self.live):
@@ -118,37 +119,33 @@ class Scheduler:
             watched = any(row.logprobs is not None or row.grammar is not None for row in self.live)
             lag = 0 if watched else self.slots.lag
             while len(self.slots.pending) > lag:
-                events += self._accept(self.slots.take())
+                self._accept(self.slots.take())
         if any(row.finish_reason for row in self.live):
-            events += self._leave()
-        texts: dict[int, Event] = {}
-        for row, piece in events:
-            texts[id(row)] = row, texts.get(id(row), (row, ""))[1] + piece
-        return list(texts.values())
+            self._leave()
+        return list(self._said.values())
 
     # ---- tokens ----
 
-    def _accept(self, ids: Sequence[int], start: int = 0) -> list[Event]:
+    def _accept(self, ids: Sequence[int], start: int = 0) -> None:
         """The next tokens of the rows in slots `start` and on."""
-        events, logits_BV = [], self.slots.logits_BV
-        for slot, id in enumerate(ids, start):
+        logits_BV = self.slots.logits_BV
+        for slot, token in enumerate(ids, start):
             row = self.live[slot]
             if row.finish_reason:
                 continue
             if row.logprobs is not None and logits_BV is not None:
-                row.record(id, logits_BV[slot - start], row.logprobs)
-            piece = row.accept(id, self.engine.eos_ids)
+                row.record(token, logits_BV[slot - start], row.logprobs)
+            _, text = self._said.get(id(row), (row, ""))
+            self._said[id(row)] = row, text + row.accept(token, self.engine.eos_ids)
             if row.grammar is not None and not row.finish_reason:
-                row.grammar.advance(id)
+                row.grammar.advance(token)
                 self.slots.allow(slot, allowed_next(row, self.engine.config.decoder.vocab_size))
-            events.append((row, piece))
-        return events
 
-    def _leave(self) -> list[Event]:
+    def _leave(self) -> None:
         """Rows that have ended leave; the last one moves into the gap, so that a step takes the first slots alone."""
-        live, slots, events = self.live, self.slots, list[Event]()
+        live, slots = self.live, self.slots
         while slots.pending:
-            events += self._accept(slots.take())
+            self._accept(slots.take())
         for slot in reversed(range(len(live))):
             if not live[slot].finish_reason:
                 continue
@@ -162,16 +159,15 @@ class Scheduler:
             slots.cache.live_B[len(live)] = False
             if self.entering:
                 slots.move(len(live), len(live) + 1, self.entering.cached)
-        return events
 
     # ---- prompts ----
 
-    def _prefill(self) -> list[Event]:
+    def _prefill(self) -> None:
         """One pass over parts of prompts; rows whose prompt ends with it get their first token."""
         engine, slots, start = self.engine, self.slots, len(self.live)
         spans = self._admit()
         if not spans:
-            return []
+            return
         began = engine.now()
         visual = self._see(spans)
         seen = engine.now()
@@ -194,7 +190,7 @@ class Scheduler:
                 self.memory.prefixes.put(slot, row.block_keys[: end // BLOCK])
         for row in complete:
             row.pictures = []
-        return self._accept(ids, start)
+        self._accept(ids, start)
 
     def _admit(self) -> list[Span]:
         """What the next pass computes: the rest of the row that is entering, and those that wait."""

@@ -26,16 +26,7 @@ from minillava.generation.answer import Answer
 from minillava.generation.request import Row
 from minillava.generation.serve.grammar import Grammars
 from minillava.generation.serve.metrics import exposition
-from minillava.generation.serve.protocol import (
-    LOOK,
-    BadRequest,
-    Body,
-    Form,
-    Protocol,
-    error_body,
-    looks_body,
-    usage,
-)
+from minillava.generation.serve.protocol import LOOK, BadRequest, Body, Form, Protocol, error_body, looks_body, usage
 from minillava.generation.serve.running import Busy, Failed, Running
 from minillava.media.sources import Sources
 

@@ -69,35 +69,30 @@ def follow(scheduler: Scheduler) -> None:
 
     Raises UserError where the first one has gone, a step fails, or the tokens are not those of the first.
     """
-    rows, group = dict[int, Row](), _group()
+    rows, group, more = dict[int, Row](), _group(), True
     grammars = Grammars(scheduler.engine.tokenizer, scheduler.engine.eos_ids)
     try:
-        while _same_step(scheduler, rows, group, grammars):
-            pass
+        while more:
+            message: list[Any] = [None]
+            dist.broadcast_object_list(message, src=0, group=group)
+            chosen, news, more = message[0]
+            if chosen != _chosen(scheduler.live):
+                raise UserError(
+                    f"process {dist.get_rank()} has chosen other tokens than the first; are the GPUs alike?"
+                )
+            for what, value in news:
+                if what == "submit":
+                    row = _unpacked(value, scheduler.engine, grammars)
+                    rows[row.index] = row
+                    scheduler.submit(row)
+                elif value in rows:
+                    scheduler.cancel(rows.pop(value))
+            for row, _ in scheduler.step() if more else ():
+                if row.finish_reason:
+                    rows.pop(row.index, None)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"process {dist.get_rank()}: the first process has gone, or a step failed: {reason}") from None
-
-
-def _same_step(scheduler: Scheduler, rows: dict[int, Row], group: Any, grammars: Grammars) -> bool:
-    """What the first process does next; whether there is more to come."""
-    message: list[Any] = [None]
-    dist.broadcast_object_list(message, src=0, group=group)
-    chosen, news, more = message[0]
-    if chosen != _chosen(scheduler.live):
-        raise UserError(f"process {dist.get_rank()} has chosen other tokens than the first; are the GPUs alike?")
-    for what, value in news:
-        if what == "submit":
-            row = _unpacked(value, scheduler.engine, grammars)
-            rows[row.index] = row
-            scheduler.submit(row)
-        elif value in rows:
-            scheduler.cancel(rows.pop(value))
-    if more:
-        for row, _ in scheduler.step():
-            if row.finish_reason:
-                rows.pop(row.index, None)
-    return more
 
 
 @contextlib.contextmanager
