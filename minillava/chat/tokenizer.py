@@ -124,7 +124,7 @@ class StreamDecoder:
     def push(self, id: int | None) -> str:
         """The text that is complete with this id; empty while a character still lacks bytes. None is the end of the
         ids: U+FFFD for a character cut short, else nothing."""
-        if id in self._skip:
+        if id is not None and id in self._skip:
             return ""
         text = self._utf8.decode(b"" if id is None else self._tokenizer.token_bytes(id), final=id is None)
         if self._strip and text:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from minillava.errors import UserError
 from minillava.generation.answer import Answer
 from minillava.generation.engine import Engine
-from minillava.generation.request import Request, Row
+from minillava.generation.request import Row
 from minillava.generation.scheduler import Limits, Scheduler
 from minillava.generation.serve.ranks import Apart, Leader
 from minillava.layers.tensor_parallel import is_shared
@@ -70,10 +70,6 @@ class Running:
             yield
         finally:
             self.open -= count
-
-    async def prepare(self, request: Request) -> Row:
-        """Check a request, open its pictures, make its ids; off the event loop. Raises UserError."""
-        return await asyncio.to_thread(self.scheduler.row, request)
 
     async def answer(self, row: Row) -> AsyncGenerator[str | Answer, None]:
         """The text piece by piece, then the Answer. Whoever stops listening (`aclose`) cancels the row."""
