@@ -211,11 +211,8 @@ class LLaVA:
         return self
 
     def with_frames(self, frames: int | None = None, fps: float | None = None) -> LLaVA:
-        """The same model, which sees up to so many frames of a video, so many a second (0: spread evenly).
-
-        None is as the checkpoint says.
-
-        Raises UserError for more frames than fit the context.
+        """The same model, which sees up to so many frames of a video, so many a second (0: spread evenly). None is as
+        the checkpoint says. Raises UserError for more frames than fit the context.
         """
         layout = self.config.layout
         layout = replace(layout, max_frames=frames or layout.max_frames, num_frames=frames or layout.num_frames)
@@ -227,12 +224,8 @@ class LLaVA:
 
     def conversation(self, images: Any = (), videos: Any = (), fetch: Sequence[str] = ()) -> Conversation:
         """Turns about pictures and videos that stay; see `Conversation.ask`."""
-        sources = OwnSources(one_or_more(fetch))
-        pictures = [sources.open(source, False, n) for n, source in enumerate(one_or_more(images), 1)]
-        return Conversation(
-            self.engine,
-            [*pictures, *(sources.open(source, True, n) for n, source in enumerate(one_or_more(videos), 1))],
-        )
+        (request,) = self._requests("", images, videos, fetch=fetch)
+        return Conversation(self.engine, request.media)
 
     def __call__(
         self, input_ids: Tensor, images: Tensor | None = None, labels: Tensor | None = None, **more: Any

@@ -33,7 +33,7 @@ HELP = """One question a line, about all pictures so far.
 /help         these lines"""
 DEMO_PICTURE = Path("runs/demo.png")
 LOOK, DRAWN = "look.png", (".png", ".jpg", ".jpeg", ".webp")
-INTERRUPTED = "interrupted"
+SAMPLED = ("temperature", "top_p", "top_k", "seed", "min_p", "repetition_penalty")  # fields of Sampling
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -132,8 +132,7 @@ class Run:
         self.peak = self.with_buffers = 0  # bytes
 
     def once(self, prompt: str, images: Sequence[str], videos: Sequence[str] = ()) -> None:
-        sampled = ("temperature", "top_p", "top_k", "seed", "min_p", "repetition_penalty")
-        how = {name: getattr(self.args, name) for name in (*sampled, "max_new_tokens", "raw", "stop")}
+        how = {name: getattr(self.args, name) for name in (*SAMPLED, "max_new_tokens", "raw", "stop")}
         answer = self.model.generate(prompt, images, videos=videos, on_text=self.write, **how)
         self.show(answer)
         if self.args.look is not None:
@@ -210,10 +209,9 @@ class Run:
     def _ask(self, conversation: Conversation, question: str) -> None:
         from minillava.generation.sampling import Sampling
 
-        a = self.args
-        sampling = Sampling(a.temperature, a.top_p, a.top_k, a.seed, a.min_p, a.repetition_penalty)
-        how = (sampling, a.max_new_tokens, lambda _, text: self.write(text), a.stop)
-        self.show(conversation.ask(question, *how))
+        sampling = Sampling(**{name: getattr(self.args, name) for name in SAMPLED})
+        limit, stop = self.args.max_new_tokens, self.args.stop
+        self.show(conversation.ask(question, sampling, limit, lambda _, text: self.write(text), stop))
 
     def write(self, text: str) -> None:
         if not self.args.json:

@@ -79,8 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
     scenes = read_scenes([Path(path) for path in args.scenes]) if args.scenes else []
     if args.dry_run:
-        dry_run(args, scenes[: args.limit], kinds)
-        return
+        return dry_run(args, scenes[: args.limit], kinds, prices)
     here = [] if args.url else [args.model, *([args.judge] if args.judge and not args.judge_url else [])]
     args.folders = {name: resolve(name) for name in here}  # of checkpoints in this process, before one is loaded
     work(args, scenes, kinds, prices)
@@ -154,7 +153,9 @@ def model_of(args: argparse.Namespace, name: str | None, url: str | None) -> Mod
     return Endpoint(url, name, os.environ.get("OPENAI_API_KEY") or "none", args.temperature, args.max_tokens)
 
 
-def dry_run(args: argparse.Namespace, scenes: Sequence[Scene], kinds: Sequence[str]) -> None:
+def dry_run(
+    args: argparse.Namespace, scenes: Sequence[Scene], kinds: Sequence[str], prices: tuple[float, float]
+) -> None:
     """A request of each kind, and how many tokens all of them have."""
     from minillava.synthetic.instruct.prompts import messages_for
 
@@ -175,8 +176,8 @@ def dry_run(args: argparse.Namespace, scenes: Sequence[Scene], kinds: Sequence[s
             for message in messages_for(kind, scenes[0]):
                 print(f"[{message.role}] {message.text}\n")
         print(f"{kind}: {len(scenes):,} requests, {about}{sum(counts):,} prompt tokens")
-    print(f"in all {about}{total:,} prompt tokens, and at most {len(scenes) * len(kinds) * args.max_tokens:,} new ones")
-    read, written = prices_of(args.price)
-    if read or written:
-        most = len(scenes) * len(kinds) * args.max_tokens
-        print(f"cost: {about}{read * total / 1e6:.4g} for prompts, at most {written * most / 1e6:.4g} for replies")
+    most = len(scenes) * len(kinds) * args.max_tokens
+    print(f"in all {about}{total:,} prompt tokens, and at most {most:,} new ones")
+    if any(prices):
+        read, written = prices[0] * total / 1e6, prices[1] * most / 1e6
+        print(f"cost: {about}{read:.4g} for prompts, at most {written:.4g} for replies")

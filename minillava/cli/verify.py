@@ -111,11 +111,9 @@ def _plot(report: Report, path: str) -> None:
     stages = [stage for stage in report.stages if math.isfinite(stage.error)]
     figure = Figure(figsize=(max(6.0, 0.22 * len(stages)), 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, style, values in (
-        ("error", "o-", [stage.error for stage in stages]),
-        ("allowed", "k--", [stage.allowed for stage in stages]),
-    ):
-        axes.plot(range(len(stages)), [value or math.nan for value in values], style, label=name, markersize=3)
+    for name, style in (("error", "o-"), ("allowed", "k--")):
+        values = [getattr(stage, name) or math.nan for stage in stages]
+        axes.plot(range(len(stages)), values, style, label=name, markersize=3)
     axes.set_xticks(range(len(stages)), [stage.name for stage in stages], rotation=90, fontsize=7)
     axes.set_yscale("log")
     axes.set_ylabel("relative error")

@@ -28,6 +28,7 @@ from minillava.media.visual import Media, Visual
 from minillava.processor import Example
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, where the picture is 0 to 1
+WHOLE: Box = 0.0, 0.0, 1.0, 1.0
 DARK, GLOW = 0.6, np.array((235, 138, 37), np.float32)  # what is left of the picture, and what lies over it: the page's
 
 
@@ -137,16 +138,17 @@ def _maps(
     span, (width, height) = visual.span, size
     if span.native:
         merge = config.projector.merge
-        return [(weights_T.unflatten(0, (span.height // merge, span.width // merge)), (0.0, 0.0, 1.0, 1.0))]
+        return [(weights_T.unflatten(0, (span.height // merge, span.width // merge)), WHOLE)]
     side = math.isqrt(config.vision.num_patches)
     skipped = int(config.vision.keep_class_token and config.vision.class_token)
     base_HW = weights_T[skipped : skipped + side * side].unflatten(0, (side, side))
     if not span.rows:
         fit = "pad" if config.layout.grids and several else config.image.fit
-        return [(base_HW, _box(fit, width, height))]
-    rest_T, squashed = weights_T[skipped + side * side :], (base_HW, (0.0, 0.0, 1.0, 1.0))
+        edge = max(size) if fit == "pad" else min(size)
+        return [(base_HW, WHOLE if fit == "squash" else _around(edge / width, edge / height))]
+    rest_T, squashed = weights_T[skipped + side * side :], (base_HW, WHOLE)
     if config.layout.merge == "unpad":  # a newline ends each row
-        return [squashed, (rest_T.unflatten(0, (span.height, span.width + 1))[:, :-1], (0.0, 0.0, 1.0, 1.0))]
+        return [squashed, (rest_T.unflatten(0, (span.height, span.width + 1))[:, :-1], WHOLE)]
     if config.layout.merge == "flat":  # tile after tile
         tiles = rest_T.unflatten(0, (span.rows, span.columns, skipped + side * side))[:, :, skipped:]
         map_HW = tiles.unflatten(2, (side, side)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
@@ -154,14 +156,6 @@ def _maps(
         map_HW = rest_T.unflatten(0, (span.height, span.width))
     scale = min(span.columns / width, span.rows / height)
     return [squashed, (map_HW, _around(span.columns / (width * scale), span.rows / (height * scale)))]
-
-
-def _box(fit: str, width: int, height: int) -> Box:
-    """What of the picture its square view shows."""
-    if fit == "squash":
-        return 0.0, 0.0, 1.0, 1.0
-    side = max(width, height) if fit == "pad" else min(width, height)
-    return _around(side / width, side / height)
 
 
 def _around(across: float, down: float) -> Box:

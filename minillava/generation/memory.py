@@ -88,16 +88,12 @@ class Prefixes:
 
     def __init__(self, cache: KVCache, budget: int):
         L, _, _, G, K = cache.k_LBSGK.shape
-        block_bytes = 2 * L * BLOCK * G * K * cache.k_LBSGK.element_size()
-        self.cache, self.blocks = cache, budget // block_bytes
-        shape = self.blocks, L, BLOCK, G, K
-        self.k_NLSGK = cache.k_LBSGK.new_zeros(shape)
-        self.v_NLSGK = cache.k_LBSGK.new_zeros(shape)
+        self.blocks = budget // (2 * L * BLOCK * G * K * cache.k_LBSGK.element_size())
+        self.device = cache.k_LBSGK.device
+        # What a slot holds, and what the pool does, [N, L, S, G, K].
+        self._pools = [(kept, kept.new_zeros(self.blocks, L, BLOCK, G, K)) for kept in (cache.k_LBSGK, cache.v_LBSGK)]
         self._places: OrderedDict[bytes, int] = OrderedDict()  # key: where in the pool
         self._free = list(range(self.blocks))
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._places
 
     def __len__(self) -> int:
         return len(self._places)
@@ -110,9 +106,9 @@ class Prefixes:
         """Copy these blocks, which are there, to the beginning of `slot`."""
         if not keys:
             return
-        where_N = torch.tensor([self._places[key] for key in keys], device=self.k_NLSGK.device)
+        where_N = torch.tensor([self._places[key] for key in keys], device=self.device)
         self._touch(keys)
-        for cache_LBSGK, pool_NLSGK in self._both():
+        for cache_LBSGK, pool_NLSGK in self._pools:
             room_LNSGK = cache_LBSGK[:, slot, : len(keys) * BLOCK].unflatten(1, (-1, BLOCK))
             room_LNSGK.copy_(pool_NLSGK[where_N].transpose(0, 1))
 
@@ -124,17 +120,13 @@ class Prefixes:
         if not new:
             return
         places = [self._free.pop() if self._free else self._places.popitem(last=False)[1] for _ in new]
-        device = self.k_NLSGK.device
-        where_N, from_N = torch.tensor(places, device=device), torch.tensor(new, device=device)
-        for cache_LBSGK, pool_NLSGK in self._both():
+        where_N, from_N = (torch.tensor(numbers, device=self.device) for numbers in (places, new))
+        for cache_LBSGK, pool_NLSGK in self._pools:
             blocks_LNSGK = cache_LBSGK[:, slot, : len(keys) * BLOCK].unflatten(1, (-1, BLOCK))
             pool_NLSGK.index_copy_(0, where_N, blocks_LNSGK.index_select(1, from_N).transpose(0, 1))
         for n, place in reversed(list(zip(new, places))):
             self._places[keys[n]] = place
         self._touch(keys)
-
-    def _both(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return (self.cache.k_LBSGK, self.k_NLSGK), (self.cache.v_LBSGK, self.v_NLSGK)
 
     def _touch(self, keys: Sequence[bytes]) -> None:
         """Used now; a block later than those behind it, so that it leaves after them."""

@@ -29,18 +29,17 @@ class Sampling:
 
     def check(self) -> None:
         """Raises UserError for a value out of its range."""
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}; use 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; use more than 0 and at most 1")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; use 0 (no bound) or more")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p is {self.min_p}; use 0 (no bound) to 1")
-        if not 0 < (1 if self.repetition_penalty is None else self.repetition_penalty) < float("inf"):
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}; use 1 (none), or more than 0")
-        if not -(2**63) <= self.seed < 2**64:  # what torch.Generator takes
-            raise UserError(f"seed is {self.seed}; use a number that fits 64 bits")
+        penalty = 1 if self.repetition_penalty is None else self.repetition_penalty
+        for name, fits, use in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (no bound) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "0 (no bound) to 1"),
+            ("repetition_penalty", 0 < penalty < float("inf"), "1 (none), or more than 0"),
+            ("seed", -(2**63) <= self.seed < 2**64, "a number that fits 64 bits"),  # what torch.Generator takes
+        ):
+            if not fits:
+                raise UserError(f"{name} is {getattr(self, name)}; use {use}")
 
 
 GREEDY = Sampling()

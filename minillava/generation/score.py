@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from minillava.chat.messages import Message
-from minillava.chat.tokenizer import StreamDecoder, Tokenizer
+from minillava.chat.tokenizer import StreamDecoder
 from minillava.errors import UserError
 from minillava.generation.engine import Engine
 from minillava.generation.request import Request
@@ -95,15 +95,9 @@ def _answer_ids(engine: Engine, request: Request, text: str, prompt: list[int], 
     ids = engine.processor(messages, request.media, opened=opened).ids
     if ids[: len(prompt)] != prompt:
         raise UserError("the chat template writes answers otherwise than it asks for them; score a raw prompt")
-    answer = ids[len(prompt) :]
-    return answer[: _end_of(engine.tokenizer, answer, text)]
-
-
-def _end_of(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> int:
-    """How many of the ids there are up to the one that completes the text."""
-    stream, found = StreamDecoder(tokenizer), ""
-    for number, id in enumerate(ids, 1):
-        found += stream.push(id)
+    stream, found = StreamDecoder(engine.tokenizer), ""
+    for end in range(len(prompt), len(ids)):
+        found += stream.push(ids[end])
         if text.strip() in found:
-            return number
+            return ids[len(prompt) : end + 1]
     raise UserError(f"the choice {text!r:.60} is written in other characters by the tokenizer")

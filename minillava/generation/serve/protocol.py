@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from minillava.chat.messages import Message
@@ -94,8 +93,8 @@ class Body:
         options = self.values.get("stream_options")
         return isinstance(options, Mapping) and bool(options.get("include_usage"))
 
-    def common(self, context: int) -> tuple[int, list[Request]]:
-        """n, and as many requests that lack their prompts."""
+    def common(self, context: int) -> list[Request]:
+        """As many requests as answers are asked for, without their prompts."""
         seed = self.number("seed", None, -(2**63), 2**63 - 1, whole=True)
         seed = secrets.randbits(62) if seed is None else seed
         heat, top_p = self.number("temperature", 1.0, 0, 2), self.number("top_p", 1.0, 0, 1) or 1e-9
@@ -106,7 +105,7 @@ class Body:
         n = self.number("n", 1, 1, MOST_CHOICES, whole=True)
         min_p, penalty = self.number("min_p", 0.0, 0, 1), self.number("repetition_penalty", None, 0.01, 100)
         samplings = [Sampling(heat, top_p, top_k, (seed + i) % 2**63, min_p, penalty) for i in range(n)]
-        return n, [Request(sampling=sampling, **how) for sampling in samplings]
+        return [Request(sampling=sampling, **how) for sampling in samplings]
 
 
 @dataclass(frozen=True)
@@ -153,9 +152,8 @@ class Protocol:
         messages, media = self.messages(body)
         top = body.number("top_logprobs", 0, 0, 20, whole=True)
         logprobs = top if body.flag("logprobs") else None
-        _, requests = body.common(self.context)
         more: dict[str, Any] = {"messages": messages, "media": media, "logprobs": logprobs}
-        return [dataclasses.replace(r, grammar=self._grammar(body), **more) for r in requests]
+        return [replace(r, grammar=self._grammar(body), **more) for r in body.common(self.context)]
 
     def messages(self, body: Body) -> tuple[list[Message], list[Media]]:
         """The conversation and its pictures. Raises BadRequest."""
@@ -187,10 +185,10 @@ class Protocol:
         if len(prompts) > MOST_PROMPTS:
             raise BadRequest(f"prompt holds {len(prompts)} prompts; send at most {MOST_PROMPTS}", "prompt")
         logprobs = body.number("logprobs", None, 0, 5, whole=True)
-        _, requests = body.common(self.context)
+        requests = [replace(request, logprobs=logprobs) for request in body.common(self.context)]
         if body.values.get("max_tokens") is None:  # as OpenAI's
-            requests = [dataclasses.replace(r, max_new_tokens=16) for r in requests]
-        return [dataclasses.replace(r, logprobs=logprobs, **self._prompt(p)) for p in prompts for r in requests]
+            requests = [replace(request, max_new_tokens=16) for request in requests]
+        return [replace(request, **self._prompt(p)) for p in prompts for request in requests]
 
     def _prompt(self, prompt: Any) -> dict[str, Any]:
         if isinstance(prompt, str) and prompt:
