@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -121,8 +121,7 @@ def work(args: argparse.Namespace, scenes: Sequence[Scene], kinds: Sequence[str]
     from minillava.synthetic.instruct.scenes import Scene
 
     model = model_of(args, args.model, args.url)
-    settings: dict[str, Any] = {"model": args.model, "url": args.url, "temperature": args.temperature}
-    settings["max_tokens"] = args.max_tokens
+    settings = {name: getattr(args, name) for name in ("model", "url", "temperature", "max_tokens")}
     items: list[Item]
     if args.questions:
         judge = model_of(args, args.judge, args.judge_url or args.url) if args.judge or args.judge_url else model

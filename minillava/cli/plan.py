@@ -17,7 +17,7 @@ from minillava.cli.train import find_recipe, packaged
 from minillava.cli.values import whole
 from minillava.errors import UserError
 from minillava.layers.scheme import Scheme
-from minillava.recipe import Recipe, read_recipe, stage_index, with_tables
+from minillava.recipe import read_recipe, stage_index, with_tables
 from minillava.training.cards import card_of
 from minillava.training.tasks import check_words
 
@@ -64,16 +64,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _recipe(args: argparse.Namespace) -> Iterator[str]:
-    def find(name: str) -> Recipe:
-        return read_recipe(find_recipe(name))
-
     recipe = read_recipe(find_recipe(args.what), args.set)
     check_words(recipe)
     stages = recipe.stage if args.stage is None else (recipe.stage[stage_index(recipe, args.stage)],)
     from minillava.training.fit import fit_training, recipe_model  # they import torch
     from minillava.training.plan import plan_training
 
-    config, held = recipe_model(recipe, find)
+    config, held = recipe_model(recipe, lambda name: read_recipe(find_recipe(name)))
     for stage in stages:
         if stage.task not in ("llava", "shapes"):
             yield f"stage {stage.name}: task '{stage.task}' is not planned; llava and shapes are"

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from minillava.chat.messages import Message
@@ -82,12 +81,3 @@ class Row:
         values, ids = logprobs_V.topk(min(most, len(logprobs_V)))
         likeliest = tuple(zip(ids.tolist(), values.tolist()))
         self.token_logprobs.append(TokenLogprob(id, float(logprobs_V[id]), likeliest))
-
-
-def allowed_next(row: Row, vocabulary: int) -> Tensor:
-    """Which ids [V] may come next; all where the row has no grammar."""
-    allowed_V = torch.ones(vocabulary, dtype=torch.bool)
-    if row.grammar is not None:
-        found = row.grammar.allowed()
-        allowed_V.zero_()[: len(found)] = found
-    return allowed_V

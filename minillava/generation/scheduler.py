@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minillava.generation.memory import BLOCK, Memory
-from minillava.generation.request import Request, Row, allowed_next
+from minillava.generation.request import Request, Row
 from minillava.generation.slots import Slots
 from minillava.media.visual import Visual
 
@@ -139,7 +139,7 @@ class Scheduler:
             self._said[id(row)] = row, text + row.accept(token, self.engine.eos_ids)
             if row.grammar is not None and not row.finish_reason:
                 row.grammar.advance(token)
-                self.slots.allow(slot, allowed_next(row, self.engine.config.decoder.vocab_size))
+                self.slots.allow(slot, row.grammar.allowed())
 
     def _leave(self) -> None:
         """Rows that have ended leave; the last one moves into the gap, so that a step takes the first slots alone."""
@@ -212,7 +212,7 @@ class Scheduler:
                     row.cached = row.reused = known * BLOCK
                 self.slots.enter(slot, row.sampling, row.limit, row.cached)
                 if row.grammar is not None:
-                    self.slots.allow(slot, allowed_next(row, self.engine.config.decoder.vocab_size))
+                    self.slots.allow(slot, row.grammar.allowed())
                 if row.sampling.repetition_penalty not in (None, 1):
                     self.slots.penalise(slot, row.ids, row.sampling.repetition_penalty)
             else:

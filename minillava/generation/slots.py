@@ -58,12 +58,13 @@ class Slots:
         self.penalty_B[slot] = 1.0
 
     def allow(self, slot: int, allowed_V: Tensor) -> None:
-        """Only these tokens may come next in `slot`."""
+        """Only these tokens may come next in `slot`, and none behind the last that `allowed_V` tells of."""
         if self.allowed_BV is None:
             size = self.model.config.decoder.vocab_size
             self.allowed_BV = torch.ones(self.rows, size, dtype=torch.bool, device=self.device)
             self.graphs.clear()  # captured without a mask
-        self.allowed_BV[slot] = allowed_V.to(self.device)
+        self.allowed_BV[slot] = False
+        self.allowed_BV[slot, : len(allowed_V)] = allowed_V.to(self.device)
 
     def penalise(self, slot: int, ids: Sequence[int], penalty: float) -> None:
         """Tokens of the prompt `ids`, and those that come in `slot`, are made less likely."""
