@@ -182,8 +182,7 @@ class Server:
             body = await self._body(request, form.keys)
             self._check_model(body.values.get("model"))
             requests = await asyncio.to_thread(form.read, body)
-            if len(requests) > 1:
-                stack.enter_context(self.running.place(len(requests) - 1))
+            stack.enter_context(self.running.place(len(requests) - 1))
             rows = [await asyncio.to_thread(self.running.scheduler.row, each) for each in requests]
             n = body.values.get("n") or 1
             head = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}

@@ -25,7 +25,8 @@ from minillava.generation.scheduler import Event, Scheduler
 from minillava.generation.serve.grammar import Grammars, JsonGrammar
 from minillava.generation.slots import Slots
 
-IDLE = timedelta(days=365)  # how long the others may wait for a request
+# Messages from memory to memory; how long the others may wait for one.
+GLOO: Any = {"backend": "gloo", "timeout": timedelta(days=365)}
 
 
 class Apart(Exception):
@@ -37,7 +38,7 @@ class Leader(Scheduler):
 
     def __init__(self, engine: Engine, slots: Slots, chunk: int, memory: Memory | None = None):
         super().__init__(engine, slots, chunk, memory)
-        self._others, self._numbers = _group(), count()
+        self._others, self._numbers = dist.new_group(**GLOO), count()
         self._news: list[tuple[str, Any]] = []  # since the last step
 
     def submit(self, row: Row) -> None:
@@ -69,7 +70,7 @@ def follow(scheduler: Scheduler) -> None:
 
     Raises UserError where the first one has gone, a step fails, or the tokens are not those of the first.
     """
-    rows, group, more = dict[int, Row](), _group(), True
+    rows, group, more = dict[int, Row](), dist.new_group(**GLOO), True
     grammars = Grammars(scheduler.engine.tokenizer, scheduler.engine.eos_ids)
     try:
         while more:
@@ -101,11 +102,6 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise Apart(str(error).splitlines()[0]) from error
-
-
-def _group() -> Any:
-    """The processes, for messages from memory to memory."""
-    return dist.new_group(backend="gloo", timeout=IDLE)
 
 
 def _chosen(live: Sequence[Row]) -> list[tuple[int, int, list[int]]]:
