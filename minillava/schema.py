@@ -102,12 +102,6 @@ class Fields:
             raise UserError(f"{self.where}: {key} is {shown(value)}, expected an integer from 1 to {most}")
         return value
 
-    def integers(self, names: dict[str, str]) -> dict[str, Any]:
-        """Those of a table such as DECODER_SIZES, by our names."""
-        return {
-            ours: self.integer(theirs, most=1024 if ours == "num_layers" else 1 << 24) for ours, theirs in names.items()
-        }
-
     def table(self, key: str) -> Fields:
         """The object of that name; an empty one where there is none."""
         value = self.values.get(key)

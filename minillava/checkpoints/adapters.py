@@ -7,7 +7,6 @@ same file, original LLaVA's in non_lora_trainables.bin. As for checkpoints, ever
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -99,16 +98,10 @@ class Adapters:
         """Raise UserError unless all belongs to a model of these weights (by our names, without those in few bits)."""
         ours = {rename(name, self.layout, to_ours=True) or name for name in self.whole}
         if missing := [name for name in (*self.pairs, *self.biases, *self.rows) if name not in shapes]:
-            odd = (
-                "has it in few bits only"
-                if any(".".join(n.split(".")[:2]) == "decoder.blocks" for n in missing)
-                else ""
-            )
+            odd = ", or has it in few bits only" if any(n.startswith("decoder.blocks.") for n in missing) else ""
             if tie_embeddings and "decoder.head.weight" in missing:
-                odd = "has the embedding in its place (tie_word_embeddings)"
-            raise UserError(
-                f"{self.folder}: adapts {missing[0]}, which this model does not have{odd and ', or ' + odd}"
-            )
+                odd = ", or has the embedding in its place (tie_word_embeddings)"
+            raise UserError(f"{self.folder}: adapts {missing[0]}, which this model does not have{odd}")
         both = {"decoder.embed.weight", "decoder.head.weight"} & (self.pairs.keys() | ours)
         if tie_embeddings and both and (self.pairs.keys() & both or not (self.tied or len(both & ours) == 2)):
             raise UserError(
@@ -241,19 +234,10 @@ def _add_pair(found: Adapters, ours: str, half: Mapping[str, Stored], scale: flo
     at = "embedding_" if "embedding_A" in half else ""
     names = shares_of(ours)
     for i, name in enumerate(names):
-
-        def share(stored: Stored, i: int = i) -> Stored:
-            if len(names) == 1:
-                return stored
-            shape = (stored.shape[0] // len(names), *stored.shape[1:])
-            return dataclasses.replace(stored, shape=shape, share=(i, len(names)))
-
-        length = half.get("magnitude_vector")
-        found.pairs[name] = LowRank(
-            half[f"{at}A"], share(half[f"{at}B"]), scale, bool(at), None if length is None else share(length)
-        )
-        if "B.bias" in half:
-            found.biases[name.removesuffix("weight") + "bias"] = (share(half["B.bias"]), scale)
+        own = {key: stored.part(i, len(names)) for key, stored in half.items()}
+        found.pairs[name] = LowRank(half[f"{at}A"], own[f"{at}B"], scale, bool(at), own.get("magnitude_vector"))
+        if "B.bias" in own:
+            found.biases[name.removesuffix("weight") + "bias"] = (own["B.bias"], scale)
 
 
 # ---- out, and into a model ----

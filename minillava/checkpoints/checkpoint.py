@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,6 @@ from minillava.layers.quantize import chosen_layers
 from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 from minillava.schema import optional_json, read_json
-
-
-@dataclass
-class _Files:
-    """Where the weights of a checkpoint are."""
-
-    plan: Plan
-    delta: Plan | None  # of the base that they are added to
-    head: Stored | None  # of a model that ties it to its embedding
 
 
 class Checkpoint:
@@ -115,7 +106,7 @@ class Checkpoint:
 
     def check(self) -> None:
         """Raise the UserError that loading would end with, as far as can be known without reading the weights."""
-        self._files  # noqa: B018 finds them, or raises
+        self._plan  # noqa: B018 finds the files of all weights, or raises
 
     def load(
         self,
@@ -132,9 +123,9 @@ class Checkpoint:
         model that is returned has none (it is on meta). With a `share` the decoder is this process's part alone.
         Raises UserError for whatever is missing, left over, misshapen or unreadable.
         """
-        files, model = self._files, self._network
+        plan, model = self._plan, self._network
         del self._network  # another call builds another
-        plan, empty = files.plan, model.state_dict()
+        empty = model.state_dict()
         if dtype is None:
             dtype = next(read([plan.source["decoder.embed.weight"]])).dtype
         to_quantize = {f"{layer}.weight" for layer in chosen_layers(model, quantize)} if quantize else set()
@@ -152,9 +143,9 @@ class Checkpoint:
 
         # All others, in the model's dtype; a delta stays in its own until its base is added.
         plain = {name: stored for name, stored in plan.source.items() if name not in layers}
-        state = take(plain, empty, None if files.delta else dtype, device, sink, None if self._is_sum else cut)
-        if files.head is not None:
-            check_tied(files.head, plan.source["decoder.embed.weight"], state["decoder.embed.weight"].dtype)
+        state = take(plain, empty, None if plan.delta else dtype, device, sink, None if self._is_sum else cut)
+        if plan.head is not None:
+            check_tied(plan.head, plan.source["decoder.embed.weight"], state["decoder.embed.weight"].dtype)
         if self._is_sum:
             layers |= self._add_up(state, empty, dtype, quantize, to_quantize)
             state = state if cut is None else {name: cut(name, tensor).clone() for name, tensor in state.items()}
@@ -180,11 +171,12 @@ class Checkpoint:
         return without_memory(self.config)
 
     @cached_property
-    def _files(self) -> _Files:
+    def _plan(self) -> Plan:
         """The files of all weights. Raises UserError for all that is wrong and can be known without reading them."""
         wanted = _shapes(self._network.state_dict())
-        plan, delta = self._match()
-        head = plan.source.pop("decoder.head.weight", None) if self.config.decoder.tie_embeddings else None
+        plan = self._match()
+        if self.config.decoder.tie_embeddings:
+            plan.head = plan.source.pop("decoder.head.weight", None)
         if plan.layout.get("vision") in kinds("tower") and not self.config.vision.class_token:
             spare = f"vision.blocks.{self.config.vision.num_layers}."  # a stock SigLIP has one more than LLaVA keeps
             plan.source = {name: stored for name, stored in plan.source.items() if not name.startswith(spare)}
@@ -192,18 +184,18 @@ class Checkpoint:
         if self.adapters is not None:
             plain = {name: shape for name, shape in wanted.items() if name not in plan.companions}
             self.adapters.check(plain, self.config.decoder.tie_embeddings)
-        return _Files(plan, delta, head)
+        return plan
 
-    def _match(self) -> tuple[Plan, Plan | None]:
+    def _match(self) -> Plan:
         """Match the tensors of a folder (and of tower, projector file and base) with parameters; a delta's base
         apart."""
         adapters, original = self.adapters, is_original(self.raw)
-        tensors = inspect_folder(self.folder) if adapters is None else _tensors_of_base(self._language_model())
+        tensors = inspect_folder(self.folder) if adapters is None else _tensors(self._language_model(), "base")
         if not tensors and not (original and self._projector.is_file()):
             raise UserError(
                 f"{self.folder}: no weights (model.safetensors or pytorch_model.bin, or their .index.json); fetch them"
             )
-        plan, delta = Plan(), None
+        plan = Plan()
         plan.add(tensors, layout_of(tensors, kinds("original") if original else WHOLE))
         if adapters is not None:
             plan.add(adapters.whole, adapters.layout, override=True)
@@ -213,21 +205,16 @@ class Checkpoint:
                     f"{self.folder}: is complete in itself; a base is for adapters, and for deltas and projectors of "
                     "original LLaVA"
                 )
-            return plan, None
+            return plan
         if adapters is None:
             if self.base is not None and plan.has("decoder."):
-                delta = Plan()
-                delta.add(_tensors_of_base(self.base), "original")
+                plan.delta = Plan()
+                plan.delta.add(_tensors(self.base, "base"), "original")
             self._add_projector(plan)
         if not plan.has("vision."):
-            tower = tower_folder(self.raw, self._home, find)
-            found = inspect_folder(tower)
-            if not found:
-                raise UserError(
-                    f"{tower}: no weights of the vision tower (model.safetensors or pytorch_model.bin); fetch it again"
-                )
+            found = _tensors(tower_folder(self.raw, self._home, find), "vision tower")
             plan.add(found, layout_of(found, kinds("tower")))
-        return plan, delta
+        return plan
 
     def _add_projector(self, plan: Plan) -> None:
         """mm_projector.bin, over the base where the folder holds nothing else; beside a full model lies the one of
@@ -239,7 +226,7 @@ class Checkpoint:
             if self.base is None and not name:
                 raise UserError(f"{self.folder}: holds a projector only; say which language model it belongs to (base)")
             base = self.base or find(str(name), self.folder, "the base (_name_or_path)")
-            plan.add(_tensors_of_base(base), "original")
+            plan.add(_tensors(base, "base"), "original")
         plan.add(inspect(self._projector), "original", override=True)  # may carry embeddings trained with it
 
     @property
@@ -249,7 +236,7 @@ class Checkpoint:
     @property
     def _is_sum(self) -> bool:
         """Whether the weights are whole only when all files are read."""
-        return self._files.delta is not None or self.adapters is not None
+        return self._plan.delta is not None or self.adapters is not None
 
     def _language_model(self) -> Path:
         """The folder of the language model that this one belongs to: itself, unless it holds adapters."""
@@ -265,8 +252,8 @@ class Checkpoint:
     ) -> dict[str, Quantized]:  # fmt: skip
         """Add a delta's base and adapters to weights, in place; then give them their dtype, or return them in four
         bits."""
-        if self._files.delta is not None:
-            add_base(state, self._files.delta, _shapes(empty), str(self.base))
+        if self._plan.delta is not None:
+            add_base(state, self._plan.delta, _shapes(empty), str(self.base))
         if self.adapters is not None:
             for name, values in self.adapters.changed(state):
                 state[name] = values.to(state[name].dtype)
@@ -299,8 +286,8 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in unstack(state).items()}
 
 
-def _tensors_of_base(base: Path) -> dict[str, Stored]:
-    tensors = inspect_folder(base)
+def _tensors(folder: Path, what: str) -> dict[str, Stored]:
+    tensors = inspect_folder(folder)
     if not tensors:
-        raise UserError(f"{base}: no weights of the base (model.safetensors or pytorch_model.bin); fetch it again")
+        raise UserError(f"{folder}: no weights of the {what} (model.safetensors or pytorch_model.bin); fetch it again")
     return tensors

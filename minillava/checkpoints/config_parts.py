@@ -44,7 +44,10 @@ def read_decoder(values: dict[str, Any], where: str, default_type: str = "llama"
     if heads % kv_heads or found["head_dim"] % 2 or (f.values.get("head_dim") is None and hidden % heads):
         raise UserError(f"{where}: {heads} heads, {kv_heads} key/value heads and width {hidden} do not divide evenly")
     if "num_experts" in found:
-        _check_experts(f, found["num_experts"], where)
+        f.only(decoder_sparse_step=1)  # every block has them
+        if without := f.values.get("mlp_only_layers"):
+            raise UserError(f"{where}: mlp_only_layers {without} is not supported (supported: none)")
+        f.integer("num_experts_per_tok", most=found["num_experts"])
     found["max_positions"] = _context(model_type, f, found)
     return DecoderConfig(**found, **family.decides, model_type=model_type)
 
@@ -58,14 +61,6 @@ def _context(model_type: str, f: Fields, found: dict[str, Any]) -> int:
     if window is not None and (model_type == "mistral" or f.values.get("use_sliding_window")):
         positions = min(positions, f.integer("sliding_window"))  # within its window attention is full
     return positions
-
-
-def _check_experts(f: Fields, experts: int, where: str) -> None:
-    """Every block has the routed experts of Qwen3-MoE."""
-    f.only(decoder_sparse_step=1)
-    if f.values.get("mlp_only_layers"):
-        raise UserError(f"{where}: mlp_only_layers {f.values['mlp_only_layers']} is not supported (supported: none)")
-    f.integer("num_experts_per_tok", most=experts)
 
 
 def write_decoder(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -218,7 +213,7 @@ def read_native(values: dict[str, Any], where: str, patch: int, merge: int) -> I
 
 
 def write_native(image: ImageConfig, patch: int, merge: int) -> dict[str, Any]:
-    """Of Qwen2VLImageProcessor."""
+    """preprocessor_config.json of Qwen2VLImageProcessor."""
     return dict(
         image_processor_type="Qwen2VLImageProcessor", do_convert_rgb=True, do_resize=True, do_rescale=True,
         do_normalize=True, rescale_factor=1 / 255, resample=3, image_mean=list(image.mean), image_std=list(image.std),

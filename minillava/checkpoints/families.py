@@ -185,26 +185,23 @@ def _read_rope(f: Fields, key: str, default: Any) -> RopeScaling | None:
 
 
 def _write_rope(scaling: RopeScaling | None, config: ModelConfig) -> dict[str, Any]:
-    values: dict[str, Any] = {"rope_theta": config.decoder.rope_theta, "rope_type": "default"}
-    if scaling is not None:
-        values |= {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling is not None and scaling.kind == "llama3":
-        values |= dict(
-            low_freq_factor=scaling.low_freq_factor, high_freq_factor=scaling.high_freq_factor,
-            original_max_position_embeddings=scaling.original_positions,
-        )  # fmt: skip
-    return values
+    plain = {"rope_theta": config.decoder.rope_theta, "rope_type": "default"}
+    if scaling is None:
+        return plain
+    values = plain | {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return values
+    bounds = {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    return values | bounds | {"original_max_position_embeddings": scaling.original_positions}
 
 
-def _stretch(scaling: RopeScaling | None) -> float:
-    """By how much the context is longer than files say: of linear scaling they keep the number from before."""
-    return scaling.factor if scaling is not None and scaling.kind == "linear" else 1
+def _write_positions(value: int, config: ModelConfig) -> int:
+    """Of linear scaling files keep the context from before."""
+    scaling = config.decoder.rope_scaling
+    return round(value / scaling.factor) if scaling is not None and scaling.kind == "linear" else value
 
 
-POSITIONS = Kind(
-    lambda f, key, default: f.integer(key, default, 1 << 30),
-    lambda value, config: round(value / _stretch(config.decoder.rope_scaling)),
-)
+POSITIONS = Kind(lambda f, key, default: f.integer(key, default, 1 << 30), _write_positions)
 LLAMA_KEYS = (
     Key("hidden_size", "decoder.hidden_size"),
     Key("intermediate_size", "decoder.intermediate_size"),

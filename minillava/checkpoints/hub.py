@@ -26,14 +26,15 @@ def resolve(source: Path | str, weights: bool = True) -> Path:
         raise UserError(f"{source}: {what}; give a checkpoint's folder, or a hub id as OWNER/NAME")
     from huggingface_hub import HfApi, snapshot_download
 
+    fetch = functools.partial(snapshot_download, str(source))
     try:
         with answered_soon():
             HfApi().model_info(str(source))
-            return _fetched(functools.partial(snapshot_download, str(source)), weights)
+            return _fetched(fetch, weights)
     except Exception as error:  # noqa: BLE001 what the hub's client and its transports raise has no common class
-        reason = _in_a_line(error)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
     try:
-        return _fetched(functools.partial(snapshot_download, str(source), local_files_only=True), weights)
+        return _fetched(functools.partial(fetch, local_files_only=True), weights)
     except Exception:  # noqa: BLE001
         raise UserError(
             f"{source}: no such folder here, not in the local Hugging Face cache, and not downloaded ({reason}); "
@@ -47,10 +48,6 @@ def _fetched(fetch: Callable[..., str], weights: bool) -> Path:
     if weights and not any(found.glob("*.safetensors")):  # older checkpoints
         found = Path(fetch(allow_patterns=[*small, "*.bin"]))
     return found
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def find(name: str, checkpoint: Path, what: str) -> Path:

@@ -111,11 +111,7 @@ def quantized(weight: Tensor, scheme: Scheme | None, name: str, stored: str) -> 
 
 def check_tied(head: Stored, embed: Stored, dtype: torch.dtype) -> None:
     """A tied model may store its head; it must be the embedding then."""
-    same = head.shape == embed.shape
-    if same:
-        (a, b) = (t.to(dtype, copy=True) for t in read([head, embed]))
-        same = torch.equal(a, b)
-    if not same:
+    if not torch.equal(*(tensor.to(dtype, copy=True) for tensor in read([head, embed]))):
         raise UserError(f"{head.path}: {head.name} differs from the embedding, but config.json ties the two")
 
 

@@ -8,11 +8,11 @@ compared before memory is taken; what does not fit is listed in one error.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -53,21 +53,20 @@ _TREE = (  # what OneVision's module trees have in common
 def _around(tower: tuple[Row, ...], wrapper: str = "") -> dict[str, tuple[Row, ...]]:
     """The layouts of a LLaVA whose tower has these tensors, and of that tower on its own."""
     tower = _under(wrapper, "", tower)
+
+    def hf(model: str, language: str, head: str) -> tuple[Row, ...]:
+        return (
+            *_under(f"{model}vision_tower.", "vision.", tower),
+            *_under(f"{model}multi_modal_projector.", "projector.", _LINEARS),
+            (f"{model}image_newline", "projector.newline"),
+            *_under(language, "decoder.", DECODER),
+            (head, "decoder.head.weight"),
+        )
+
     return {
-        "hf": (  # transformers before 4.52, and what every later one writes; our own
-            *_under("vision_tower.", "vision.", tower),
-            *_under("multi_modal_projector.", "projector.", _LINEARS),
-            ("image_newline", "projector.newline"),
-            *_under("language_model.model.", "decoder.", DECODER),
-            ("language_model.lm_head.weight", "decoder.head.weight"),
-        ),
-        "hf_new": (  # the module tree of transformers 4.52 and later
-            *_under("model.vision_tower.", "vision.", tower),
-            *_under("model.multi_modal_projector.", "projector.", _LINEARS),
-            ("model.image_newline", "projector.newline"),
-            *_under("model.language_model.", "decoder.", DECODER),
-            ("lm_head.weight", "decoder.head.weight"),
-        ),
+        # Transformers before 4.52, and what every later one writes, our own; the module tree of those later ones.
+        "hf": hf("", "language_model.model.", "language_model.lm_head.weight"),
+        "hf_new": hf("model.", "model.language_model.", "lm_head.weight"),
         "original": (  # haotian-liu/LLaVA; without tower and projector, any LLaMA-like language model
             *_under("model.vision_tower.vision_tower.", "vision.", tower),
             *_under("model.mm_projector.", "projector.", _SEQUENTIAL),
@@ -134,33 +133,28 @@ TOWER_EXTRAS = EXTRAS + r"|text_model\..*|(text|visual)_projection\.weight|logit
 OPTIONAL = {"vision.post_norm.weight": 1.0, "vision.post_norm.bias": 0.0}
 
 
-@functools.cache
-def _parts(template: str) -> tuple[str, ...]:
-    return tuple(p for p in re.split(r"(<.*?>|\[.*?\])", template) if p)
+def _compiled(source: str, target: str) -> tuple[re.Pattern[str], str]:
+    """A row as the pattern of a name, and what `Match.expand` makes the other name from."""
+    kinds, number = {"n": r"\d+", "p": "weight|bias"}, itertools.count(1)
+
+    def regex(part: re.Match[str]) -> str:
+        group, optional = part.groups()
+        return f"({kinds.get(group, group)})" if group else f"(?:{re.escape(optional)})?" if optional else "[.]"
+
+    pattern = re.compile(re.sub(r"<(.*?)>|\[(.*?)\]|\.", regex, source))
+    return pattern, re.sub("<.*?>", lambda _: rf"\g<{next(number)}>", re.sub(r"[\[\]]", "", target))
 
 
 @functools.cache
-def _pattern(template: str) -> re.Pattern[str]:
-    def regex(part: str) -> str:
-        if part[0] == "[":
-            return f"(?:{re.escape(part[1:-1])})?"
-        return (
-            "(" + {"<n>": r"\d+", "<p>": "weight|bias"}.get(part, part[1:-1]) + ")"
-            if part[0] == "<"
-            else re.escape(part)
-        )
-
-    return re.compile("".join(map(regex, _parts(template))))
+def _table(layout: str, to_ours: bool) -> list[tuple[re.Pattern[str], str]]:
+    return [_compiled(*(row if to_ours else row[::-1])) for row in LAYOUTS[layout]]
 
 
 def rename(name: str, layout: str, to_ours: bool) -> str | None:
     """A tensor's name on the other side of a layout's table, or None if the table does not know it."""
-    for row in LAYOUTS[layout]:
-        source, target = row if to_ours else reversed(row)
-        match = _pattern(source).fullmatch(name)
-        if match:
-            groups = iter(match.groups())
-            return "".join(next(groups) if p[0] == "<" else p.strip("[]") for p in _parts(target))
+    for pattern, other in _table(layout, to_ours):
+        if match := pattern.fullmatch(name):
+            return match.expand(other)
     return None
 
 
@@ -170,6 +164,7 @@ def layout_of(tensors: Iterable[str], layouts: Iterable[str]) -> str:
     return max(layouts, key=lambda layout: sum(rename(name, layout, to_ours=True) is not None for name in names))
 
 
+FLOATING = re.compile(r"(torch\.)?(b?float(16|32|64)|B?F(16|32|64))")  # a dtype, as files spell it
 QKV = ".attn.qkv."  # RICE's files hold q, k and v one above the other
 EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(gate|up|down)")  # one of those stacked in the parameter \1.\3
 
@@ -217,6 +212,8 @@ class Plan:
     layout: dict[str, str] = field(default_factory=dict)  # of vision, projector and decoder, for messages
     extra: list[str] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)
+    head: Stored | None = None  # of a model that ties it to its embedding
+    delta: Plan | None = None  # of the base that all this is added to
 
     def add(self, tensors: dict[str, Stored], layout: str, override: bool = False) -> None:
         """Match a layout's tensors with our names; with `override` they take the places of those that were there."""
@@ -232,17 +229,13 @@ class Plan:
                 self.extra += [] if re.fullmatch(known, foreign) else [foreign]
                 continue
             if name == CLASS_TOKEN and stored.shape[:-1] == (1,):  # an embedding of one row
-                stored = dataclasses.replace(stored, shape=stored.shape[1:])
-            parts = {name: stored}
-            if QKV in name:
-                shape = (stored.shape[0] // 3, *stored.shape[1:]) if stored.shape else ()
-                shares = [dataclasses.replace(stored, shape=shape, share=(i, 3)) for i in range(3)]
-                parts = dict(zip(shares_of(name), shares))
-            if self.source.keys() & parts.keys() and not override:
+                stored = replace(stored, shape=stored.shape[1:])
+            shares = shares_of(name)
+            if self.source.keys() & set(shares) and not override:
                 self.twice.append(foreign)
-            for replaced in parts:
-                self.companions.pop(replaced, None) if override else None
-            self.source |= parts
+            for i, one in enumerate(shares):
+                self.companions.pop(one, None) if override else None
+                self.source[one] = stored.part(i, len(shares))
             self.layout[name.split(".")[0]] = layout
 
     def has(self, part: str) -> bool:
@@ -274,11 +267,7 @@ class Plan:
                     problems.append(f"{stored.name} {error}")
                     continue
                 shape = (rows // stored.share[1], columns)
-            elif (
-                name in wanted
-                and name not in self.companions
-                and not re.fullmatch(r"(torch\.)?(b?float(16|32|64)|B?F(16|32|64))", stored.dtype)
-            ):
+            elif name in wanted and name not in self.companions and not FLOATING.fullmatch(stored.dtype):
                 problems.append(f"not floating point: {stored.name} is {stored.dtype}")
                 continue
             if name in wanted and shape != wanted[name]:

@@ -45,10 +45,14 @@ def read(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig:
     vision, tower = _read_tower(top, folder, find)
     wiped = {"rope_scaling": None} if model_type == "qwen2" else {}  # by the original's LlavaQwen
     decoder = read_decoder({**raw, **wiped, "model_type": model_type}, where)
-    projector = ProjectorConfig(layers=_read_linears(top))
+    kind = str(raw.get("mm_projector_type") or "linear")
+    linears = re.fullmatch(r"linear|mlp([1-8])x_gelu", kind)
+    if linears is None:
+        raise UserError(f"{where}: mm_projector_type '{kind}' is not supported (supported: linear, mlp2x_gelu)")
+    projector = ProjectorConfig(layers=int(linears[1] or 1))
     path = tower / "preprocessor_config.json"
-    kind = "CLIPImageProcessor" if vision.class_token else "SiglipImageProcessor"
-    image = read_image({"image_processor_type": kind} | optional_json(path), str(path), vision)
+    processor = "CLIPImageProcessor" if vision.class_token else "SiglipImageProcessor"
+    image = read_image({"image_processor_type": processor} | optional_json(path), str(path), vision)
     layout, fit = _read_layout(top, vision.image_size, image.fit)
     image = dataclasses.replace(image, fit=fit)
     ids = read_special_ids(folder, raw, raw, decoder)
@@ -71,15 +75,6 @@ def _read_tower(top: Fields, folder: Path, find: Find) -> tuple[VisionConfig, Pa
     if not vision.class_token:  # the original takes SigLIP's last block off and then reads the last, whatever layer
         vision = dataclasses.replace(vision, num_layers=vision.num_layers - 1, select_layers=(-1,))
     return vision, tower
-
-
-def _read_linears(top: Fields) -> int:
-    """Linear layers of the projector."""
-    kind = str(top.values.get("mm_projector_type") or "linear")
-    match = re.fullmatch(r"linear|mlp([1-8])x_gelu", kind)
-    if match is None:
-        raise UserError(f"{top.where}: mm_projector_type '{kind}' is not supported (supported: linear, mlp2x_gelu)")
-    return int(match[1] or 1)
 
 
 def _read_layout(f: Fields, side: int, own: str) -> tuple[LayoutConfig, str]:

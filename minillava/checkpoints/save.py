@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minillava.checkpoints.chat_files import jinja_of
 from minillava.checkpoints.config_json import Format, format_for
@@ -21,7 +22,7 @@ from minillava.errors import UserError
 from minillava.files import named
 from minillava.layers.int8 import Linear8bit
 from minillava.layers.linear import Fused
-from minillava.layers.quantize import Linear4bit, cat_rows, name_of, quantization_config
+from minillava.layers.quantize import cat_rows, name_of, quantization_config
 from minillava.llava import LLaVAModel
 from minillava.schema import optional_json
 
@@ -109,13 +110,10 @@ def _as_files_have(layers: dict[str, Quantized], layout: str) -> dict[str, Quant
     found = dict(layers)
     for name in [n for n in layers if joins_qkv(layout) and n.startswith("vision.") and n.endswith(".attn.q")]:
         names = [name[:-1] + part for part in "qkv"]
-        parts = [found[part] for part in names if part in found]
-        small = [part for part in parts if isinstance(part, Linear4bit)]
-        whole = not small or small[0].weight.numel() % small[0].blocksize == 0
-        if len(parts) == 3 and whole and len(small) in (0, 3):
-            eight = [part for part in parts if isinstance(part, Linear8bit)]
-            found = {key: layer for key, layer in found.items() if key not in names}
-            found[f"{name}kv"] = cat_rows(small) if small else Linear8bit.joined(eight)
+        with contextlib.suppress(KeyError, ValueError):  # k or v in 16 bits; ends that are no ends of blocks
+            parts: Any = [found[part] for part in names]
+            joined = Linear8bit.joined(parts) if isinstance(parts[0], Linear8bit) else cat_rows(parts)
+            found = {key: layer for key, layer in found.items() if key not in names} | {f"{name}kv": joined}
     return found
 
 

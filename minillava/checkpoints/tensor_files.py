@@ -14,7 +14,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,11 @@ class Stored:
         """Of the values, from their dtype."""
         size = 8 if "64" in self.dtype else 4 if "32" in self.dtype else 1 if "8" in self.dtype else 2
         return math.prod(self.shape) * size
+
+    def part(self, which: int, shares: int) -> Stored:
+        """One of so many equal shares of the rows."""
+        shape = (self.shape[0] // shares, *self.shape[1:]) if self.shape else ()
+        return replace(self, shape=shape, share=(which, shares))
 
 
 def _load_bin(path: Path) -> dict[str, Tensor]:
@@ -95,19 +100,19 @@ def inspect(path: Path) -> dict[str, Stored]:
 
 def read(tensors: Iterable[Stored]) -> Iterator[Tensor]:
     """Each tensor in turn, as stored. A tensor is valid until the next is asked for; files are mapped, not copied."""
-    file_of: tuple[Path | None, Any] = (None, None)
+    path: Path | None = None
+    file: Any = None
     with contextlib.ExitStack() as stack:
         mapped = 0
         for stored in tensors:
-            if file_of[0] != stored.path or mapped > CHUNK:
+            if path != stored.path or mapped > CHUNK:
                 stack.close()
-                file_of = (None, None)
-                is_bin = stored.path.suffix == ".bin"
-                whole = is_bin and not zipfile.is_zipfile(stored.path)  # torch's format before 1.6 cannot be mapped
-                file_of = (stored.path, _load_bin(stored.path) if is_bin else stack.enter_context(_open(stored.path)))
-                mapped = 0
+                file, path, mapped = None, stored.path, 0  # what was open is gone before the next file takes memory
+                is_bin = path.suffix == ".bin"
+                whole = is_bin and not zipfile.is_zipfile(path)  # torch's format before 1.6 cannot be mapped
+                file = _load_bin(path) if is_bin else stack.enter_context(_open(path))
             mapped += 0 if whole else stored.nbytes
-            tensor = file_of[1][stored.name] if is_bin else file_of[1].get_tensor(stored.name)
+            tensor = file[stored.name] if is_bin else file.get_tensor(stored.name)
             which, shares = stored.share
             yield tensor.chunk(shares)[which] if shares > 1 else tensor
 
@@ -128,29 +133,30 @@ def finite(tensor: Tensor) -> bool:
 
 def inspect_folder(folder: Path) -> dict[str, Stored]:
     """The tensors of a checkpoint folder: safetensors before .bin, one file or the shards of an index; {} if none."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
-        if (folder / single).is_file():
-            return inspect(folder / single)
+    for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        index = folder / f"{single.name}.index.json"
+        if single.is_file():
+            return inspect(single)
         if index.is_file():
-            named = read_json(index).get("weight_map")
-            shards = sorted({str(v) for v in named.values()}) if isinstance(named, dict) else []
-            if not shards or any(s != Path(s).name or Path(s).suffix != index.suffixes[-3] for s in shards):
-                raise UserError(
-                    f"{index}: no weight_map, or one that names something else than {index.suffixes[-3]} files"
-                )
-            absent = [s for s in shards if not (folder / s).is_file()]
-            if absent:
-                raise UserError(f"{folder}: {', '.join(absent)} not found, which {index.name} names; get them again")
-            found: dict[str, Stored] = {}
-            for shard in shards:
-                tensors = inspect(folder / shard)
-                twice = found.keys() & tensors.keys()
-                if twice:
-                    raise UserError(f"{folder / shard}: holds {', '.join(sorted(twice))}, and so does another shard")
-                found |= tensors
-            return found
+            return _inspect_shards(index, single.suffix)
     return {}
+
+
+def _inspect_shards(index: Path, suffix: str) -> dict[str, Stored]:
+    """The tensors of all files that an index names."""
+    named = read_json(index).get("weight_map")
+    shards = sorted({str(v) for v in named.values()}) if isinstance(named, dict) else []
+    if not shards or any(s != Path(s).name or Path(s).suffix != suffix for s in shards):
+        raise UserError(f"{index}: no weight_map, or one that names something else than {suffix} files")
+    if absent := [s for s in shards if not (index.parent / s).is_file()]:
+        raise UserError(f"{index.parent}: {', '.join(absent)} not found, which {index.name} names; get them again")
+    found: dict[str, Stored] = {}
+    for shard in shards:
+        tensors = inspect(index.parent / shard)
+        if twice := found.keys() & tensors.keys():
+            raise UserError(f"{index.parent / shard}: holds {', '.join(sorted(twice))}, and so does another shard")
+        found |= tensors
+    return found
 
 
 def write(state: dict[str, Tensor], folder: Path, shard_bytes: int = SHARD) -> None:

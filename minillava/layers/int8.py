@@ -1,4 +1,5 @@
-"""Weights in eight bits, a scale for each output, in memory and on disk as bitsandbytes has them (arXiv 2208.07339).
+"""What layers in few bits have in common, and those in eight: a scale for each output, in memory and on disk as
+bitsandbytes has them (arXiv 2208.07339).
 
 What differs: inputs stay what they are, outliers among them too; only a CPU rounds them, by a scale for each 32 or 64
 of a row (kernels/cpu). Letters: N outputs, K inputs.
@@ -18,20 +19,36 @@ from minillava.kernels.cpu import product as cpu
 ROWS = 1 << 22  # weights that are quantised at a time
 
 
-class Linear8bit(nn.Module):
-    """A linear layer [N, K] whose frozen weight is int8; 127 is worth `absmax` [N], which stays fp32 whatever
-    the module is cast to."""
+class FewBits(nn.Module):
+    """A linear layer [N, K] whose frozen weight was quantised from `dtype`; takes inputs of any floating type. Its
+    scales stay fp32 whatever the module is cast to."""
 
     weight: Tensor
     absmax: Tensor
 
-    def __init__(self, weight: Tensor, absmax: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, shape: Sequence[int], bias: Tensor | None, dtype: torch.dtype, **buffers: Tensor | None):
         super().__init__()
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = shape
         self.dtype = dtype
-        self.register_buffer("weight", weight)
-        self.register_buffer("absmax", absmax)
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FewBits:
+        kept = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+class Linear8bit(FewBits):
+    """A weight in int8; 127 is worth `absmax` [N]."""
+
+    def __init__(self, weight: Tensor, absmax: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16):
+        super().__init__(weight.shape, bias, dtype, weight=weight, absmax=absmax)
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None) -> Linear8bit:
@@ -83,13 +100,6 @@ class Linear8bit(nn.Module):
         """The layer of outputs start to stop, of the same memory."""
         bias = None if self.bias is None else self.bias[start:stop]
         return Linear8bit(self.weight[start:stop], self.absmax[start:stop], bias, self.dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Linear8bit:
-        before = self.absmax
-        super()._apply(fn, recurse)
-        if self.absmax.dtype != before.dtype:
-            self.absmax = before.to(self.absmax.device)
-        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, int8, bias={self.bias is not None}"

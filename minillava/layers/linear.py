@@ -104,7 +104,7 @@ def fuse(module: nn.Module, name: str, names: Sequence[str]) -> None:
 
 def dense_weight(layer: nn.Linear | Linear4bit | Linear8bit) -> Tensor:
     """The weight [O, D], out of its few bits."""
-    return layer.dequantize() if isinstance(layer, Linear4bit | Linear8bit) else layer.weight
+    return layer.weight if isinstance(layer, nn.Linear) else layer.dequantize()
 
 
 def grouped_linear(x_SD: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from minillava.kernels import nf4_dequantize as kernel
 from minillava.kernels.cpu import product as cpu
 from minillava.kernels.nf4_dequantize import BLOCKSIZES, CODES, NESTED, scales
 from minillava.kernels.nf4_matmul import nf4_matmul
-from minillava.layers.int8 import Linear8bit
+from minillava.layers.int8 import FewBits, Linear8bit
 from minillava.layers.scheme import PARTS, Scheme
 
 # What bitsandbytes writes beside `X.weight`; the last of four bits' is JSON.
@@ -122,14 +122,9 @@ def _quantize_scales(values: Tensor) -> tuple[Tensor, Tensor]:
 # ---- the layer ----
 
 
-class Linear4bit(nn.Module):
-    """A linear layer [N, K] whose frozen weight is in four bits; takes inputs of any floating type.
+class Linear4bit(FewBits):
+    """A weight in four bits: uint8, two weights a byte."""
 
-    `weight` is uint8, two weights a byte; scales stay fp32 whatever the module is cast to.
-    """
-
-    weight: Tensor
-    absmax: Tensor
     nested: Tensor | None
     dynamic: Tensor | None
 
@@ -143,14 +138,9 @@ class Linear4bit(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         exact: bool = False,
     ):
-        super().__init__()
-        self.out_features, self.in_features = shape
-        self.exact = exact
-        self.quant_type, self.blocksize, self.dtype = quant_type, blocksize, dtype
         kernel.check(*parts, *shape, quant_type, blocksize)
-        for name, tensor in zip(("weight", "absmax", "nested", "dynamic"), parts):
-            self.register_buffer(name, tensor)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        super().__init__(shape, bias, dtype, **dict(zip(("weight", "absmax", "nested", "dynamic"), parts)))
+        self.quant_type, self.blocksize, self.exact = quant_type, blocksize, exact
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None, scheme: Scheme | None = None) -> Linear4bit:
@@ -221,15 +211,6 @@ class Linear4bit(nn.Module):
         bias = None if self.bias is None else self.bias[start:stop]
         return Linear4bit(parts, (stop - start, K), self.quant_type, size, bias, self.dtype, self.exact)
 
-    def _apply(self, fn, recurse=True):
-        kept = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
-
     def extra_repr(self) -> str:
         double = "-double" if self.nested is not None else ""
         kind = f"{self.quant_type}{double}, blocksize={self.blocksize}"
@@ -239,7 +220,8 @@ class Linear4bit(nn.Module):
 def cat_rows(layers: Sequence[Linear4bit]) -> Linear4bit:
     """One layer that gives the outputs of `layers` end to end (fused q, k, v): same codes, same values.
 
-    Nested scales stay nested where every layer but the last has a multiple of 256 blocks.
+    Nested scales stay nested where every layer but the last has a multiple of 256 blocks. ValueError for layers that
+    are not alike, or do not end with a block.
     """
     first = layers[0]
     kinds = {(m.in_features, m.quant_type, m.blocksize, m.bias is None) for m in layers}

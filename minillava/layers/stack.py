@@ -6,6 +6,8 @@ Letters: B rows of a decode step, D width, K head size.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from typing import Any, Literal
 
 import torch
@@ -15,12 +17,9 @@ from minillava.kernels.cpu import library as cpu
 from minillava.kernels.cpu.step import Layer, Product, Step
 from minillava.layers import decode
 from minillava.layers.cache import KVCache
-from minillava.layers.int8 import Linear8bit
+from minillava.layers.int8 import FewBits
 from minillava.layers.linear import Linear, fuse
-from minillava.layers.pages import to_huge_pages
-from minillava.layers.quantize import Linear4bit
 
-LAYERS = Linear, Linear4bit, Linear8bit
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # attribute of a module: what it joins
 
 
@@ -33,7 +32,7 @@ class Stack(nn.ModuleList):
     def fuse(self) -> None:
         """Make ready for inference, once the weights are there: products joined, what is read in large pages."""
         on_cpu = next(self.parameters()).is_cpu
-        few_bits = any(isinstance(module, Linear4bit | Linear8bit) for module in self.modules())
+        few_bits = any(isinstance(module, FewBits) for module in self.modules())
         if not (on_cpu and few_bits):  # joining gains nothing there and scatters the memory that it frees: 2 GB at 7B
             self.join()
         if on_cpu:
@@ -86,5 +85,28 @@ def _layer(block: Any) -> Layer | None:
         for module, fused in ((attn, attn.qkv), (mlp, mlp.gate_up))
     ]
     linears = [parts[0][name] for name in "qkv"], [attn.out], [parts[1][name] for name in ("gate", "up")], [mlp.down]
-    products = [Product(linear.for_cpu(), linear.bias) for some in linears for linear in some if type(linear) in LAYERS]
-    return Layer(*norms, *products) if len(products) == 7 else None
+    ours: list[Any] = [linear for some in linears for linear in some if isinstance(linear, Linear | FewBits)]
+    return Layer(*norms, *(Product(linear.for_cpu(), linear.bias) for linear in ours)) if len(ours) == 7 else None
+
+
+def to_huge_pages(module: nn.Module) -> None:
+    """Move what `module` holds end to end into memory of large pages, where the system has them (Linux): reading
+    gigabytes then waits less for addresses to be translated (bench/LOG.md). One tensor at a time is held twice."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    owners = [(m, name) for m in module.modules() for name in (*m._parameters, *m._buffers)]
+    found = [(m, name) for m, name in owners if getattr(m, name) is not None]
+    room, page = sum(-(-getattr(*owner).nbytes // 64) * 64 for owner in found), 1 << 21
+    memory = mmap.mmap(-1, room + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    at = -whole.data_ptr() % page
+    for m, name in found:
+        tensor = getattr(m, name).detach()
+        copy = whole[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        at += -(-tensor.nbytes // 64) * 64
+        if name in m._buffers:
+            m._buffers[name] = copy
+        else:
+            getattr(m, name).data = copy

@@ -9,12 +9,11 @@ import torch
 from minillava.config import DecoderConfig
 from minillava.decoder import Decoder
 from minillava.kernels.cpu import step as step_cpu
-from minillava.layers import pages
 from minillava.layers.cache import KVCache
 from minillava.layers.linear import Linear
 from minillava.layers.quantize import Linear4bit
 from minillava.layers.scheme import Scheme
-from minillava.layers.stack import Stack
+from minillava.layers.stack import Stack, to_huge_pages
 
 CACHED = [5, 37, 1, 18]  # tokens of each row in the cache
 
@@ -123,8 +122,8 @@ def test_a_system_without_large_pages_keeps_the_weights(monkeypatch):
         def madvise(self, *_):
             raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(pages.mmap, "mmap", Refusing)
+    monkeypatch.setattr(mmap, "mmap", Refusing)
     layer = torch.nn.Linear(8, 4)
     before = {name: t.clone() for name, t in layer.state_dict().items()}
-    pages.to_huge_pages(layer)
+    to_huge_pages(layer)
     assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
