@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.kernels.decode_tile import wait
-from minillava.kernels.flash import LOG2_E, _put, _tile, aligned, choose, parts, takes, unit
+from minillava.kernels.flash import LOG2_E, _once, _put_both, _tile, _times, aligned, choose, parts, takes, unit
 from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl
 from minillava.kernels.rms_norm import rms_norm
 
@@ -132,18 +132,6 @@ def _share(length, window, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @jit
-def _scores(q0, q1, k_ptr, row, length, k_s, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-            BLOCK_S: tl.constexpr):  # fmt: skip
-    """q k^T of BLOCK_S keys from `row` on."""
-    k0 = _tile(k_ptr, row, length, 0, k_s, 0, K, 0, BLOCK_S, MAIN, False)
-    s = tl.dot(q0, k0.T, input_precision="ieee")
-    if TAIL:
-        k1 = _tile(k_ptr, row, length, 0, k_s, 0, K, MAIN, BLOCK_S, TAIL, False)
-        s = tl.dot(q1, k1.T, s, input_precision="ieee")
-    return s
-
-
-@jit
 def _put_share(out_ptr, lse_ptr, acc0, acc1, m, l, R, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
                BLOCK_R: tl.constexpr):  # fmt: skip
     """Write what R queries saw in a share of the keys, and the base 2 log sum exp: 0 and -inf where there was none."""
@@ -152,9 +140,7 @@ def _put_share(out_ptr, lse_ptr, acc0, acc1, m, l, R, K: tl.constexpr, MAIN: tl.
     heads = tl.arange(0, BLOCK_R)
     lse = tl.where(keyless, -float("inf"), m + tl.log2(tl.where(keyless, 1.0, l)))
     tl.store(lse_ptr + heads, lse, mask=heads < R)
-    _put(out_ptr, acc0 * inverse, 0, R, 0, 1, K, 0, K, 0, BLOCK_R, MAIN, False)
-    if TAIL:
-        _put(out_ptr, acc1 * inverse, 0, R, 0, 1, K, 0, K, MAIN, BLOCK_R, TAIL, False)
+    _put_both(out_ptr, acc0 * inverse, acc1 * inverse, 0, R, K, K, BLOCK_R, MAIN, TAIL, False)
 
 
 @jit
@@ -180,11 +166,7 @@ def _decode_split(
     acc0 = tl.zeros((BLOCK_R, MAIN), tl.float32)
     acc1 = tl.zeros((BLOCK_R, TAIL if TAIL else 16), tl.float32)
     if cos_ptr is None:
-        q_ptr += (b * G + g) * R * K
-        q0 = _tile(q_ptr, 0, R, 0, K, 0, K, 0, BLOCK_R, MAIN, False)
-        q1 = q0
-        if TAIL:
-            q1 = _tile(q_ptr, 0, R, 0, K, 0, K, MAIN, BLOCK_R, TAIL, False)
+        q0, q1 = _once(q_ptr + (b * G + g) * R * K, 0, R, K, 0, K, BLOCK_R, MAIN, TAIL, False)
     else:
         HEAD: tl.constexpr = MAIN if TAIL == 0 else 2 * MAIN
         q_ptr += b * (G * (R + 2) * K)
@@ -202,8 +184,8 @@ def _decode_split(
         m = tl.where(here > 0.0, score * scale, -float("inf"))
         l += here
     for row in tl.range(start, end, BLOCK_S):
-        s = _scores(q0, q1, k_ptr, row, length, k_s, K, MAIN, TAIL, BLOCK_S) * scale
-        s = tl.where((row + tl.arange(0, BLOCK_S) < end)[None, :], s, -float("inf"))
+        s, _k0, _k1 = _times(q0, q1, k_ptr, k_ptr, row, length, 0, k_s, 0, K, BLOCK_S, MAIN, TAIL, False)
+        s = tl.where((row + tl.arange(0, BLOCK_S) < end)[None, :], s * scale, -float("inf"))
         highest = tl.maximum(m, tl.max(s, 1))  # finite: a block has at least one key
         p = tl.exp2(s - highest[:, None])
         fade = tl.exp2(m - highest)

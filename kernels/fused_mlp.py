@@ -299,10 +299,8 @@ def _autograd(ctx, dy_NO, _):
 def triton_forward(x_NK, w1_HK, b1_H, w2_OH, b2_O, activation: str, save: bool, config: dict | None = None):
     """`plain_forward` with the bias, the GELU and the stores inside the first product."""
     N, H = x_NK.shape[0], w1_HK.shape[0]
-    if not _takes(x_NK, w1_HK, w2_OH):
-        return plain_forward(x_NK, w1_HK, b1_H, w2_OH, b2_O, activation, save)
     config = config or configs.choose("fused_mlp", "forward", card_of(x_NK), N, H)
-    if _scalar_loads(config, x_NK, w1_HK):
+    if not _takes(config, x_NK, w1_HK, w2_OH):
         return plain_forward(x_NK, w1_HK, b1_H, w2_OH, b2_O, activation, save)
     act_NH = x_NK.new_empty(N, H)
     pre_NH = torch.empty_like(act_NH) if save else x_NK.new_empty(0)
@@ -316,11 +314,9 @@ def triton_forward(x_NK, w1_HK, b1_H, w2_OH, b2_O, activation: str, save: bool, 
 def triton_backward(dy_NO, x_NK, w1_HK, w2_OH, pre_NH, activation: str, needs: list[bool], config: dict | None = None):
     """`plain_backward` with the recomputed GELU, its derivative and the bias gradient inside the product dY W2."""
     need_x, need_w1, need_b1, need_w2, need_b2 = needs
-    if not (_takes(x_NK, w1_HK, w2_OH) and (need_x or need_w1 or need_b1)):
-        return plain_backward(dy_NO, x_NK, w1_HK, w2_OH, pre_NH, activation, needs)
     N, H = pre_NH.shape
     config = config or configs.choose("fused_mlp", "backward", card_of(x_NK), N, H)
-    if _scalar_loads(config, x_NK, w2_OH):
+    if not (_takes(config, x_NK, w2_OH, w1_HK) and (need_x or need_w1 or need_b1)):
         return plain_backward(dy_NO, x_NK, w1_HK, w2_OH, pre_NH, activation, needs)
     none = x_NK.new_empty(0)
     act_NH, dpre_NH = torch.empty_like(pre_NH), torch.empty_like(pre_NH)
@@ -342,17 +338,17 @@ def triton_backward(dy_NO, x_NK, w1_HK, w2_OH, pre_NH, activation: str, needs: l
     )
 
 
-def _takes(x_NK: Tensor, w1_HK: Tensor, w2_OH: Tensor) -> bool:
-    """Whether the kernels run this: 16-bit types, widths of whole 16-byte vectors. On a GPU fp32 is the library's, as
-    Triton's products run at FMA speed or in tf32, which is the caller's choice to make; the interpreter takes it."""
+def _takes(config: dict, x_NK: Tensor, own: Tensor, other: Tensor) -> bool:
+    """Whether the kernel runs this, `own` being its product's weight: 16-bit types, widths of whole 16-byte vectors.
+
+    On a GPU fp32 is the library's, as Triton's products run at FMA speed or in tf32, which is the caller's choice to
+    make; the interpreter takes it. So are widths that pointers read element by element: Triton sees alignment in
+    multiples of 16 only, and spills without it.
+    """
     dtypes = (torch.float16, torch.bfloat16) if x_NK.is_cuda else (torch.float16, torch.bfloat16, torch.float32)
-    return x_NK.dtype in dtypes and x_NK.shape[0] > 0 and not any(n % 8 for n in (*w1_HK.shape, *w2_OH.shape))
-
-
-def _scalar_loads(config: dict, x_NK: Tensor, weight: Tensor) -> bool:
-    """Whether pointers would be read element by element: Triton sees alignment in multiples of 16 only, and spills
-    without it. Such widths are the library's, unless descriptors are in use, which take multiples of 8."""
-    return config["variant"] == "pointer" and not x_NK.is_cpu and any(n % 16 for n in weight.shape)
+    scalar = config["variant"] == "pointer" and not x_NK.is_cpu and any(n % 16 for n in own.shape)
+    whole = not scalar and not any(n % 8 for n in (*own.shape, *other.shape))
+    return whole and x_NK.dtype in dtypes and x_NK.shape[0] > 0
 
 
 def _product(a, b, bias, pre, act, dpre, sums, activation: str, backward: bool, save: bool, config: dict) -> None:

@@ -9,6 +9,8 @@ Letters: N rows (supervised positions), D width, V vocabulary, R rows of a chunk
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -161,14 +163,6 @@ def _run(loss, hidden_ND, weight_VD, targets_N, ignore_index: int, rows: int, ne
     return total, grad_ND, grad_VD
 
 
-def plain_forward(*args):
-    return _run(plain_loss, *args)
-
-
-def triton_forward(*args):
-    return _run(triton_loss, *args)
-
-
 def triton_loss(
     logits_RV: Tensor, targets_R: Tensor, ignore_index: int, gradient: bool, config: dict | None = None
 ) -> Tensor:
@@ -217,8 +211,8 @@ def _autograd(ctx, grad, _1, _2):
 _forward = register(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, SymInt rows, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)",
-    plain=plain_forward,
-    cuda=triton_forward,
+    plain=partial(_run, plain_loss),
+    cuda=partial(_run, triton_loss),
     fake=_fake,
     backward=_autograd,
     setup_context=_setup_context,

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,23 +89,12 @@ class Compiled:
         return ["cp.async", "mma.sync" if small else "wgmma"]
 
 
-class _Driver:
+def _driver(arch: str) -> Any:
     """Triton's driver as far as compiling asks it. Binders are kept by device: one a card."""
-
-    def __init__(self, card: Card) -> None:
-        digits = card.arch.removeprefix("sm_").removeprefix("gfx")
-        hip = card.arch.startswith("gfx")
-        self.card, self.device = card, int(digits, 16)
-        self.target = GPUTarget("hip", card.arch, 64) if hip else GPUTarget("cuda", int(digits), 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    digits = arch.removeprefix("sm_").removeprefix("gfx")
+    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(digits), 32)
+    answers = {"target": lambda: target, "device": lambda: int(digits, 16), "stream": lambda device: 0}
+    return SimpleNamespace(**{f"get_current_{what}": answer for what, answer in answers.items()})
 
 
 @contextlib.contextmanager
@@ -119,7 +109,7 @@ def compiling(arch: str) -> Iterator[list[Compiled]]:
 
     saved = frame.compiling_for, frame.on_compiled
     frame.compiling_for, frame.on_compiled = card, keep
-    triton.runtime.driver.set_active(_Driver(card))
+    triton.runtime.driver.set_active(_driver(arch))
     try:
         yield found
     finally:
@@ -224,16 +214,6 @@ def compile_case(
     return found
 
 
-def compile_mlp(arch: str, part: str, config: dict[str, Any], activation: str) -> list[Compiled]:
-    """One configuration of fused_mlp."""
-    return compile_case(arch, "fused_mlp", part, {}, config, activation=activation)
-
-
-def compile_nf4(arch: str, config: dict[str, Any], rows: int, K: int = 4096, nested: bool = False) -> list[Compiled]:
-    """One configuration of the product with 4-bit weights."""
-    return compile_case(arch, "nf4_matmul", "forward", {"rows": rows}, config, K=K, nested=nested)
-
-
 # Part, head size, options: the towers' heads, the decoder's, and the largest
 FLASH: list[tuple[str, int, dict[str, bool]]]
 FLASH = [("forward", K, {"causal": K > 72}) for K in (64, 72, 128, 256)]
@@ -287,11 +267,8 @@ def write_table(folder: Path) -> None:
     report["rows"] = [{k: v for k, v in asdict(row).items() if k != "opcodes"} for row in rows]
     (folder / "compile.json").write_text(json.dumps(report, indent=1) + "\n")
     names = "arch", "kernel", "settings", "warps", "registers", "spilled bytes", "shared bytes", "limit", "instructions"
-    lines = [
-        f"Compiled without a card by Triton {triton.__version__}; bf16, K-H-O {'-'.join(map(str, cases.MLP))}.",
-        "",
-    ]
-    lines += [f"| {' | '.join(names)} | a weight |", "|---" * (len(names) + 1) + "|"]
+    how = f"Compiled without a card by Triton {triton.__version__}; bf16, K-H-O {'-'.join(map(str, cases.MLP))}."
+    lines = [how, "", f"| {' | '.join(names)} | a weight |", "|---" * (len(names) + 1) + "|"]
     for row in rows:
         settings = " ".join(f"{name.lower()}={value}" for name, value in row.settings.items())
         cells: tuple[Any, ...] = (row.arch, row.kernel, settings, row.warps, row.registers, row.spill_bytes)

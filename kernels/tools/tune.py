@@ -13,7 +13,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from statistics import median
 from typing import Any
@@ -32,66 +32,60 @@ MOST_OFF = 0.03  # of a result's length: both are rounded to bf16 on the way
 # so.
 
 
+def grid(**choices: Sequence[Any]) -> Iterator[Config]:
+    """Every combination of these."""
+    return (dict(zip(choices, values)) for values in product(*choices.values()))
+
+
 def mlp_candidates(card: Card, part: str, bucket: Config) -> Iterator[Config]:
     few_rows = "rows" in bucket
     blocks = ((16, 64, 128), (16, 128, 64), (32, 64, 64)) if few_rows else ((64, 64, 64), (64, 128, 64), (128, 128, 32))
     shares = (1, 2, 4, 8) if few_rows and part == "forward" else (1,)
-    for (m, n, k), split, warps, stages in product(blocks, shares, (4, 8), (3, 4)):
-        sizes = {"block_m": m, "block_n": n, "block_k": k, "group": 8}
-        yield {"variant": "pointer", **sizes, "split_k": split, "warps": warps, "stages": stages}
+    for m, n, k in blocks:
+        tile = {"variant": "pointer", "block_m": m, "block_n": n, "block_k": k, "group": 8}
+        yield from (tile | rest for rest in grid(split_k=shares, warps=(4, 8), stages=(3, 4)))
     if few_rows or not card.has_descriptors:
         return
-    for (m, n), stages, group in product(((128, 128), (128, 256)), (3, 4), (4, 8, 16)):
-        sizes = {"block_m": m, "block_n": n, "block_k": 64, "group": group}
-        yield {"variant": "descriptor", **sizes, "parts": 2, "specialize": False, "warps": 8, "stages": stages}
-        if card.arch == "sm_90" and part == "forward":
-            yield {"variant": "descriptor", **sizes, "parts": 1, "specialize": True, "warps": 4, "stages": stages}
+    sizes = {"block_m": [128], "block_n": [128, 256], "block_k": [64], "group": [4, 8, 16], "stages": [3, 4]}
+    yield from grid(variant=["descriptor"], **sizes, parts=[2], specialize=[False], warps=[8])
+    if card.arch == "sm_90" and part == "forward":
+        yield from grid(variant=["descriptor"], **sizes, parts=[1], specialize=[True], warps=[4])
 
 
 def loss_candidates(card: Card, part: str, bucket: Config) -> Iterator[Config]:
     """A row in registers only where the bucket says how long it may be."""
-    for warps in (4, 8, 16, 32):
-        if bucket.get("width", 1 << 30) <= 65536:
-            yield {"one_pass": True, "warps": warps, "stages": 2}
-        for block in (2048, 4096, 8192, 16384):
-            yield {"one_pass": False, "block": block, "warps": warps, "stages": 2}
+    if bucket.get("width", 1 << 30) <= 65536:
+        yield from grid(one_pass=[True], warps=(4, 8, 16, 32), stages=[2])
+    yield from grid(one_pass=[False], block=(2048, 4096, 8192, 16384), warps=(4, 8, 16, 32), stages=[2])
 
 
 def norm_candidates(card: Card, part: str, bucket: Config) -> Iterator[Config]:
-    for numbers, warps, programs in product((2048, 4096, 8192, 16384), (4, 8, 16), (1, 2, 4)):
-        forward = {"numbers": numbers, "warps": warps, "stages": 1}
-        if numbers < min(bucket.get("width", rms_norm.WIDEST), 16384):
-            continue
-        if part == "backward":
-            yield {**forward, "programs": programs}
-        elif programs == 1:
-            yield forward
+    least = min(bucket.get("width", rms_norm.WIDEST), 16384)
+    numbers = [n for n in (2048, 4096, 8192, 16384) if n >= least]
+    programs = {"programs": (1, 2, 4)} if part == "backward" else {}
+    return grid(numbers=numbers, warps=(4, 8, 16), stages=[1], **programs)
 
 
 def swiglu_candidates(card: Card, part: str, bucket: Config) -> Iterator[Config]:
-    for block, warps in product((512, 1024, 2048, 4096, 8192), (4, 8, 16)):
-        yield {"block": block, "warps": warps, "stages": 1}
+    return grid(block=(512, 1024, 2048, 4096, 8192), warps=(4, 8, 16), stages=[1])
 
 
 def flash_candidates(card: Card, part: str, bucket: Config) -> Iterator[Config]:
     if part == "decode":
-        for block, warps, stages, programs in product((32, 64, 128), (4, 8), (2, 3, 4), (2, 4, 8)):
-            yield {"block_n": block, "programs": programs, "warps": warps, "stages": stages}
+        yield from grid(block_n=(32, 64, 128), programs=(2, 4, 8), warps=(4, 8), stages=(2, 3, 4))
         return
-    for m, n, warps, stages in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3)):
-        sizes = {"block_m": m, "block_n": n, "warps": warps, "stages": stages}
-        yield {"variant": "pointer", "specialize": False, **sizes}
-        if card.has_descriptors:
-            yield {"variant": "descriptor", "specialize": False, **sizes}
-            if card.arch == "sm_90" and part in ("forward", "backward_keys") and warps == 4:
-                yield {"variant": "descriptor", "specialize": True, **sizes}
+    sizes = {"block_m": (32, 64, 128), "block_n": (32, 64, 128), "stages": (2, 3)}
+    variants = ("pointer", "descriptor") if card.has_descriptors else ("pointer",)
+    yield from grid(variant=variants, specialize=[False], **sizes, warps=(4, 8))
+    if card.arch == "sm_90" and part in ("forward", "backward_keys"):
+        yield from grid(variant=["descriptor"], specialize=[True], **sizes, warps=[4])
 
 
 def nf4_candidates(card: Card, part: str, bucket: Config) -> Iterator[Config]:
     """For one row the shuffle kernel (tiles of 4 blocks divide nearly every width, of 8 fewer), for more the tensor
     cores, and from 16 rows on the library, so that what is measured decides where it takes over."""
     if part == "dequantize":
-        yield from ({"words": words, "warps": warps} for words in (128, 256, 512, 1024) for warps in (2, 4, 8))
+        yield from grid(words=(128, 256, 512, 1024), warps=(2, 4, 8))
         return
     rows = bucket.get("rows", 1 << 30)
     if rows <= 4:
@@ -101,35 +95,30 @@ def nf4_candidates(card: Card, part: str, bucket: Config) -> Iterator[Config]:
     if "rows" not in bucket:
         return
     m = min(max(16, 1 << (rows - 1).bit_length()), 256)
-    for block_m, n, warps, stages in product({m, max(16, m // 2)}, (64, 128), (4, 8), (3, 4)):
-        if n // warps < 16:
-            continue  # loads are not asynchronous then
-        sizes = {"block_m": block_m, "block_n": n, "warps": warps, "stages": stages}
-        for split in (1, 2, 4, 8) if rows <= 64 else (1,):
-            yield {"variant": "product", **sizes, "split_k": split}
+    sizes = {"block_m": sorted({m, max(16, m // 2)}), "block_n": (64, 128), "warps": (4, 8), "stages": (3, 4)}
+    for config in grid(variant=["product"], **sizes, split_k=(1, 2, 4, 8) if rows <= 64 else (1,)):
+        if config["block_n"] // config["warps"] >= 16:  # else loads are not asynchronous
+            yield config
 
 
 def gemv_candidates() -> Iterator[Config]:
     """A thread holds a word of each of block_n rows; more warps are more loads under way."""
-    for n, (blocks, warps) in product((4, 8, 16), ((4, 1), (8, 2), (16, 4), (32, 8))):
-        yield {"variant": "gemv", "block_n": n, "blocks": blocks, "warps": warps}
+    for blocks, warps in ((4, 1), (8, 2), (16, 4), (32, 8)):
+        yield from grid(variant=["gemv"], block_n=(4, 8, 16), blocks=[blocks], warps=[warps])
 
 
 def decode_candidates(card: Card, part: str, bucket: Config) -> Iterator[Config]:
     """One row by multiply-adds, or up to 16 on tensor cores; shares only where they can be added (few outputs)."""
     one = bucket.get("rows", 16) == 1
     if part == "nf4":
-        if one:
-            yield from gemv_candidates()
-        for n, split, stages in product((64, 128), (1, 2, 4, 8) if "width" in bucket else (1,), (3, 4)):
-            sizes = {"block_m": 16, "block_n": n, "split_k": split}
-            yield {"variant": "product", **sizes, "warps": 4, "stages": stages}
+        yield from gemv_candidates() if one else ()
+        shares = (1, 2, 4, 8) if "width" in bucket else (1,)
+        yield from grid(variant=["product"], block_m=[16], block_n=(64, 128), split_k=shares, warps=[4], stages=(3, 4))
         return
     if one:
-        for n, k, warps in product((2, 4, 8), (512, 1024, 2048), (4, 8)):
-            yield {"variant": "row", "block_n": n, "block_k": k, "warps": warps}
-    for n, k, warps, stages in product((16, 32, 64), (128, 256), (1, 2, 4), (4, 6)):
-        yield {"variant": "rows", "block_m": 16, "block_n": n, "block_k": k, "warps": warps, "stages": stages}
+        yield from grid(variant=["row"], block_n=(2, 4, 8), block_k=(512, 1024, 2048), warps=(4, 8))
+    sizes = {"block_m": [16], "block_n": (16, 32, 64), "block_k": (128, 256)}
+    yield from grid(variant=["rows"], **sizes, warps=(1, 2, 4), stages=(4, 6))
 
 
 CANDIDATES: dict[str, Callable[[Card, str, Config], Iterator[Config]]] = {

@@ -77,7 +77,7 @@ def test_instructions_a_weight_are_counted():
     assert len(shipped) >= 16 and {row.settings["WIDTH"] for row in shipped} == {64, 172}
     assert all(2.5 < row.per_weight <= 4.1 for row in shipped)  # Blackwell adds two products at once
     few = {"variant": "gemv", "block_n": 4, "blocks": 16, "warps": 4}  # four rows share what a thread reads of x
-    (row,) = aot.compile_nf4("sm_90", few, 1, 11008, True)
+    (row,) = aot.compile_case("sm_90", "nf4_matmul", "forward", {"rows": 1}, few, K=11008, nested=True)
     assert row.per_weight > 4.1 and any("instructions a weight" in text for text in row.complaints())
 
 
@@ -95,13 +95,14 @@ def test_one_row_in_fp32(arch):
 def test_a_configuration_that_spills_is_caught():
     """128 x 256 in four warps without specialisation: known to spill in Triton 3.6 and 3.9."""
     config = {"variant": "descriptor", "block_m": 128, "block_n": 256, "block_k": 64, "group": 8, "parts": 1}
-    (row,) = aot.compile_mlp("sm_90", "forward", {**config, "specialize": False, "warps": 4, "stages": 2}, "gelu")
+    config |= {"specialize": False, "warps": 4, "stages": 2}
+    (row,) = aot.compile_case("sm_90", "fused_mlp", "forward", {}, config, activation="gelu")
     assert row.spill_bytes > 0 and any("spills" in text for text in row.complaints())
 
 
 def test_too_much_shared_memory_is_caught():
     config = configs.choose("fused_mlp", "forward", frame.CARDS["sm_90"], 36864, 4096)
-    (row,) = aot.compile_mlp("sm_90", "forward", {**config, "stages": 4}, "gelu_tanh")
+    (row,) = aot.compile_case("sm_90", "fused_mlp", "forward", {}, {**config, "stages": 4}, activation="gelu_tanh")
     assert any("shared memory" in text for text in row.complaints())
 
 
