@@ -22,10 +22,10 @@ from minillava.decoder import Decoder
 from minillava.kernels.nf4_dequantize import code
 from minillava.kernels.tools import aot
 from minillava.kernels.tools.launches import Call, Launches
-from minillava.layers import decode
 from minillava.layers.cache import KVCache
 from minillava.layers.quantize import Linear4bit
 from minillava.layers.rotary import angles, cos_sin
+from minillava.layers.stack import gpu_step
 
 BYTES_PER_S = 4.3e12  # what a copy reaches on an H200
 CONTEXT = 1024  # tokens in the cache: a picture of 576 and a few turns
@@ -65,9 +65,7 @@ def step(decoder: Decoder, B: int) -> list[Call]:
     code("nf4", tokens_B.device)
     with aot.compiling("sm_90") as found, Launches(found) as seen:
         rotary = cos_sin(angles(cache.begin(B, None), decoder.config), torch.bfloat16)
-        hidden_BD = decode.step(
-            decoder.blocks, nn.functional.embedding(tokens_B, decoder.embed.weight[:B]), rotary, cache
-        )
+        hidden_BD = gpu_step(decoder.blocks, nn.functional.embedding(tokens_B, decoder.embed.weight[:B]), rotary, cache)
         decoder.logits(decoder.norm(hidden_BD))
         cache.advance()
     return seen.calls

@@ -133,14 +133,6 @@ def triton_backward(do_THK, q_THK, *rest) -> tuple[Tensor, Tensor, Tensor]:
     return (flash_backward.backward if flash.takes(q_THK, rest[-1]) else reference_backward)(do_THK, q_THK, *rest)
 
 
-def _fake_forward(q_THK, k_SGK, v_SGK, cu_q, cu_k, causal, window, scale):
-    return q_THK.new_empty(q_THK.shape), q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=wide(q_THK))
-
-
-def _fake_backward(do_THK, q_THK, k_SGK, v_SGK, o_THK, lse_HT, cu_q, cu_k, causal, window, scale):
-    return q_THK.new_empty(q_THK.shape), k_SGK.new_empty(k_SGK.shape), v_SGK.new_empty(v_SGK.shape)
-
-
 def _setup_context(ctx, inputs, output) -> None:
     q_THK, k_SGK, v_SGK, *ctx.rest = inputs
     ctx.save_for_backward(q_THK, k_SGK, v_SGK, *output)
@@ -159,7 +151,7 @@ _backward = register(
     " bool causal, SymInt window, float scale) -> (Tensor, Tensor, Tensor)",
     plain=reference_backward,
     cuda=triton_backward,
-    fake=_fake_backward,
+    fake=lambda do, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
 )
 
 _forward = register(
@@ -167,7 +159,7 @@ _forward = register(
     " SymInt window, float scale) -> (Tensor, Tensor)",
     plain=reference,
     cuda=triton_forward,
-    fake=_fake_forward,
+    fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide(q))),
     backward=_autograd,
     setup_context=_setup_context,
 )

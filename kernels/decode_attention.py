@@ -323,26 +323,18 @@ def shares(rows: int, S: int, config: dict, multiprocessors: int) -> int:
     return 1 << max(0, wanted.bit_length() - 1)
 
 
-def _fake(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window):
-    return q_BHK.new_empty(q_BHK.shape)
-
-
 _decode = register(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, float scale, SymInt window) -> Tensor",
     plain=plain,
     cuda=triton_decode,
-    fake=_fake,
+    fake=lambda q, *_: q.new_empty(q.shape),
 )
-
-
-def _fake_step(qkv_BN, cos_BK, sin_BK, q_norm_K, k_norm_K, eps, k_BSGK, v_BSGK, positions_B, scale):
-    return qkv_BN.new_empty(qkv_BN.shape[0], qkv_BN.shape[1] - 2 * k_BSGK.shape[2] * k_BSGK.shape[3])
-
-
 _step = register(
     "decode_step_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps,"
     " Tensor(a!) k, Tensor(b!) v, Tensor positions, float scale) -> Tensor",
     plain=step_reference,
     cuda=triton_step,
-    fake=_fake_step,
+    fake=lambda qkv, cos, sin, q_norm, k_norm, eps, k, *_: qkv.new_empty(
+        qkv.shape[0], qkv.shape[1] - 2 * k.shape[2] * k.shape[3]
+    ),
 )

@@ -177,21 +177,20 @@ def triton_nf4(
     return nf4_matmul.multiply(x_MK, weight, bias_N, N, quant_type, blocksize, around, config)
 
 
-def _fake_dense(x_MK, weight_NK, bias_N, norm_K, eps, gated, residual) -> Tensor:
-    return x_MK.new_empty(x_MK.shape[0], weight_NK.shape[0] // (2 if gated else 1))
-
-
-def _fake_nf4(x_MK, packed, absmax, nested, dynamic, bias_N, norm_K, eps, gated, residual, N, quant_type, blocksize):
-    return x_MK.new_empty(x_MK.shape[0], N // 2 if gated else N)
-
-
 AROUND = "Tensor? bias, Tensor? norm, float eps, bool gated, Tensor? residual"
 _dense = register(
-    f"decode_linear(Tensor x, Tensor weight, {AROUND}) -> Tensor", plain=reference, cuda=triton_dense, fake=_fake_dense
+    f"decode_linear(Tensor x, Tensor weight, {AROUND}) -> Tensor",
+    plain=reference,
+    cuda=triton_dense,
+    fake=lambda x, weight, bias, norm, eps, gated, residual: x.new_empty(
+        x.shape[0], weight.shape[0] // (2 if gated else 1)
+    ),
 )
 _nf4 = register(
     f"nf4_decode_linear(Tensor x, {WEIGHT}, {AROUND}, int N, str quant_type, int blocksize) -> Tensor",
     plain=nf4_reference,
     cuda=triton_nf4,
-    fake=_fake_nf4,
+    fake=lambda x, packed, absmax, nested, dynamic, bias, norm, eps, gated, residual, N, *_: x.new_empty(
+        x.shape[0], N // 2 if gated else N
+    ),
 )

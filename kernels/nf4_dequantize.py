@@ -206,15 +206,11 @@ def triton_dequantize(
     return W
 
 
-def _fake(packed, absmax, nested, dynamic, N: int, K: int, quant_type: str, blocksize: int, dtype) -> Tensor:
-    return packed.new_empty(N, K, dtype=dtype)
-
-
 WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested, Tensor? dynamic"
 dequantize = register(
     f"nf4_dequantize({WEIGHT}, int N, int K, str quant_type, int blocksize, ScalarType dtype) -> Tensor",
     plain=plain_dequantize,
     cpu=cpu_dequantize,
     cuda=triton_dequantize,
-    fake=_fake,
+    fake=lambda packed, absmax, nested, dynamic, N, K, kind, size, dtype: packed.new_empty(N, K, dtype=dtype),
 )

@@ -294,14 +294,6 @@ def multiply(
     return y_MN
 
 
-def _fake(x_MK, packed, absmax, nested, dynamic, bias_N, N: int, quant_type: str, blocksize: int) -> Tensor:
-    return x_MK.new_empty(x_MK.shape[0], N)
-
-
-def _fake_backward(dy_MN, packed, absmax, nested, dynamic, K: int, quant_type: str, blocksize: int) -> Tensor:
-    return dy_MN.new_empty(dy_MN.shape[0], K)
-
-
 def _setup_context(ctx, inputs, output) -> None:
     x_MK, *weight, _, _, ctx.quant_type, ctx.blocksize = inputs
     ctx.save_for_backward(*weight)
@@ -322,14 +314,14 @@ _backward = register(
     plain=plain_backward,
     cpu=cpu_backward,
     cuda=plain_backward,
-    fake=_fake_backward,
+    fake=lambda dy, packed, absmax, nested, dynamic, K, *_: dy.new_empty(dy.shape[0], K),
 )
 _forward = register(
     f"nf4_matmul(Tensor x, {WEIGHT}, Tensor? bias, int N, str quant_type, int blocksize) -> Tensor",
     plain=plain_forward,
     cpu=cpu_forward,
     cuda=triton_forward,
-    fake=_fake,
+    fake=lambda x, packed, absmax, nested, dynamic, bias, N, *_: x.new_empty(x.shape[0], N),
     backward=_autograd,
     setup_context=_setup_context,
 )

@@ -156,14 +156,6 @@ def _tile(D: int, config: dict) -> dict[str, int]:
     return {"BLOCK_R": max(1, config["numbers"] // block_d), "BLOCK_D": block_d}
 
 
-def _fake(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(x_ND.shape[0], 1, dtype=wide(x_ND))
-
-
-def _fake_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N1: Tensor) -> tuple[Tensor, Tensor]:
-    return x_ND.new_empty(x_ND.shape), weight_D.new_empty(weight_D.shape)
-
-
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
     ctx.mark_non_differentiable(output[1])
@@ -180,14 +172,14 @@ _backward = register(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
     plain=plain_backward,
     cuda=triton_backward,
-    fake=_fake_backward,
+    fake=lambda dy, x, weight, rstd: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
 )
 
 _forward = register(
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     plain=plain_forward,
     cuda=triton_forward,
-    fake=_fake,
+    fake=lambda x, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape[0], 1, dtype=wide(x))),
     backward=_autograd,
     setup_context=_setup_context,
 )

@@ -114,34 +114,18 @@ def _launch(kernel, part: str, tensors: tuple[Tensor, ...], config: dict | None)
     launch(kernel, (-(-E // config["block"]),), *tensors, E, config=config)
 
 
-def _fake(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.empty_like(gate, memory_format=torch.contiguous_format)
-
-
-def _fake_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return _fake(gate, up), _fake(up, gate)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _autograd(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return _backward(dy, *ctx.saved_tensors)
-
-
 _backward = register(
     "swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     plain=plain_backward,
     cuda=triton_backward,
-    fake=_fake_backward,
+    fake=lambda dy, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
 )
 
 _forward = register(
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     plain=plain_forward,
     cuda=triton_forward,
-    fake=_fake,
-    backward=_autograd,
-    setup_context=_setup_context,
+    fake=lambda gate, up: gate.new_empty(gate.shape),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    backward=lambda ctx, dy: _backward(dy, *ctx.saved_tensors),
 )

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 from minillava.kernels import configs, frame, fused_mlp, nf4_matmul
 from minillava.kernels.frame import Card
-from minillava.kernels.tools import cases, coordinates
+from minillava.kernels.tools import cases
 
 MARKERS = {
     "wgmma": "wgmma.mma_async",
@@ -136,9 +136,28 @@ def _read_back(kernel: Any, compiled: Any, card: Card, settings: dict[str, Any])
         instructions=[name for name, marker in MARKERS.items() if marker in text],
         opcodes=_opcodes(compiled.asm.get("ptx", "")),
         serialized="wgmma.mma_async" in text and "C7515" in _ptxas_log(text),
-        shared_coordinates=coordinates.shared(compiled.asm["ttir"]),
+        shared_coordinates=_shared_coordinates(compiled.asm["ttir"]),
         per_weight=_per_weight(compiled.asm["cubin"]) if settings.get("SHUFFLE") else 0.0,
     )
+
+
+def _shared_coordinates(ttir: str) -> list[str]:
+    """Values that are a descriptor's coordinate and something else, read from Triton's intermediate code.
+
+    See `frame.coordinate` for what Triton makes of such a value in a specialised loop. Asked of every specialised
+    kernel, before Triton splits it: what one consumer counts rows from may be another warp's coordinate.
+    """
+    if "tt.warp_specialize" not in ttir:
+        return []
+    places: set[str] = set()
+    others: set[str] = set()
+    for line in ttir.splitlines():
+        line = re.sub(r"^\s*%[\w:#, %]+ = ", "", line.partition(" loc(")[0])  # without what it gives
+        if found := re.search(r"tt\.descriptor_\w+.*?\[([^\]]*)\]", line):
+            places |= {name.strip() for name in found[1].split(",")}
+            line = line.replace(f"[{found[1]}]", "")
+        others |= set(re.findall(r"%[\w#]+", line))
+    return sorted(name for name in places & others if not re.match(r"%c-?\d+_", name))  # constants are no one's own
 
 
 def _opcodes(ptx: str) -> Counter[str]:

@@ -40,7 +40,7 @@ def render_jinja(
     def render(count: int, prompt: bool) -> str:
         content = (_content(m.text, chat) if lists else m.text for m in messages[:count])
         turns = [{"role": m.role, "content": c} for m, c in zip(messages, content)]
-        answer = _renderer().ask(chat.jinja, **names, messages=turns, add_generation_prompt=prompt)
+        answer = _renderer(os.getpid()).ask(chat.jinja, **names, messages=turns, add_generation_prompt=prompt)
         if "error" in answer:
             raise UserError(f"the checkpoint's chat template {answer['error']}; train or ask with a built-in template")
         return answer["text"]
@@ -85,16 +85,17 @@ def _content(text: str, chat: ChatConfig) -> list[dict[str, str]]:
 def _takes_lists(template: str) -> bool:
     """Whether a template reads content as a list of parts: tried on a message, for templates do not say."""
     probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
-    text = _renderer().ask(template, messages=probe, add_generation_prompt=False).get("text", "")
+    text = _renderer(os.getpid()).ask(template, messages=probe, add_generation_prompt=False).get("text", "")
     return "probe" in text and "'type'" not in text and '"type"' not in text
 
 
 class Renderer:
     """The process that renders, as it is seen from here: started when it is needed, and again where it was stopped."""
 
+    process: Any  # None: not started
+
     def __init__(self) -> None:
-        self.owner, self.lock = os.getpid(), threading.Lock()
-        self.process: Any = None
+        self.lock, self.process = threading.Lock(), None
 
     def ask(self, template: str, **names: Any) -> dict[str, str]:
         """The "text" or the "error" of a template with these names. Raises UserError where it takes too much."""
@@ -135,15 +136,10 @@ class Renderer:
         self.process = None
 
 
-_shared: Renderer | None = None
-
-
-def _renderer() -> Renderer:
-    """That of this process; workers have their own."""
-    global _shared
-    if _shared is None or _shared.owner != os.getpid():
-        _shared = Renderer()
-    return _shared
+@functools.cache
+def _renderer(process: int) -> Renderer:
+    """That of a process: workers have their own."""
+    return Renderer()
 
 
 # ---- in the process that renders ----

@@ -145,7 +145,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, files: TokenizerFiles):
         super().__init__(files)
         original, sp = open_sentencepiece(files.folder / "tokenizer.model")
-        self._sp = sp
+        self.sp = sp
         prefixed = files.config.get("add_prefix_space")
         if not isinstance(prefixed, bool):
             prefixed = original.encode("a") != sp.encode("a")
@@ -184,21 +184,21 @@ class SentencePieceTokenizer(Tokenizer):
         return ids + self._run(text[at:], first)
 
     def _run(self, text: str, prefix: bool) -> list[int]:
-        return self._sp.encode(self._prefix + text if prefix else text) if text else []
+        return self.sp.encode(self._prefix + text if prefix else text) if text else []
 
     def token_id(self, token: str) -> int | None:
         if token in self._added:
             return self._added[token]
-        id = self._sp.piece_to_id(token)
-        return id if self._sp.id_to_piece(id) == token else None
+        id = self.sp.piece_to_id(token)
+        return id if self.sp.id_to_piece(id) == token else None
 
     def token_bytes(self, id: int) -> bytes:
         if id in self._contents:
             return self._contents[id].encode()
-        if not 0 <= id < self._sp.get_piece_size() or self._sp.is_control(id):
+        if not 0 <= id < self.sp.get_piece_size() or self.sp.is_control(id):
             return b""
-        piece = self._sp.id_to_piece(id)
-        return bytes([int(piece[3:5], 16)]) if self._sp.is_byte(id) else piece.replace(SPACE, " ").encode()
+        piece = self.sp.id_to_piece(id)
+        return bytes([int(piece[3:5], 16)]) if self.sp.is_byte(id) else piece.replace(SPACE, " ").encode()
 
 
 class JsonTokenizer(Tokenizer):

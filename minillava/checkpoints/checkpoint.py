@@ -19,22 +19,11 @@ import torch
 from torch import Tensor
 
 from minillava.chat.tokenizer import Tokenizer, load_tokenizer
-from minillava.checkpoints import inspection
+from minillava.checkpoints import inspection, loading
 from minillava.checkpoints.adapters import Adapters, read_adapters
 from minillava.checkpoints.chat_files import generation_notes
 from minillava.checkpoints.config_json import read_config, write_config
 from minillava.checkpoints.hub import find, resolve
-from minillava.checkpoints.loading import (
-    Cut,
-    Quantized,
-    Sink,
-    add_base,
-    check_tied,
-    install,
-    quantized,
-    take,
-    take_quantized,
-)
 from minillava.checkpoints.names import OPTIONAL, WHOLE, Plan, kinds, layout_of, unstack
 from minillava.checkpoints.original_llava import is_original, tower_folder
 from minillava.checkpoints.tensor_files import Stored, inspect, inspect_folder, read
@@ -113,7 +102,7 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         quantize: Scheme | None = None,
-        sink: Sink | None = None,
+        sink: loading.Sink | None = None,
         share: tensor_parallel.Share | None = None,
     ) -> LLaVAModel:
         """The model in `dtype` (None: that of its embeddings in the file).
@@ -139,13 +128,13 @@ class Checkpoint:
         # several files add up to is quantised when it is whole.
         at_once = plan.companions.keys() | (set() if self._is_sum else to_quantize)
         small = [name for name in plan.source if name in at_once]
-        layers = take_quantized(plan, small, quantize, device)
+        layers = loading.take_quantized(plan, small, quantize, device)
 
         # All others, in the model's dtype; a delta stays in its own until its base is added.
         plain = {name: stored for name, stored in plan.source.items() if name not in layers}
-        state = take(plain, empty, None if plan.delta else dtype, device, sink, None if self._is_sum else cut)
+        state = loading.take(plain, empty, None if plan.delta else dtype, device, sink, None if self._is_sum else cut)
         if plan.head is not None:
-            check_tied(plan.head, plan.source["decoder.embed.weight"], state["decoder.embed.weight"].dtype)
+            loading.check_tied(plan.head, plan.source["decoder.embed.weight"], state["decoder.embed.weight"].dtype)
         if self._is_sum:
             layers |= self._add_up(state, empty, dtype, quantize, to_quantize)
             state = state if cut is None else {name: cut(name, tensor).clone() for name, tensor in state.items()}
@@ -155,9 +144,9 @@ class Checkpoint:
             state[name] = torch.full(empty[name].shape, OPTIONAL[name], dtype=dtype, device=device)
             if sink is not None:
                 sink(name, state[name])
-        return install(model, state, layers, dtype)
+        return loading.install(model, state, layers, dtype)
 
-    def _cut(self, model: LLaVAModel, share: tensor_parallel.Share, few_bits: bool) -> Cut:
+    def _cut(self, model: LLaVAModel, share: tensor_parallel.Share, few_bits: bool) -> loading.Cut:
         """Make the model one of parts of its decoder; what a process keeps of each weight."""
         if few_bits:
             raise UserError("layers in few bits run in one process; leave out torchrun")
@@ -249,15 +238,16 @@ class Checkpoint:
     def _add_up(
         self, state: dict[str, Tensor], empty: dict[str, Tensor], dtype: torch.dtype, scheme: Scheme | None,
         to_quantize: set[str],
-    ) -> dict[str, Quantized]:  # fmt: skip
+    ) -> dict[str, loading.Quantized]:  # fmt: skip
         """Add a delta's base and adapters to weights, in place; then give them their dtype, or return them in four
         bits."""
         if self._plan.delta is not None:
-            add_base(state, self._plan.delta, _shapes(empty), str(self.base))
+            loading.add_base(state, self._plan.delta, _shapes(empty), str(self.base))
         if self.adapters is not None:
             for name, values in self.adapters.changed(state):
                 state[name] = values.to(state[name].dtype)
-        layers = {name: quantized(state.pop(name), scheme, name, name) for name in [*state] if name in to_quantize}
+        few_bits = [name for name in state if name in to_quantize]
+        layers = {name: loading.quantized(state.pop(name), scheme, name, name) for name in few_bits}
         for name in state:
             state[name] = state[name].to(dtype)
         return layers

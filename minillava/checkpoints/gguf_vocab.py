@@ -46,7 +46,7 @@ def read_vocabulary(tokenizer: Tokenizer, rows: int) -> Vocabulary:
 
     Raises UserError for a kind, or a cut before BPE, that llama.cpp does not know.
     """
-    vocabulary = _of_pieces(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else _of_json(tokenizer)
+    vocabulary = _of_pieces(tokenizer.sp) if isinstance(tokenizer, SentencePieceTokenizer) else _of_json(tokenizer)
     for id in sorted(tokenizer.added_ids):
         while len(vocabulary.tokens) <= id:
             _add(vocabulary, f"[UNUSED{len(vocabulary.tokens)}]", UNUSED)
@@ -67,11 +67,7 @@ def _add(vocabulary: Vocabulary, token: str, kind: int, score: float = -1000.0) 
         vocabulary.scores.append(score)
 
 
-def _of_pieces(tokenizer: Tokenizer) -> Vocabulary:
-    """tokenizer.model."""
-    import sentencepiece
-
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.files.folder / "tokenizer.model"))
+def _of_pieces(sp: Any) -> Vocabulary:
     vocabulary = Vocabulary("llama", [], [])
     kinds = {UNKNOWN: sp.is_unknown, CONTROL: sp.is_control, BYTE: sp.is_byte, UNUSED: sp.is_unused}
     for i in range(sp.get_piece_size()):

@@ -273,7 +273,6 @@ def write(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
 
 
 def _write_config(config: ModelConfig, kind: str, name: str, dtype: str) -> dict[str, Any]:
-    """config.json."""
     known = HF_CLASSES.get(kind)
     ours = {"projector_layers": config.projector.layers, "chat": own_chat(config), "layout": to_dict(config.layout)}
     tower = write_vision(config, dtype)
@@ -289,7 +288,6 @@ def _write_config(config: ModelConfig, kind: str, name: str, dtype: str) -> dict
 
 
 def _write_pixels(config: ModelConfig, kind: str, name: str) -> dict[str, Any]:
-    """preprocessor_config.json."""
     image, grids, S = config.image, config.layout.grids, config.image.size
     square = image.fit == "squash" and kind not in ("llava_next", "llava_next_video")
     if grids:
@@ -306,7 +304,6 @@ def _write_pixels(config: ModelConfig, kind: str, name: str) -> dict[str, Any]:
 
 
 def _write_processor(config: ModelConfig, kind: str, belongs: dict[str, str]) -> dict[str, Any]:
-    """processor_config.json."""
     v, chat = config.vision, config.chat
     strategy = STRATEGY.write(v.keep_class_token, config)
     values: dict[str, Any] = belongs | dict(vision_feature_select_strategy=strategy, image_token=chat.image_token)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillava.chat.tokenizer import SPACE, Tokenizer, load_tokenizer
+from minillava.chat.token_files import TokenizerFiles
+from minillava.chat.tokenizer import SPACE, SentencePieceTokenizer, Tokenizer
 from minillava.checkpoints.hf_llava import WITH_VIDEO, hf_class
 from minillava.config import ModelConfig
 from minillava.errors import UserError
@@ -65,12 +66,11 @@ def write_tokenizer_json(folder: Path) -> None:
 
     transformers 5 reads a LLaVA's tokenizer.model without the space in front of a text.
     """
-    import sentencepiece
     from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as Backend
 
-    path, tokenizer = folder / "tokenizer.model", load_tokenizer(folder)
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    tokenizer = SentencePieceTokenizer(TokenizerFiles(folder))
+    sp, path = tokenizer.sp, folder / "tokenizer.model"
     vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
     unknown = sp.id_to_piece(sp.unk_id())
     backend = Backend(models.BPE(vocab, _merges(sp, vocab, path), unk_token=unknown, fuse_unk=True, byte_fallback=True))

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from minillava.chat.messages import Message
-from minillava.chat.parts import read_messages
+from minillava.chat.messages import Message, read_messages
 from minillava.config import ChatConfig
 from minillava.errors import UserError
 from minillava.generation.request import Request

@@ -72,7 +72,7 @@ def _opened(source: str | Path | bytes, name: str, use: Callable[[Image.Image], 
     except FileNotFoundError:
         raise UserError(f"{name}: no such image file; check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise UserError(f"{name}: cannot be read ({_reason(error)}); check the path and its permissions") from None
+        raise UserError(f"{name}: cannot be read ({reason(error)}); check the path and its permissions") from None
     with file, _named_errors(name):
         if file.seek(0, io.SEEK_END) == 0:
             raise UserError(f"{name}: the image file is empty (0 bytes); fetch it again")
@@ -112,7 +112,7 @@ def _named_errors(name: str) -> Iterator[None]:
     except Image.UnidentifiedImageError:
         raise UserError(f"{name}: not an image that can be read here; convert it to PNG or JPEG") from None
     except DECODE_ERRORS as error:
-        raise UserError(f"{name}: a damaged image ({_reason(error)}); fetch or save it again") from None
+        raise UserError(f"{name}: a damaged image ({reason(error)}); fetch or save it again") from None
 
 
 def prepare(image: Image.Image, config: ImageConfig, name: str = "the image") -> torch.Tensor:
@@ -203,19 +203,13 @@ def _normalised(image: Image.Image, config: ImageConfig) -> torch.Tensor:
     return torch.from_numpy(pixels_CHW)
 
 
-def pad_colour(config: ImageConfig) -> tuple[int, int, int]:
-    """The mean colour, truncated as the original's expand2square callers do: (122, 116, 104) for CLIP."""
-    red, green, blue = (int(mean * 255) for mean in config.mean)
-    return red, green, blue
-
-
 def _pad(image: Image.Image, config: ImageConfig, name: str) -> Image.Image:
-    """Centre on a square of the mean colour, then resize."""
+    """Centre on a square of the mean colour, truncated as the original's callers of expand2square do, then resize."""
     width, height = image.size
     if width != height:
         side = max(width, height)
         _check_area(side, side, "padded to a square", name)
-        square = Image.new("RGB", (side, side), pad_colour(config))
+        square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in config.mean))
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         image = square
     return _resized(image, (config.size, config.size))
@@ -234,11 +228,6 @@ def _crop(image: Image.Image, config: ImageConfig, name: str) -> Image.Image:
     return image.crop((left, top, left + size, top + size)) if left or top or width != height else image
 
 
-def _squash(image: Image.Image, config: ImageConfig, name: str) -> Image.Image:
-    """Resize to the square, whatever the shape was."""
-    return _resized(image, (config.size, config.size))
-
-
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
@@ -252,7 +241,11 @@ def _resized_by_torch(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(resized_CHW.round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())
 
 
-_FITS = {"pad": _pad, "crop": _crop, "squash": _squash}
+_FITS: dict[str, Callable[[Image.Image, ImageConfig, str], Image.Image]] = {
+    "pad": _pad,
+    "crop": _crop,
+    "squash": lambda image, config, name: _resized(image, (config.size, config.size)),  # whatever the shape was
+}
 
 
 def _decode(image: Image.Image, name: str, orient: bool) -> Image.Image:
@@ -334,7 +327,6 @@ def _check_area(width: int, height: int, how: str, name: str) -> None:
         )
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """An exception's own words on one line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    return " ".join((getattr(error, "strerror", None) or str(error)).split()) or type(error).__name__

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minillava.config import ModelConfig
 from minillava.errors import UserError
-from minillava.media.image import MAX_PIXELS, open_image
+from minillava.media.image import MAX_PIXELS, open_image, reason
 from minillava.visual_tokens import frame_limit
 
 # FFmpeg has 300 demuxers, and playlists among them (HLS, DASH, concat, SDP) open other files and hosts.
@@ -145,8 +145,7 @@ def _decode(source: str | Path | bytes, config: ModelConfig, name: str) -> Clip:
     except av.error.ArgumentError:  # what FFmpeg says of a format that is not on the list
         raise UserError(f"{name}: not a kind of video that is opened here; convert it to MP4, MKV or WebM") from None
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{name}: a video that cannot be decoded ({' '.join(reason.split())}); convert it") from None
+        raise UserError(f"{name}: a video that cannot be decoded ({reason(error)}); convert it") from None
 
 
 def _stream(container: Any, name: str) -> Any:
@@ -248,12 +247,8 @@ def _upright(frame: Any) -> Image.Image:
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return picture
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
-    way = TURNED.get((_sign(a), _sign(b), _sign(c), _sign(d)))
+    a, b, _, c, d = np.sign(np.frombuffer(bytes(matrix), np.int32)[:5]).tolist()
+    way = TURNED.get((a, b, c, d))
     if way is not None:
         return picture.transpose(way)
     return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
-
-
-def _sign(number: int) -> int:
-    return (number > 0) - (number < 0)

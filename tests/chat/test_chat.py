@@ -423,12 +423,12 @@ def test_templates_that_fail_or_contradict_themselves(tokenizer):
 @pytest.fixture
 def bounds(monkeypatch):
     """Small ones, in a process of this test."""
-    monkeypatch.setattr(jinja, "_shared", None)
+    jinja._renderer.cache_clear()
     monkeypatch.setattr(jinja, "MAX_CHARS", 1000)
     monkeypatch.setattr(jinja, "MEMORY", 200 << 20)
     jinja._takes_lists.cache_clear()
     yield monkeypatch
-    jinja._shared.end()
+    jinja._renderer(os.getpid()).end()
 
 
 ENDLESS = "{% for i in range(9999) %}{% for j in range(999) %}{% endfor %}{% endfor %}"  # some tenths of a second
@@ -474,7 +474,7 @@ def test_an_interrupted_rendering_is_not_the_next_ones_answer(bounds):
     chat = ChatConfig(template="jinja", jinja="{{ messages[0].content }}")
     pieces(chat, turns("a"), True)
     with bounds.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(jinja._shared.process.stdout, "readline", interrupt, raising=False)
+        patch.setattr(jinja._renderer(os.getpid()).process.stdout, "readline", interrupt, raising=False)
         pieces(chat, turns("b"), True)
     assert pieces(chat, turns("c"), True) == [("c", False)]
 
@@ -492,7 +492,7 @@ def test_a_forked_worker_and_threads_have_answers_of_their_own(bounds):
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(100)))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    jinja._shared.end()  # as one that took too long
+    jinja._renderer(os.getpid()).end()  # as one that took too long
     assert ask(3)
 
 

@@ -9,11 +9,11 @@ from minillava.config import DecoderConfig
 from minillava.decoder import Decoder
 from minillava.kernels.frame import HAS_TRITON
 from minillava.kernels.nf4_dequantize import code
-from minillava.layers import decode
 from minillava.layers.cache import KVCache
 from minillava.layers.linear import Fused, Linear
 from minillava.layers.quantize import Linear4bit
 from minillava.layers.rotary import angles, cos_sin
+from minillava.layers.stack import gpu_step, gpu_step_takes
 
 TINY = {"vocab_size": 11, "hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "head_dim": 16}
 
@@ -44,9 +44,9 @@ def test_a_step_is_what_the_blocks_do(more, bits):
         if cache is caches[0]:
             hidden.append(decoder(new, None, cache))
             continue
-        assert decode.takes(decoder.blocks, new, cache)
+        assert gpu_step_takes(decoder.blocks, new, cache)
         rotary = cos_sin(angles(cache.begin(2, None), config), torch.float32)
-        hidden.append(decoder.norm(decode.step(decoder.blocks, new, rotary, cache)))
+        hidden.append(decoder.norm(gpu_step(decoder.blocks, new, rotary, cache)))
         cache.advance()
     torch.testing.assert_close(*hidden)
     for name in ("k_LBSGK", "v_LBSGK", "lengths_B"):
@@ -58,12 +58,12 @@ def test_what_it_takes():
     cache = KVCache(DecoderConfig(**TINY), 32, 8, torch.device("meta"), torch.float32)
     with torch.device("meta"):
         plain, experts = Decoder(DecoderConfig(**TINY)), Decoder(DecoderConfig(**TINY, num_experts=4, expert_size=8))
-        assert not decode.takes(plain.blocks, torch.empty(2, 64), cache)
+        assert not gpu_step_takes(plain.blocks, torch.empty(2, 64), cache)
         plain.blocks.join(), experts.blocks.join()
-        assert decode.takes(plain.blocks, torch.empty(16, 64), cache)
-        assert not decode.takes(plain.blocks, torch.empty(17, 64), cache)
-        assert not decode.takes(plain.blocks, torch.empty(2, 64, dtype=torch.bfloat16), cache)
-        assert not decode.takes(experts.blocks, torch.empty(2, 64), cache)
+        assert gpu_step_takes(plain.blocks, torch.empty(16, 64), cache)
+        assert not gpu_step_takes(plain.blocks, torch.empty(17, 64), cache)
+        assert not gpu_step_takes(plain.blocks, torch.empty(2, 64, dtype=torch.bfloat16), cache)
+        assert not gpu_step_takes(experts.blocks, torch.empty(2, 64), cache)
 
 
 def meta_decoder(bits, **sizes):
@@ -96,10 +96,10 @@ def test_kernels_a_layer(B, bits):
     with torch.device("meta"):
         x_BD = torch.empty(B, 4096, dtype=torch.bfloat16)
     rotary = cos_sin(angles(cache.begin(B, None), decoder.config), torch.bfloat16)
-    assert decode.takes(decoder.blocks, x_BD, cache)
+    assert gpu_step_takes(decoder.blocks, x_BD, cache)
     code("nf4", x_BD.device)  # the table of codes is made once
     with aot.compiling("sm_90") as found, Launches(found) as seen:
-        decode.step(decoder.blocks, x_BD, rotary, cache)
+        gpu_step(decoder.blocks, x_BD, rotary, cache)
     assert seen.kernels == {(1, 16): 6, (8, 16): 5, (1, 4): 6, (8, 4): 7}[B, bits] <= 7
     assert not [row.complaints() for row in found if row.complaints()]
     assert all(row.settings["PDL"] and row.settings["launch_pdl"] for row in found)

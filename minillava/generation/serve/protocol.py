@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from minillava.chat.messages import Message
-from minillava.chat.parts import read_messages
+from minillava.chat.messages import Message, read_messages
 from minillava.chat.tokenizer import Tokenizer
 from minillava.config import ChatConfig
 from minillava.errors import UserError, nearest
