@@ -21,6 +21,7 @@ from minillava.kernels.flash import (
     _once,
     _put_both,
     _seen,
+    _tile,
     _times,
     _views,
     aligned,
@@ -177,8 +178,15 @@ def _flash_backward_queries(
     start, end, _by_all = _keys_seen(first, k_len, level, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     for n in tl.range(start, end, BLOCK_N):
         columns = (n + tl.arange(0, BLOCK_N))[None, :]
-        s, k0, k1 = _times(q0, q1, k0_view, k1_view, n, k_len, 0, k_s, k_g, K, BLOCK_N, MAIN, TAIL, TMA)
-        dp, _v0, _v1 = _times(do0, do1, v0_view, v1_view, n, k_len, 0, v_s, v_g, K, BLOCK_N, MAIN, TAIL, TMA)
+        k0 = _tile(k0_view, n, k_len, 0, k_s, k_g, K, 0, BLOCK_N, MAIN, TMA)
+        v0 = _tile(v0_view, n, k_len, 0, v_s, v_g, K, 0, BLOCK_N, MAIN, TMA)
+        s = tl.dot(q0, k0.T, input_precision="ieee")
+        dp = tl.dot(do0, v0.T, input_precision="ieee")
+        if TAIL:
+            k1 = _tile(k1_view, n, k_len, 0, k_s, k_g, K, MAIN, BLOCK_N, TAIL, TMA)
+            v1 = _tile(v1_view, n, k_len, 0, v_s, v_g, K, MAIN, BLOCK_N, TAIL, TMA)
+            s = tl.dot(q1, k1.T, s, input_precision="ieee")
+            dp = tl.dot(do1, v1.T, dp, input_precision="ieee")
         p = _probabilities(s * (scale * 1.4426950408889634) - lse[:, None])
         if CAUSAL:
             p = tl.where(_seen(rows[:, None], columns, level, k_len, window, CAUSAL, WINDOW), p, 0.0)
