@@ -11,12 +11,24 @@ import glob
 import os
 import re
 import tomllib
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from minillava.config import ChatConfig, LayoutConfig, LoRAConfig, ModelConfig
+from minillava.config import (
+    ChatConfig,
+    Count,
+    Fraction,
+    LayoutConfig,
+    LoRAConfig,
+    ModelConfig,
+    NotNegative,
+    Positive,
+    Share,
+    Size,
+)
 from minillava.errors import UserError, nearest
 from minillava.files import check_null, read_text
 from minillava.schema import from_dict, to_dict
@@ -37,7 +49,7 @@ class DataConfig:
     images: str = ""  # the folder or zip that its image paths are relative to; empty: they are in the rows, or none
     take: str = "all"  # which of its samples: all, first:N, end:N or random:N (by seed); N may be a percentage
     bad: Literal["stop", "skip"] = "stop"  # what a sample does that cannot be used: stop the run before it starts
-    max_bad: float = 0.01  # share of its samples that skip may leave out
+    max_bad: Share = 0.01  # share of its samples that skip may leave out
     fetch: str = ""  # folder that pictures given by URL are fetched into; empty: none is fetched
     stream: bool = False  # read parquet of the hub over the network, in place of fetching it first
 
@@ -68,9 +80,9 @@ class ModelRecipe:
 class DPOConfig:
     """How task dpo learns from preferences (arXiv 2305.18290). The defaults are those of LLaVA-NeXT's script."""
 
-    beta: float = 0.1  # how far the model may move from where it started: the larger, the less
+    beta: Positive = 0.1  # how far the model may move from where it started: the larger, the less
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"  # 2305.18290; SLiC, 2305.10425; 2310.12036
-    cross_entropy: float = 0.0  # weight of the chosen answer's mean loss a token beside it (RPO, 2404.19733)
+    cross_entropy: NotNegative = 0.0  # weight of the chosen answer's mean loss a token beside it (RPO, 2404.19733)
     cached: bool = False  # the start's log-probabilities are computed once, before training, not in every step
 
 
@@ -85,35 +97,35 @@ class StageConfig:
     shapes: dict[str, Any] = field(default_factory=dict)  # of the built-in world: minillava.training.tasks.TASKS
     chat: dict[str, Any] = field(default_factory=dict)  # keys of ChatConfig for this stage, such as template = "plain"
     layout: dict[str, Any] = field(default_factory=dict)  # keys of LayoutConfig for this stage, laid over the model's
-    lr: dict[str, float] = field(default_factory=dict)  # peak learning rate per part; a part without one is frozen
+    lr: dict[str, Positive] = field(default_factory=dict)  # peak learning rate per part; a part without one is frozen
     dpo: DPOConfig = field(default_factory=DPOConfig)  # of task dpo
     lora: dict[str, LoRAConfig] = field(default_factory=dict)  # parts that train adapters (at their lr) in their place
-    steps: int = 0  # optimizer steps; or
-    epochs: float = 0.0  # passes over the data
-    batch_size: int = 128  # samples an optimizer step
-    micro_batch: int = 0  # samples a forward pass on one rank; 0: all of batch_size, in equal shares
-    row_tokens: int = 0  # pack samples into rows of this many tokens; batch_size and micro_batch then count rows
-    warmup: float = 0.03  # share of the steps in which the rate rises linearly
+    steps: Count = 0  # optimizer steps; or
+    epochs: NotNegative = 0.0  # passes over the data
+    batch_size: Size = 128  # samples an optimizer step
+    micro_batch: Count = 0  # samples a forward pass on one rank; 0: all of batch_size, in equal shares
+    row_tokens: Count = 0  # pack samples into rows of this many tokens; batch_size and micro_batch then count rows
+    warmup: Fraction = 0.03  # share of the steps in which the rate rises linearly
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the rate, behind its rise
-    floor: float = 0.0  # share of the peak rate that cosine and linear end at
+    floor: Share = 0.0  # share of the peak rate that cosine and linear end at
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"  # 8 bits: bitsandbytes'; muon: matrices, AdamW the rest
-    weight_decay: float = 0.0  # of matrices; norms, biases and embeddings never decay
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip: float = 1.0  # norm that the whole gradient is clipped to; 0: never
+    weight_decay: NotNegative = 0.0  # of matrices; norms, biases and embeddings never decay
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    clip: Annotated[float, "[0, inf]"] = 1.0  # norm that the whole gradient is clipped to; 0: never
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; bfloat16 where the hardware has it
     checkpointing: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass
     compile: bool = False  # torch.compile every block, but for its attention
-    max_tokens: int = 2048  # of a sample, visual tokens included; longer ones are cut and counted
-    eval_every: int = 0  # steps between evaluations; 0: only at the end
-    eval_samples: int = 0  # samples in an evaluation; 0: none, or all of eval_data
+    max_tokens: Annotated[int, "[2, inf)"] = 2048  # of a sample, visual tokens too; longer ones are cut and counted
+    eval_every: Count = 0  # steps between evaluations; 0: only at the end
+    eval_samples: Count = 0  # samples in an evaluation; 0: none, or all of eval_data
     eval_exact: bool = False  # also ask each question of them alone, and count exact answers by its first two words
     split_turns: bool = False  # each turn of a conversation about pictures is a sample of its own
-    save_every: int = 500  # steps between checkpoints; 0: only at the end
-    keep: int = 2  # checkpoints kept
-    log_every: int = 1  # steps between lines of log.jsonl
-    workers: int = 0  # processes that prepare data; 0: a thread, or nobody else where the model has all cores
-    seed: int = -1  # of the order of the data; -1: the recipe's
+    save_every: Count = 500  # steps between checkpoints; 0: only at the end
+    keep: Size = 2  # checkpoints kept
+    log_every: Size = 1  # steps between lines of log.jsonl
+    workers: Count = 0  # processes that prepare data; 0: a thread, or nobody else where the model has all cores
+    seed: Annotated[int, "[-1, 9223372036854)"] = -1  # of the order of the data; -1: the recipe's
 
     @property
     def micro(self) -> int:
@@ -126,14 +138,14 @@ class Recipe:
     """A training run. Each field is a key of the file."""
 
     name: str = ""
-    seed: int = 42
+    seed: Annotated[int, "[0, 9223372036854)"] = 42
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, cuda:1, mps
     deterministic: bool = False  # on a GPU too the same bits in every run: attention's backward costs two fifths more
     out: str = ""  # the run's folder; empty: runs/NAME
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where else the log's numbers go
-    shard: int = 0  # ranks that share one copy of the model under torchrun (HSDP: those of a node); 0: all
+    shard: Count = 0  # ranks that share one copy of the model under torchrun (HSDP: those of a node); 0: all
     offload: bool = False  # under torchrun, keep parameters and optimizer in the hosts' memory
-    timeout: float = 10.0  # minutes after which a rank that waits for the others says where it stands and gives up
+    timeout: Positive = 10.0  # minutes after which a rank that waits for the others says where it stands and gives up
     model: ModelRecipe = field(default_factory=ModelRecipe)
     stage: tuple[StageConfig, ...] = ()
 
@@ -230,41 +242,6 @@ def _assign(node: Any, path: list[str], value: Any, where: str) -> None:
             node[target] = value
 
 
-COUNT, SIZE, SHARE, POSITIVE, ANY = "[0, inf)", "[1, inf)", "[0, 1]", "(0, inf)", "(-inf, inf)"
-# Of every number that a recipe can have; a width or a count that is none is refused before anything starts.
-RANGES: dict[str, dict[str, str]] = {
-    "Recipe": dict(seed="[0, 9223372036854)", shard=COUNT, timeout=POSITIVE),
-    "StageConfig": dict(
-        lr=POSITIVE, steps=COUNT, epochs=COUNT, batch_size=SIZE, micro_batch=COUNT, row_tokens=COUNT, warmup="[0, 1)",
-        floor=SHARE, weight_decay=COUNT, betas="[0, 1)", eps=POSITIVE, clip="[0, inf]", max_tokens="[2, inf)",
-        eval_every=COUNT, eval_samples=COUNT, save_every=COUNT, keep=SIZE, log_every=SIZE, workers=COUNT,
-        seed="[-1, 9223372036854)",
-    ),
-    "DataConfig": dict(max_bad=SHARE),
-    "DPOConfig": dict(beta=POSITIVE, cross_entropy=COUNT),
-    "LoRAConfig": dict(rank=SIZE, alpha=POSITIVE, dropout="[0, 1)"),
-    "VisionConfig": dict(
-        hidden_size=SIZE, intermediate_size=SIZE, num_layers=SIZE, num_heads=SIZE, image_size=SIZE, patch_size=SIZE,
-        norm_eps=POSITIVE, select_layers=ANY, rotary_shares=COUNT, rotary_theta=POSITIVE, window=COUNT,
-    ),
-    "ProjectorConfig": dict(layers="[1, 8]", merge=SIZE, norm_eps=POSITIVE),
-    "RopeScaling": dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "original_positions"), POSITIVE),
-    "DecoderConfig": dict(
-        vocab_size=SIZE, hidden_size=SIZE, intermediate_size=SIZE, num_layers=SIZE, num_heads=SIZE, num_kv_heads=SIZE,
-        head_dim=SIZE, rope_theta=POSITIVE, norm_eps=POSITIVE, max_positions=SIZE, num_experts=COUNT,
-        experts_per_token=SIZE, expert_size=SIZE,
-    ),
-    "ImageConfig": dict(size=SIZE, min_pixels=SIZE, max_pixels=SIZE, mean=ANY, std=POSITIVE),
-    "LayoutConfig": dict(
-        grids=SIZE, max_tiles=COUNT, video_stride=SIZE, video_fps=COUNT, max_frames=SIZE, num_frames=COUNT,
-        time_decimals="[0, 9]",
-    ),
-    "ChatConfig": dict(
-        image_token_id=ANY, video_token_id=ANY, bos_id=COUNT, eos_ids=COUNT, pad_id=ANY, repetition_penalty=POSITIVE,
-    ),
-}  # fmt: skip
-
-
 def _check(recipe: Recipe, where: str) -> None:
     """What the types do not say. Raises UserError at the first mistake."""
 
@@ -274,8 +251,8 @@ def _check(recipe: Recipe, where: str) -> None:
 
     for key, value in _flat("", to_dict(recipe)):
         check_null(value if isinstance(value, str) else "", f"{where}: {key}")
-    check_ranges(recipe, RANGES, f"{where}: ")
-    check_ranges(from_dict(ModelConfig, recipe.model.tables, f"{where}: model"), RANGES, f"{where}: model.")
+    check_ranges(recipe, f"{where}: ")
+    check_ranges(from_dict(ModelConfig, recipe.model.tables, f"{where}: model"), f"{where}: model.")
     require(bool(recipe.stage), "has no [[stage]]; add one")
     parts = [name for name in ("vision_from", "decoder_from") if getattr(recipe.model, name)]
     clash = f"model: a base has its tower and decoder; leave {', '.join(parts)} out"
@@ -293,7 +270,7 @@ def _check(recipe: Recipe, where: str) -> None:
         brought = {"merge": "unpad"} if recipe.model.base else {}  # a base's own layout is not known yet
         layout = from_dict(LayoutConfig, brought | recipe.model.layout | stage.layout, f"{where}: {at}: layout")
         for kind, table in (("chat", chat), ("layout", layout)):
-            check_ranges(table, RANGES, f"{where}: {at}: {kind}.")
+            check_ranges(table, f"{where}: {at}: {kind}.")
         for file in (*stage.data, *stage.eval_data):
             require(
                 re.fullmatch(r"all|(first|end|random):(?!0+(\.0*)?%?$)(\d+(\.\d+)?%|\d+)", file.take) is not None,
@@ -322,33 +299,32 @@ def _check(recipe: Recipe, where: str) -> None:
         )
 
 
-def check_ranges(config: Any, ranges: dict[str, dict[str, str]], where: str) -> None:
-    """Raise UserError for a number of a (nested) dataclass outside its interval: ranges["Class"]["field"], as "[0, 1)".
+def interval_of(hint: Any) -> str:
+    """The interval of the numbers in a field of this type, "" if it has none."""
+    own = getattr(hint, "__metadata__", ("",))[0]
+    return own or next(filter(None, map(interval_of, typing.get_args(hint))), "")
 
-    A number whose field has none is a KeyError; NaN is in no interval.
-    """
+
+def check_ranges(config: Any, where: str) -> None:
+    """Raise UserError for a number of a (nested) dataclass outside the interval of its field's type; NaN is in none."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for part in dataclasses.fields(config):
         pending = [(f"{where}{part.name}", getattr(config, part.name))]
         while pending:
             name, value = pending.pop()
             if dataclasses.is_dataclass(value):
                 title = getattr(value, "name", "")
-                check_ranges(value, ranges, f"{name} '{title}': " if title else f"{name}.")
+                check_ranges(value, f"{name} '{title}': " if title else f"{name}.")
             elif isinstance(value, dict):
                 pending += [(f"{name}.{key}", v) for key, v in value.items() if "Any" not in str(part.type)]
             elif isinstance(value, tuple):
                 pending += [(name, v) for v in value]
             elif isinstance(value, int | float) and not isinstance(value, bool):
-                interval = ranges[type(config).__name__][part.name]
-                if not _inside(value, interval):
+                interval = interval_of(hints[part.name])
+                low, high = (float(end) for end in interval[1:-1].split(","))
+                above = low < value or (low == value and interval[0] == "[")
+                if not (above and (value < high or (value == high and interval[-1] == "]"))):
                     raise UserError(f"{name} is {value}, which is not in {interval}")
-
-
-def _inside(value: float, interval: str) -> bool:
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    return (low < value or (low == value and interval[0] == "[")) and (
-        value < high or (value == high and interval[-1] == "]")
-    )
 
 
 def to_toml(recipe: Recipe) -> str:

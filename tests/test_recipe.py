@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 from helpers import ROOT
@@ -20,12 +21,12 @@ from minillava.config import (
 )
 from minillava.errors import UserError
 from minillava.recipe import (
-    RANGES,
     DataConfig,
     DPOConfig,
     Recipe,
     StageConfig,
     differences,
+    interval_of,
     may_change,
     read_recipe,
     stage_index,
@@ -181,12 +182,13 @@ def test_a_mistake_is_one_line_that_names_the_key(recipe_file, change, words):
 def test_every_number_has_a_range():
     classes = (Recipe, StageConfig, DataConfig, DPOConfig, LoRAConfig, VisionConfig, ProjectorConfig, RopeScaling)
     classes += (DecoderConfig, ImageConfig, LayoutConfig, ChatConfig)
-    number = re.compile(r"\b(int|float)\b(?!\d)")
-    wanted = {
-        cls.__name__: {f.name for f in dataclasses.fields(cls) if number.search(re.sub(r"Literal\[.*?\]", "", f.type))}
-        for cls in classes
-    }
-    assert {name: {*ranges} for name, ranges in RANGES.items()} == wanted
+
+    def numbers(hint):
+        return hint in (int, float) or any(map(numbers, get_args(hint)))
+
+    for cls in classes:
+        ranged = {field for field, hint in get_type_hints(cls, include_extras=True).items() if interval_of(hint)}
+        assert ranged == {field for field, hint in get_type_hints(cls).items() if numbers(hint)}
 
 
 @pytest.mark.parametrize("change", [

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 from bad.contents import LFS, NO_JSON, PICTURES, Case, picture, zipped
-from minillava.recipe import RANGES
+from minillava import config, recipe
+from minillava.recipe import interval_of
 
 RECIPE = """
 name = "tiny"
@@ -50,8 +51,9 @@ def recipes() -> Iterator[Case]:
             files,
         )
 
-    for group, ranges in RANGES.items():
-        for key, interval in ranges.items():
+    for group, place in PLACES.items():
+        hints = get_type_hints(getattr(recipe, group, None) or getattr(config, group), include_extras=True)
+        for key, interval in ((key, found) for key, hint in hints.items() if (found := interval_of(hint))):
             low, high = (float(end) for end in interval[1:-1].split(","))
             outside = ["nan", "'many'", "true"]
             outside += [] if low == -float("inf") else [str(int(low) - 1)]
@@ -62,7 +64,7 @@ def recipes() -> Iterator[Case]:
                     many = "[{}, 1, 1]"
                 elif key in ("select_layers", "eos_ids"):
                     many = "[{}]"
-                yield sets(f"{group}.{key} {value}", key, f"{PLACES[group]}{key}={many.format(value)}")
+                yield sets(f"{group}.{key} {value}", key, f"{place}{key}={many.format(value)}")
     for change, named in {
         "sed=1": "'seed'",
         "stage.tune.step=1": "'steps'",
