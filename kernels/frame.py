@@ -59,7 +59,9 @@ CARDS = {
     )
 }
 INTERPRETED = CARDS["sm_80"]
-compiling_for: Card = CARDS["sm_90"]  # set by aot.compiling
+# Set by aot.compiling: the card, and what is told of every kernel.
+compiling_for: Card = CARDS["sm_90"]
+on_compiled: Callable | None = None
 
 
 @functools.cache
@@ -123,7 +125,8 @@ def launch(
         with torch.cuda.device(args[0].device):
             return kernel[grid](*args, **options, **constants)
     if args[0].is_meta:
-        return on_compiled(kernel, kernel.warmup(*args, grid=grid, **options, **constants), options, constants)
+        compiled = kernel.warmup(*args, grid=grid, **options, **constants)
+        return on_compiled(kernel, compiled, options, constants) if on_compiled else None
     from minillava.kernels import interpreter
 
     return interpreter.run(kernel, grid, *args, **constants)
@@ -131,13 +134,6 @@ def launch(
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def _forget(*_: Any) -> None:
-    return None
-
-
-on_compiled: Callable = _forget  # set by aot.compiling
 
 
 # -- registration ------------------------------------------------------------------------------------------------------

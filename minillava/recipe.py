@@ -182,8 +182,10 @@ def _find_files(recipe: Recipe, folder: Path) -> Recipe:
     the same files wherever it is read."""
 
     def find(path: str) -> str:
-        there = [str(place) for place in (Path(path), folder / path) if path and _is_there(place)]
-        return os.path.abspath(there[0]) if there else path
+        for place in (Path(path), folder / path) if path else ():
+            if place.exists() or (glob.has_magic(str(place)) and glob.glob(str(place))):
+                return os.path.abspath(place)
+        return path
 
     def find_all(files: tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:
         return tuple(
@@ -198,10 +200,6 @@ def _find_files(recipe: Recipe, folder: Path) -> Recipe:
     )  # fmt: skip
     stages = (replace(s, data=find_all(s.data), eval_data=find_all(s.eval_data)) for s in recipe.stage)
     return replace(recipe, model=model, stage=tuple(stages))
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists() or (glob.has_magic(str(path)) and bool(glob.glob(str(path))))
 
 
 def _set(values: dict[str, Any], text: str) -> None:

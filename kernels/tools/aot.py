@@ -122,8 +122,9 @@ def _read_back(kernel: Any, compiled: Any, card: Card, settings: dict[str, Any])
         text = compiled.asm["amdgcn"]
         registers, spill = _number(r"\.vgpr_count:\s+(\d+)", text), 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
     else:
-        text = compiled.asm["ptx"]
-        registers, spill = _resources(compiled.asm["cubin"])
+        text, usage = compiled.asm["ptx"], _tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
+        # Bytes of stack are in these kernels what registers spilled to.
+        registers, spill = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
     return Compiled(
         kernel=kernel.__name__,
         arch=card.arch,
@@ -191,12 +192,6 @@ def _tool(name: str, option: str, cubin: bytes) -> str:
         file.flush()
         command = [str(Path(knobs.nvidia.cuobjdump.path).with_name(name)), option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack, which in these kernels is what registers spilled to."""
-    usage = _tool("cuobjdump", "-res-usage", cubin)
-    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
 
 
 def _per_weight(cubin: bytes) -> float:

@@ -306,11 +306,7 @@ def _pattern(token: str, flags: dict[str, bool]) -> str:
     return f"{before}({re.escape(token)}){after}"
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one printable character (GPT-2): itself, or the next free one from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
-
-
-BYTE_OF = _byte_alphabet()
+# Byte-level BPE writes each byte as one printable character (GPT-2): itself, or the next free one from U+0100.
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+BYTE_OF = {chr(byte): byte for byte in PRINTABLE}
+BYTE_OF |= {chr(0x100 + i): byte for i, byte in enumerate(b for b in range(256) if b not in PRINTABLE)}

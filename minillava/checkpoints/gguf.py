@@ -263,12 +263,10 @@ def tower_parts(model: LLaVAModel) -> Iterator[Part]:
     blocks: Any = tower.blocks
 
     def affine(name: str, module: Any) -> Iterator[Part]:
-        matrix = getattr(module, "in_features", 0)
-        yield (
-            f"{name}.weight",
-            (lambda: dense_weight(module).detach()) if matrix else module.weight.detach,
-            ("F16" if matrix else "F32"),
-        )
+        if hasattr(module, "in_features"):
+            yield f"{name}.weight", lambda: dense_weight(module).detach(), "F16"
+        else:
+            yield f"{name}.weight", module.weight.detach, "F32"
         if module.bias is not None:
             yield f"{name}.bias", module.bias.detach, "F32"
 

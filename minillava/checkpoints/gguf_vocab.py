@@ -47,14 +47,12 @@ def read_vocabulary(tokenizer: Tokenizer, rows: int) -> Vocabulary:
     Raises UserError for a kind, or a cut before BPE, that llama.cpp does not know.
     """
     vocabulary = _of_pieces(tokenizer.sp) if isinstance(tokenizer, SentencePieceTokenizer) else _of_json(tokenizer)
-    for id in sorted(tokenizer.added_ids):
-        while len(vocabulary.tokens) <= id:
-            _add(vocabulary, f"[UNUSED{len(vocabulary.tokens)}]", UNUSED)
+    for id in range(len(vocabulary.tokens), max([rows - 1, *tokenizer.added_ids]) + 1):
+        _add(vocabulary, f"[UNUSED{id}]", UNUSED)
+    for id in tokenizer.added_ids:
         vocabulary.tokens[id] = tokenizer.token_bytes(id).decode()
         if vocabulary.kinds[id] not in (UNKNOWN, BYTE):
             vocabulary.kinds[id] = CONTROL if id in tokenizer.special_ids else USER_DEFINED
-    while len(vocabulary.tokens) < rows:
-        _add(vocabulary, f"[UNUSED{len(vocabulary.tokens)}]", UNUSED)
     for part in (vocabulary.tokens, vocabulary.kinds, vocabulary.scores):
         del part[rows:]
     return vocabulary

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from minillava.checkpoints.names import CLASS_TOKEN, EXPERT, Plan
 from minillava.checkpoints.tensor_files import Stored, finite, read, read_named
 from minillava.errors import UserError
 from minillava.layers.int8 import Linear8bit
-from minillava.layers.quantize import Linear4bit, from_stored, quantized_layer
+from minillava.layers.quantize import Linear4bit, quantized_layer
 from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 
@@ -70,11 +70,8 @@ def take_quantized(
     q, k and v of RICE's tower are shares of one tensor; it is read once.
     """
     layers = {}
-    shares = {name: plan.source[name].share for name in names}
-    stored_at = {
-        name: dataclasses.replace(plan.source[name], share=(0, 1)) if name in plan.companions else plan.source[name]
-        for name in names
-    }
+    stored_at = {name: plan.source[name] for name in names}
+    stored_at |= {name: replace(stored, share=(0, 1)) for name, stored in stored_at.items() if name in plan.companions}
     whole, entry = None, ""  # the last tensor that was read, and its name
     for name, stored, tensor in read_named(stored_at):
         if name not in plan.companions:
@@ -82,23 +79,19 @@ def take_quantized(
             continue
         if whole is None or stored.name != entry:
             companions = {key: t.to(device) for key, t in plan.read_companions(name).items()}
+            kind = Linear8bit if "SCB" in companions else Linear4bit
             try:
-                whole, entry = from_stored(tensor.to(device, copy=True), companions), stored.name
+                whole, entry = kind.from_stored(tensor.to(device, copy=True), companions), stored.name
             except ValueError as error:
                 raise UserError(f"{stored.path}: {stored.name} {error}; get the checkpoint again") from None
-        layers[name] = _share(whole, *shares[name], stored.name)
+        which, shares = plan.source[name].share
+        rows = whole.out_features // shares
+        try:
+            layers[name] = whole if shares == 1 else whole.rows(which * rows, (which + 1) * rows)
+        except ValueError as error:
+            why = f"its q, k and v cannot be taken apart: {error}; keep the tower in 16 bits"
+            raise UserError(f"{stored.name}: {why}") from None
     return layers
-
-
-def _share(layer: Quantized, which: int, shares: int, name: str) -> Quantized:
-    """One of equal shares of a layer's outputs."""
-    if shares == 1:
-        return layer
-    rows = layer.out_features // shares
-    try:
-        return layer.rows(which * rows, (which + 1) * rows)
-    except ValueError as error:
-        raise UserError(f"{name}: its q, k and v cannot be taken apart: {error}; keep the tower in 16 bits") from None
 
 
 def quantized(weight: Tensor, scheme: Scheme | None, name: str, stored: str) -> Quantized:

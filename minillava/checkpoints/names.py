@@ -285,12 +285,8 @@ def collapse(names: Iterable[str]) -> str:
         blocks.setdefault(key, []).extend([int(number[0])] if number else [])
     shown = []
     for key, numbers in blocks.items():
-        runs: list[list[int]] = []
-        for n in sorted(numbers):
-            if runs and runs[-1][1] == n - 1:
-                runs[-1][1] = n
-            else:
-                runs.append([n, n])
-        spans = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+        groups = itertools.groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])  # equal within a run
+        runs = [[n for _, n in group] for _, group in groups]
+        spans = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
         shown.append(key.replace("*", spans if spans.isdigit() else f"{{{spans}}}", 1) if runs else key)
     return ", ".join(sorted(shown))

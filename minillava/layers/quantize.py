@@ -266,11 +266,6 @@ def name_of(companion: str, weight: str) -> str:
     return f"{stem}.{companion}" if companion else weight
 
 
-def from_stored(weight: Tensor, companions: Mapping[str, Tensor]) -> Linear4bit | Linear8bit:
-    """The layer of a stored weight and what belongs to it."""
-    return (Linear8bit if "SCB" in companions else Linear4bit).from_stored(weight, companions)
-
-
 def quant_state(companions: Mapping[str, Tensor]) -> dict[str, Any]:
     """The JSON among a stored weight's companions, checked; ValueError says what is wrong with it."""
     name = next((n for n in companions if n.startswith("quant_state.")), None)

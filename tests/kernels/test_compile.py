@@ -136,7 +136,7 @@ def test_the_deterministic_backward_adds_nothing_in_memory():
 def test_compiling_leaves_no_trace():
     with aot.compiling("sm_80"):
         assert frame.card_of(torch.empty(1, device="meta")).arch == "sm_80"
-    assert frame.card_of(torch.empty(1, device="meta")).arch == "sm_90" and frame.on_compiled() is None
+    assert frame.card_of(torch.empty(1, device="meta")).arch == "sm_90" and frame.on_compiled is None
 
 
 def test_every_card_finds_a_configuration():
