@@ -62,8 +62,7 @@ def _tile(view, row, rows, head, stride_t, stride_h, K: tl.constexpr, COLUMN: tl
         return tl.load(at, mask=_inside(row, rows, K, COLUMN, ROWS, WIDTH), other=0.0)
 
 
-# A head's numbers are one tile or two, MAIN and TAIL wide (`parts`); what stands for a second one that is not there is
-# never read.
+# A head's numbers are one tile or two, MAIN and TAIL wide (`parts`); what stands for a missing second is never read.
 
 
 @jit
@@ -147,8 +146,7 @@ def _seen(rows, columns, level, k_len, window, CAUSAL: tl.constexpr, WINDOW: tl.
 @jit
 def _keys_seen(first, k_len, level, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr,
                BLOCK_N: tl.constexpr):  # fmt: skip
-    """Where the keys start and end that some query of the tile at `first` sees; all its queries see those before
-    `by_all`."""
+    """Where the keys start and end that some query of the tile at `first` sees; all see those before `by_all`."""
     start, end, by_all = 0, k_len, k_len
     if CAUSAL:
         end = tl.minimum(k_len, first + BLOCK_M + level)

@@ -180,8 +180,7 @@ def _on_cuda(kernel: Callable, plain: Callable, *args: Any) -> Any:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Contiguous (gradients of a sum have zero strides) and on a 16-byte address, as vector loads and descriptors want
-    it."""
+    """Contiguous (gradients of a sum have zero strides) and on a 16-byte address, for vector loads and descriptors."""
     x = x.contiguous()
     return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
 

@@ -28,8 +28,7 @@ from minillava.kernels.tools.cases import CASES, Run
 Config = dict[str, Any]
 MOST_OFF = 0.03  # of a result's length: both are rounded to bf16 on the way
 
-# Configurations worth timing for a part of a kernel and a bucket; what the compiler cannot take is dropped when it says
-# so.
+# Configurations worth timing for a part of a kernel and a bucket; the compiler says which it cannot take.
 
 
 def grid(**choices: Sequence[Any]) -> Iterator[Config]:

@@ -51,8 +51,7 @@ def _read_jinja(folder: Path) -> str:
 
 
 def read_special_ids(folder: Path, raw: dict[str, Any], text: dict[str, Any], decoder: DecoderConfig) -> dict[str, Any]:
-    """bos, eos and pad ids: of generation_config.json, else of the decoder's config, else of the tokenizer; and what
-    repetition costs there."""
+    """Special ids of generation_config.json, else the decoder's config, else the tokenizer; what repetition costs."""
     generation, files = optional_json(folder / "generation_config.json"), TokenizerFiles(folder)
     defaults = DECODERS[decoder.model_type].defaults
 
@@ -153,8 +152,7 @@ def own_chat(config: ModelConfig) -> dict[str, Any]:
 # ---- Jinja for other engines ----
 
 
-# llama.cpp puts "<__media__>", or "<__media_SOMETHING__>", where pictures are. As the placeholder, it goes where the
-# placeholder goes.
+# llama.cpp puts "<__media__>", or "<__media_SOMETHING__>", where pictures are: it goes where the placeholder goes.
 _MEDIA = """{%- set found = ns.text.split("<__media") -%}
 {%- set ns.media = "<__media" ~ found[1].split("__>")[0] ~ "__>" if found | length > 1 else "" -%}
 {%- if ns.media -%}{%- set ns.text = ns.text.replace(ns.media, IMAGE) -%}{%- endif -%}
@@ -165,8 +163,7 @@ _MEDIA_AGAIN = "{%- if ns.media -%}{%- set ns.text = ns.text.replace(IMAGE, ns.m
 def jinja_of(chat: ChatConfig, for_llama_cpp: bool = False) -> str:
     """The chat template for other engines: the checkpoint's own, or a built-in one as Jinja, with the same strings.
 
-    It ends where the model is to write; `add_generation_prompt` makes no difference to it. llama.cpp has a marker of
-    its own for pictures.
+    It ends where the model is to write, whatever `add_generation_prompt`. llama.cpp has its own marker for pictures.
     """
     if chat.template == "jinja":
         return chat.jinja

@@ -176,8 +176,7 @@ class Checkpoint:
         return plan
 
     def _match(self) -> Plan:
-        """Match the tensors of a folder (and of tower, projector file and base) with parameters; a delta's base
-        apart."""
+        """Match the tensors of a folder, and of tower, projector file and base, with parameters."""
         adapters, original = self.adapters, is_original(self.raw)
         tensors = inspect_folder(self.folder) if adapters is None else _tensors(self._language_model(), "base")
         if not tensors and not (original and self._projector.is_file()):
@@ -206,8 +205,7 @@ class Checkpoint:
         return plan
 
     def _add_projector(self, plan: Plan) -> None:
-        """mm_projector.bin, over the base where the folder holds nothing else; beside a full model lies the one of
-        stage 1, which is superseded."""
+        """mm_projector.bin, over the base where the folder holds nothing else; beside a full model it is stage 1's."""
         if plan.has("projector.") or not self._projector.is_file():
             return
         if not plan.has("decoder."):
@@ -239,8 +237,7 @@ class Checkpoint:
         self, state: dict[str, Tensor], empty: dict[str, Tensor], dtype: torch.dtype, scheme: Scheme | None,
         to_quantize: set[str],
     ) -> dict[str, loading.Quantized]:  # fmt: skip
-        """Add a delta's base and adapters to weights, in place; then give them their dtype, or return them in four
-        bits."""
+        """Add a delta's base and adapters to weights, in place; then give these their dtype, or few bits."""
         if self._plan.delta is not None:
             loading.add_base(state, self._plan.delta, _shapes(empty), str(self.base))
         if self.adapters is not None:

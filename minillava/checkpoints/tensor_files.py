@@ -160,8 +160,7 @@ def _inspect_shards(index: Path, suffix: str) -> dict[str, Stored]:
 
 
 def write(state: dict[str, Tensor], folder: Path, shard_bytes: int = SHARD) -> None:
-    """Write tensors as model.safetensors, or past `shard_bytes` as several files and their index. Raises UserError for
-    values that are not finite."""
+    """Write model.safetensors, or past `shard_bytes` several files and an index. UserError for values not finite."""
     if broken := [name for name, tensor in state.items() if not finite(tensor)]:
         raise UserError(
             f"{folder}: not written, {broken[0]} has values that are not finite ({len(broken)} tensors in all): the "

@@ -1,5 +1,4 @@
-"""The blocks of a decoder as one unit: joined products for inference, a decode step in one call where a CPU can and in
-few kernels on a GPU.
+"""The blocks of a decoder as one unit: joined products, a decode step in one call on a CPU and in few kernels on a GPU.
 
 Letters: B rows of a decode step, D width, K head size.
 """
