@@ -5,8 +5,6 @@ list of buckets; the first one whose bounds on `rows`, `width` and `outputs` (ro
 `python -m minillava.kernels.tools.tune` writes the entries of the card that it runs on.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from pathlib import Path

@@ -6,8 +6,6 @@ rounding to it and multiplies the patterns: here casts round to the nearest even
 a card; other arithmetic in bf16, which no kernel here does, is refused.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

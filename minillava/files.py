@@ -1,7 +1,5 @@
 """Files that are whole or not there, folders for one process, texts that people bring, and what the system refuses."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

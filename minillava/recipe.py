@@ -4,8 +4,6 @@ A recipe is a model and a list of stages. Every key is a field of a dataclass be
 suggests the nearest. What a run used is written back as TOML beside its results and compared on resume.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import glob
 import os

@@ -6,8 +6,6 @@ from Triton's own count, instructions from the PTX. `python -m minillava.kernels
 every shipped configuration.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

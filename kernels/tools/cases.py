@@ -5,8 +5,6 @@ Shapes are those of 7B models at the upper end of a bucket of tuned/<kernel>.jso
 numbers of rows need not be multiples of 16 they are none here: compilers take advantage of such.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

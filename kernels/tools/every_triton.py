@@ -4,8 +4,6 @@ Each version is installed by itself into FOLDER (default: .venv/tritons), put in
 and has a cache of its own. What `pyproject.toml` allows, one release of each.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

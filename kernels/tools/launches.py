@@ -4,8 +4,6 @@ one, an operation of ours is what its wrapper launches, compiled for the card th
     with aot.compiling("sm_90") as found, Launches(found) as seen: model(...)   # on meta tensors
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

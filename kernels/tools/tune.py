@@ -6,8 +6,6 @@ where it must not is named and left out. What is written is compiled by the test
 fails them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,8 +1,6 @@
 """The turns of a conversation and the order that they have to be in; as OpenAI and Hugging Face write them: dicts whose
 content is a text, or texts, pictures and clips."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ and text that a user writes, be it "</s>", "###" or "ASSISTANT:", cannot move a 
 splitting the finished prompt and counting tokens instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from minillava.chat.jinja import render_jinja

@@ -1,7 +1,5 @@
 """The prompt layouts that LLaVAs were trained with, after conversation.py of LLaVA and LLaVA-NeXT: a table, no code."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 

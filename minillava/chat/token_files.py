@@ -3,8 +3,6 @@
 `chat.tokenizer` turns text to ids with what is read here.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@ SentencePiece space in front, so that prompt and answer are tokenised apart and 
 Decoding goes through bytes, id by id, so what streams out is what `decode` returns at the end.
 """
 
-from __future__ import annotations
-
 import codecs
 import re
 import shutil

@@ -5,8 +5,6 @@ adapter_model holds A [r, in] and B [out, r] of linear layers; their weights bec
 same file, original LLaVA's in non_lora_trainables.bin. As for checkpoints, every tensor and option is used or refused.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """The prompt of a checkpoint: its chat template, placeholders and special ids, which stand in up to six files."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

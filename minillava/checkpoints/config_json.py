@@ -3,8 +3,6 @@
 Everything is decided by fields, nothing by a path or a model's name.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Keys of a config.json in a table: each row names a key and our field, and the same row reads and writes it."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 What would change an answer and is not supported is refused by name.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -5,8 +5,6 @@ default of their day: transformers 5.23), which of our fields the family decides
 family is an entry here and what is new in its arithmetic; differences are data.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

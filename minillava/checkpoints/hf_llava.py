@@ -3,8 +3,6 @@
 What a class does without a field in config.json stands in HF_CLASSES.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import re

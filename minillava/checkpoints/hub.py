@@ -1,7 +1,5 @@
 """Where a checkpoint is: a folder, or a hub id that is downloaded or taken from the local cache."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable

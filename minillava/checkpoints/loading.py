@@ -1,7 +1,5 @@
 """Reading weights into memory, a few megabytes at a time: as they are, in few bits, or added to those of a base."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace

@@ -5,8 +5,6 @@ as released, which is what vLLM reads; Mage-VL is its architecture under other n
 name for transformers is not in what we write: get it from the original.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

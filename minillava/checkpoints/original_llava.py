@@ -4,8 +4,6 @@ It decides more by fields than transformers does; where its code of April 2024 a
 pooling), `mm_resampler_type` tells which made a checkpoint. Tower and language model may stand in folders of their own.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What transformers needs of a tokenizer and original LLaVA lacks: ids for placeholders, and tokenizer.json."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Activations by the name that a config gives them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch.nn.functional as F

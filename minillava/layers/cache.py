@@ -3,8 +3,6 @@
 Letters: L layers, B slots, S tokens that a slot has room for, T new tokens, H heads, G key/value heads, K head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

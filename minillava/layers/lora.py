@@ -5,8 +5,6 @@ product; so whatever has in_features and out_features can be adapted, 4-bit laye
 and the names of the base's weights do not change. Weights may be sharded: then every rank makes the same calls.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import zlib

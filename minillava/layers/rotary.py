@@ -3,8 +3,6 @@
 Letters: T tokens, H heads, K head size, F = K / 2 frequencies.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

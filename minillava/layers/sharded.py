@@ -1,7 +1,5 @@
 """The same calls for a weight that is whole and for one that is split over the ranks (a DTensor)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

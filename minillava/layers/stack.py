@@ -3,8 +3,6 @@
 Letters: B rows of a decode step, D width, K head size.
 """
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 from typing import Any, Literal

@@ -4,8 +4,6 @@ q, k, v, gate and up are cut by their outputs, what follows them by its inputs; 
 they have. Embedding, norms, head and tower are whole in each, so all of them choose the same token.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from typing import Any

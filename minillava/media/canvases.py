@@ -5,8 +5,6 @@ A canvas is a picture of patches of many frames, those on which the video codec 
 -1 where a canvas is padding), and meta.json with "fps". Making them takes that program; reading them takes nothing.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -37,8 +35,6 @@ def open_canvases(folder: Path) -> Clip:
     raw = read_json(folder / "meta.json")
     meta = Fields(raw, str(folder / "meta.json"))
     rate, decimals = meta.number("fps"), meta.integer("decimals", 1, 9)
-    if rate <= 0:
-        raise UserError(f"{meta.where}: fps is {rate}; it has to be above 0")
     files = _files(folder, raw.get("canvas_files"))
     places_FP3 = _places(folder / POSITIONS, len(files))
     padding_F = (places_FP3[:, :, 0] < 0).all(1)

@@ -8,8 +8,6 @@ Clear colours of PNGs (tRNS) are composited too, those of 2, 4 and 16 bits, whic
 Shape letters: N views, C channels (RGB), H height, W width.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -5,8 +5,6 @@ A host is looked up once, every address of it has to be public, and the connecti
 a name that changes its address in between (DNS rebinding) gains nothing. Redirects are not followed.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import http.client

@@ -5,8 +5,6 @@ many a second. The packets of the stream say how many frames there are and when,
 and a wanted one are decoded, and only the wanted ones become pictures.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """A picture or clip: `Media` is what a prompt is given, `Visual` what tower and prompt need of it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
