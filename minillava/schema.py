@@ -44,7 +44,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """Check `value` against a field's type; turn lists into tuples and dicts into dataclasses."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, where)

@@ -14,15 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minillava.chat.token_files import (
-    FILES,
-    TokenizerFiles,
-    checked_id,
-    guarded,
-    open_json,
-    open_sentencepiece,
-    without_prefix,
-)
+from minillava.chat import token_files
+from minillava.chat.token_files import TokenizerFiles
 from minillava.errors import UserError
 
 MEMO_SIZE = 4096  # parts of prompts whose ids are kept: some MB
@@ -104,7 +97,7 @@ class Tokenizer(ABC):
     def save(self, folder: Path) -> None:
         """Copy the files this tokenizer was read from."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
+        for name in token_files.FILES:
             source = self.files.folder / name
             if source.is_file() and source.resolve() != (folder / name).resolve():
                 shutil.copyfile(source, folder / name)
@@ -142,7 +135,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, files: TokenizerFiles):
         super().__init__(files)
-        original, sp = open_sentencepiece(files.folder / "tokenizer.model")
+        original, sp = token_files.open_sentencepiece(files.folder / "tokenizer.model")
         self.sp = sp
         prefixed = files.config.get("add_prefix_space")
         if not isinstance(prefixed, bool):
@@ -207,7 +200,7 @@ class JsonTokenizer(Tokenizer):
 
         super().__init__(files)
         self._path = path = files.folder / "tokenizer.json"
-        full, decoder = open_json(path)
+        full, decoder = token_files.open_json(path)
         self._full = full
         self._read_decoder(decoder)
         known = {token.content for token in full.get_added_tokens_decoder().values()}
@@ -222,21 +215,20 @@ class JsonTokenizer(Tokenizer):
         added = full.get_added_tokens_decoder()
         self.added_ids = frozenset(added)
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
-        self.vocab_size = (
-            checked_id(max(full.get_vocab(with_added_tokens=True).values(), default=0), f"{path}: a token") + 1
-        )
+        largest = max(full.get_vocab(with_added_tokens=True).values(), default=0)
+        self.vocab_size = token_files.checked_id(largest, f"{path}: a token") + 1
         # Its post-processor alone decides on BOS: transformers 5 ignores add_bos_token beside a tokenizer.json.
-        opened, bare = guarded(path, full.encode, "a").ids, self._encode(full, "a").ids
+        opened, bare = token_files.guarded(path, full.encode, "a").ids, self._encode(full, "a").ids
         self.adds_bos = opened[:1] != bare[:1]
         if self.adds_bos:
             files.named["bos_token"] = str(full.id_to_token(opened[0]))
         special = next((full.id_to_token(id) for id in sorted(self.special_ids)), None)
         behind = [] if special is None else self._encode(full, special + "a").ids[1:]
-        self._continuing = without_prefix(full)
+        self._continuing = token_files.without_prefix(full)
         self.prefix_after_special = behind != self._encode(self._continuing, "a").ids
 
     def _encode(self, tokenizer: Any, text: str) -> Any:
-        return guarded(self._path, tokenizer.encode, text, add_special_tokens=False)
+        return token_files.guarded(self._path, tokenizer.encode, text, add_special_tokens=False)
 
     def _read_decoder(self, steps: dict[str, Any]) -> None:
         """How this vocabulary spells bytes and blanks, from the decoder of its JSON file."""

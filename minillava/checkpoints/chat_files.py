@@ -71,19 +71,17 @@ def read_special_ids(folder: Path, raw: dict[str, Any], text: dict[str, Any], de
 
 
 SAMPLED = ("temperature", "top_p", "top_k", "min_p")
-NOT_APPLIED: dict[
-    str, tuple
-] = {  # keys of generation_config.json that would change answers, and the values that do not
-    **dict.fromkeys(("typical_p", "top_h", "guidance_scale", "encoder_repetition_penalty"), (None, 1, 1.0)),
-    **dict.fromkeys(
-        ("epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (None, 0)
-    ),
-    **dict.fromkeys(("min_length", "min_new_tokens", "penalty_alpha", "diversity_penalty"), (None, 0)),
-    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), (None, [], {})),
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), (None,)),
-    **dict.fromkeys(("stop_strings", "watermarking_config"), (None, [])),
-    "num_beams": (None, 1),
-}
+# Keys of generation_config.json that would change answers, and the values that do not.
+NEUTRAL: tuple[tuple[str, tuple], ...] = (
+    ("typical_p top_h guidance_scale encoder_repetition_penalty", (None, 1, 1.0)),
+    ("epsilon_cutoff eta_cutoff no_repeat_ngram_size encoder_no_repeat_ngram_size", (None, 0)),
+    ("min_length min_new_tokens penalty_alpha diversity_penalty", (None, 0)),
+    ("bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias", (None, [], {})),
+    ("forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty", (None,)),
+    ("stop_strings watermarking_config", (None, [])),
+    ("num_beams", (None, 1)),
+)
+NOT_APPLIED = {key: neutral for keys, neutral in NEUTRAL for key in keys.split()}
 
 
 def generation_notes(folder: Path) -> list[str]:

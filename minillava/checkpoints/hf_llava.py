@@ -10,17 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minillava.checkpoints import config_parts
 from minillava.checkpoints.chat_files import guess_template, own_chat, own_values, read_chat
 from minillava.checkpoints.config_keys import ANY, FLAG, Key, Kind, choice, fields_of, read_keys, write_keys
-from minillava.checkpoints.config_parts import (
-    TILED,
-    generation_config,
-    read_decoder,
-    read_image,
-    read_vision,
-    write_decoder,
-    write_vision,
-)
 from minillava.config import ImageConfig, LayoutConfig, ModelConfig, ProjectorConfig, VisionConfig
 from minillava.errors import UserError
 from minillava.schema import Fields, from_dict, optional_json, read_json, to_dict
@@ -195,8 +187,8 @@ def read(raw: dict[str, Any], folder: Path) -> ModelConfig:
     if isinstance(tower, dict):
         tower = {"model_type": known.defaults["vision_config"]["model_type"]} | tower
     layers, keep = found["vision.select_layers"], found["vision.keep_class_token"]
-    vision = read_vision(tower, f"{where}: vision_config", layers, keep)
-    decoder = read_decoder(text, f"{where}: text_config", known.text)
+    vision = config_parts.read_vision(tower, f"{where}: vision_config", layers, keep)
+    decoder = config_parts.read_decoder(text, f"{where}: text_config", known.text)
     tied = found["decoder.tie_embeddings"] or decoder.tie_embeddings
     decoder = dataclasses.replace(decoder, tie_embeddings=tied)
     linears = Fields(ours, f"{where}: minillava").integer("projector_layers", 2, most=8)
@@ -229,8 +221,8 @@ def _read_pixels(folder: Path, kind: str, vision: VisionConfig, layout: LayoutCo
                 f"{folder}: no preprocessor_config.json, and no image_processor in a processor_config.json; copy it"
             )
         pixels = read_json(path)
-    image = read_image(pixels, str(path), vision)
-    if not layout.grids and str(pixels.get("image_processor_type")).startswith(TILED):
+    image = config_parts.read_image(pixels, str(path), vision)
+    if not layout.grids and str(pixels.get("image_processor_type")).startswith(config_parts.TILED):
         raise UserError(f"{path}: {pixels['image_processor_type']} cuts pictures into tiles; not supported for {kind}")
     cut = pixels.get("image_grid_pinpoints") if layout.grids else None
     if cut is not None and set(read_grids(cut, image.size, str(path), False)) != set(layout.grids):
@@ -260,7 +252,7 @@ def write(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
         "config.json": _write_config(config, kind, name, dtype),
         "preprocessor_config.json": pixels | belongs | grids,
         "processor_config.json": _write_processor(config, kind, belongs),
-        "generation_config.json": generation_config(config),
+        "generation_config.json": config_parts.generation_config(config),
     }
     if kind in WITH_VIDEO:
         frames = {key: value for key, value in pixels.items() if key not in ("image_processor_type", "do_pad")}
@@ -273,10 +265,10 @@ def write(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
 def _write_config(config: ModelConfig, kind: str, name: str, dtype: str) -> dict[str, Any]:
     known = HF_CLASSES.get(kind)
     ours = {"projector_layers": config.projector.layers, "chat": own_chat(config), "layout": to_dict(config.layout)}
-    tower = write_vision(config, dtype)
+    tower = config_parts.write_vision(config, dtype)
     top = dict(
         architectures=[f"{name}ForConditionalGeneration" if known else "MinillavaLLaVA"], model_type=kind,
-        text_config=write_decoder(config, dtype), vision_config=tower, **write_keys(TOP_KEYS, config),
+        text_config=config_parts.write_decoder(config, dtype), vision_config=tower, **write_keys(TOP_KEYS, config),
         dtype=dtype, torch_dtype=dtype, pad_token_id=config.chat.pad_id, minillava=ours,
     )  # fmt: skip
     top |= write_keys((GRIDS,), config) if config.layout.grids else {}

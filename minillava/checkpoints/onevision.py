@@ -9,17 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minillava.checkpoints import config_parts
 from minillava.checkpoints.chat_files import own_chat, own_values, read_chat
 from minillava.checkpoints.config_keys import FLAG, Key, fields_of, read_keys, write_keys
-from minillava.checkpoints.config_parts import (
-    generation_config,
-    read_decoder,
-    read_native,
-    read_native_tower,
-    special_ids,
-    write_decoder,
-    write_native,
-)
 from minillava.checkpoints.families import NATIVE_RICE_KEYS, TOWERS, tower_type
 from minillava.config import LayoutConfig, ModelConfig
 from minillava.errors import UserError
@@ -86,14 +78,16 @@ def read(raw: dict[str, Any], folder: Path) -> ModelConfig:
     text = text | {"model_type": "qwen3_moe" if routed else "qwen3"}
     if release.top_tie:
         text["tie_word_embeddings"] = FLAG.read(Fields(raw, where), TIED.theirs, False)  # type: ignore[misc]
-    decoder = read_decoder(text, f"{where}: text_config")
+    decoder = config_parts.read_decoder(text, f"{where}: text_config")
     own = own_values(raw, folder)
     types = [release.tower_type or release.tower, release.tower]
     Fields(tower, f"{where}: vision_config").one_of("model_type", release.tower, types)
-    vision, projector = read_native_tower(tower | {"model_type": release.tower}, f"{where}: vision_config", own)
+    vision, projector = config_parts.read_native_tower(
+        tower | {"model_type": release.tower}, f"{where}: vision_config", own
+    )
     values = optional_json(folder / "processor_config.json").get("image_processor")
     path = folder / "preprocessor_config.json"
-    image = read_native(values or read_json(path), str(path), vision.patch_size, projector.merge)
+    image = config_parts.read_native(values or read_json(path), str(path), vision.patch_size, projector.merge)
     layout = from_dict(LayoutConfig, release.layout | own.get("layout", {}), f"{where}: minillava.layout")
     placeholders = fields_of("chat", read_keys(TOP_KEYS, Fields(raw, where)))
     chat = read_chat(
@@ -112,7 +106,7 @@ def write(config: ModelConfig, dtype: str, name: str) -> dict[str, dict[str, Any
         raise UserError(f"{release.model_type} has no routed experts in transformers; save without naming it")
     if config.vision.norm_eps != config.projector.norm_eps:
         raise UserError("tower and merger have one epsilon in these files; make their norm_eps equal")
-    text = write_decoder(config, dtype)
+    text = config_parts.write_decoder(config, dtype)
     keys = NATIVE_RICE_KEYS if name == "onevision_1_5_native" else TOWERS[release.tower].keys
     top = dict(
         architectures=[release.architecture],
@@ -122,12 +116,12 @@ def write(config: ModelConfig, dtype: str, name: str) -> dict[str, dict[str, Any
         torch_dtype=dtype, **write_keys(TOP_KEYS, config),
     )  # fmt: skip
     if release.top_tie:
-        top |= write_keys((TIED,), config) | {"dtype": dtype} | special_ids(config)
+        top |= write_keys((TIED,), config) | {"dtype": dtype} | config_parts.special_ids(config)
     if release.layout:
         own = {"chat": own_chat(config), "layout": to_dict(config.layout)}
-    pixels = write_native(config.image, config.vision.patch_size, config.projector.merge)
+    pixels = config_parts.write_native(config.image, config.vision.patch_size, config.projector.merge)
     return {
         "config.json": top | {"minillava": own},
         "preprocessor_config.json": pixels | {"processor_class": release.processor},
-        "generation_config.json": generation_config(config),
+        "generation_config.json": config_parts.generation_config(config),
     }
