@@ -6,8 +6,6 @@ window. On a GPU it is flash attention (arXiv 2205.14135, 2307.08691) in Triton,
 Letters: T queries and S keys of all sequences together or of one, B sequences, H heads, G key/value heads, K head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 

@@ -5,8 +5,6 @@ as it is: norms of heads, rotary embedding and the write to the cache are the st
 Letters: B rows, S room in the cache, H heads, G key/value heads, R = H / G queries that share one, K head size.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

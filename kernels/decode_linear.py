@@ -5,8 +5,6 @@ dense or in four bits. For a few rows; no gradient. Norm and sum are in fp32, so
 same steps one by one. Letters: M rows, N outputs, K inputs.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

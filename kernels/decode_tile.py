@@ -5,8 +5,6 @@ weight on x and 1 / rms on the result, as both are linear. Where the card has pr
 later), a kernel starts while the one in front of it still runs, and waits before it reads what that one writes.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

@@ -7,8 +7,6 @@ later), where SPECIALIZE splits the warps into a loader and two consumers. Lette
 key/value heads, R = H / G query heads that share one, K head size.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from itertools import pairwise
 

@@ -6,8 +6,6 @@ FLOPs: the first adds its shares of dq in memory (reduced by the tensor memory a
 Letters as in flash.py.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

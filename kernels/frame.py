@@ -7,12 +7,11 @@ meta tensors it is only compiled, for the card that `tools.aot` pretends is ther
 is in this file, in aot and in interpreter.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,7 +87,7 @@ if HAS_TRITON:
 
     jit: Callable = triton.jit
 else:  # the definitions are still read, and nothing launches them: `register` looks at HAS_TRITON
-    tl = None
+    tl = SimpleNamespace(constexpr=None)
 
     def jit(fn: Callable) -> Any:
         return fn

@@ -7,8 +7,6 @@ the other products are the library's. Letters: N rows, K input width, H hidden w
 product, which serves both directions, M x N is the result and K the depth.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

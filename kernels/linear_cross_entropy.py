@@ -7,8 +7,6 @@ where the incoming gradient scales the small [N, D] factor instead of the [V, D]
 Letters: N rows (supervised positions), D width, V vocabulary, R rows of a chunk.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -5,8 +5,6 @@ Byte i holds element 2i in its high nibble and 2i + 1 in its low one. Nested, ab
 dynamic[byte b] * nested[0, b // 256] + nested[1, b // 256]. Letters: N outputs, K inputs.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator

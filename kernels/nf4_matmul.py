@@ -5,8 +5,6 @@ and the scale after the product; beyond, and for sizes that are no whole blocks 
 Letters: M rows, N outputs, K inputs.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

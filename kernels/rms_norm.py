@@ -4,8 +4,6 @@ Saves x and one number a row; plain PyTorch keeps fp32 copies of x as well. The 
 order, so that two runs agree to the last bit. Letters: N rows, D width, R rows of a tile.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -4,8 +4,6 @@ Plain PyTorch keeps silu(gate) for the backward as well: three tensors of the hi
 computes it again while it makes both gradients. Letters: E numbers (rows times hidden width).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
