@@ -21,10 +21,6 @@ Handle, builder = interpreter.TensorHandle, interpreter.interpreter_builder
 cast, dot, binary = builder.cast_impl, builder.create_dot, builder.binary_op
 
 
-def _call(function: triton.JITFunction, *args: Any, **kwargs: Any) -> Any:
-    return cached(function.fn).rewrite()(*args, **kwargs)
-
-
 def _wide(x: Any) -> Any:
     """bf16 as fp32, anything else as it is."""
     if x.dtype.scalar != tl.bfloat16:
@@ -39,10 +35,6 @@ def _cast(x: Any, to: Any) -> Any:
     return Handle(torch.from_numpy(numbers).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
 
 
-def _dot(a: Any, b: Any, *more: Any) -> Any:
-    return dot(_wide(a), _wide(b), *more)
-
-
 def _binary(a: Any, b: Any, op: Any) -> Any:
     if tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar):
         raise TypeError(f"Triton's interpreter computes {op.__name__} of bf16 wrongly; convert to fp32 first")
@@ -54,10 +46,12 @@ def run(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **constan
     patch_language, compiled_call = interpreter._patch_lang, triton.JITFunction.__call__
     scope = patch_language(run)
     scope.set_attr(tl.tensor, "__index__", lambda self: self.handle.data.item())  # Triton 3.6's own breaks in numpy 2.4
-    for name, ours in {"cast_impl": _cast, "create_dot": _dot, "binary_op": _binary}.items():
-        scope.set_attr(builder, name, ours)
+    scope.set_attr(builder, "cast_impl", _cast)
+    scope.set_attr(builder, "create_dot", lambda a, b, *more: dot(_wide(a), _wide(b), *more))
+    scope.set_attr(builder, "binary_op", _binary)
     interpreter._patch_lang = lambda _: interpreter._LangPatchScope()
-    triton.JITFunction.__call__ = _call  # a function called by a kernel, such as tl.cdiv, is interpreted as well
+    # A function called by a kernel, such as tl.cdiv, is interpreted as well.
+    triton.JITFunction.__call__ = lambda function, *given, **named: cached(function.fn).rewrite()(*given, **named)
     try:
         cached(kernel.fn)[grid](*args, **constants)
     finally:

@@ -65,7 +65,6 @@ def read(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig:
 
 
 def _read_tower(top: Fields, folder: Path, find: Find) -> tuple[VisionConfig, Path]:
-    """The tower and the folder that it is in."""
     select = top.one_of("mm_vision_select_feature", "patch", ["patch", "cls_patch"])
     tower = tower_folder(top.values, folder, find)
     path, layer = tower / "config.json", top.values.get("mm_vision_select_layer", -2)

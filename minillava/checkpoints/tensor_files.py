@@ -89,8 +89,6 @@ def _open(path: Path) -> Iterator[Any]:
 
 def inspect(path: Path) -> dict[str, Stored]:
     """The tensors of one file, by name, without reading them."""
-    if not path.is_file():
-        raise UserError(f"{path}: not found; the checkpoint is incomplete")
     if path.suffix == ".bin":
         return {k: Stored(path, k, tuple(t.shape), str(t.dtype)) for k, t in _load_bin(path).items()}
     with _open(path) as file:

@@ -51,7 +51,6 @@ def add_placeholders(config: ModelConfig, state: dict[str, Tensor], tokenizer: T
 
 
 def _add_tokens(path: Path, tokens: dict[int, str]) -> None:
-    """Write special tokens by id into a tokenizer_config.json."""
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     values = optional_json(path)
     added = {str(id): flags | {"content": token, "special": True} for id, token in tokens.items()}

@@ -42,5 +42,4 @@ class Scheme:
         return cls(quant_type, "double" in options, blocksize, tuple(p for p, _, _ in of), "exact" in options, types)
 
     def type_of(self, name: str) -> str:
-        """The type of a weight of that name."""
         return next((t for part, t in self.types if name.startswith(PARTS[part])), self.quant_type)

@@ -168,9 +168,8 @@ def _searched(container: Any, stream: Any, config: ModelConfig, name: str) -> Cl
     streams), and some place the frames behind a jump a little elsewhere.
     """
     packets = [(p.pts, p.dts, p.is_keyframe) for p in container.demux(stream) if p.size]
-    if not packets:
-        raise UserError(f"{name}: a video without frames; fetch it again, or leave it out")
-    if not set(container.format.name.split(",")) & SEARCHED or any(pts is None for pts, _, _ in packets):
+    known = set(container.format.name.split(",")) & SEARCHED
+    if not known or not packets or any(pts is None for pts, _, _ in packets):
         return None
     shown = sorted(pts for pts, _, _ in packets)
     keys = {pts: pts if dts is None else dts for pts, dts, key in packets if key}
