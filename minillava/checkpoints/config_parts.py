@@ -175,18 +175,14 @@ def read_image(values: dict[str, Any], where: str, vision: VisionConfig) -> Imag
             f"{where}: pictures are neither padded, cropped nor resized to a square; the tower needs a square"
         )
     fit = "pad" if pad else "squash" if squash else "crop"
-    stated = {"size": vision.image_size, "fit": fit} | _mean_std(values, is_siglip)
-    return _image(stated, where)
+    return _image(values, where, is_siglip, size=vision.image_size, fit=fit)
 
 
-def _mean_std(values: dict[str, Any], is_siglip: bool = False) -> dict[str, Any]:
-    """Of the pixels: as stated, or what the tower's own image processor uses where its file does not say."""
+def _image(values: dict[str, Any], where: str, is_siglip: bool = False, **read: Any) -> ImageConfig:
+    """What was `read`, with mean and deviation as the file has them, else as the tower's own image processor has."""
     own = ImageConfig(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)) if is_siglip else ImageConfig()
-    return {"mean": values.get("image_mean") or own.mean, "std": values.get("image_std") or own.std}
-
-
-def _image(stated: dict[str, Any], where: str) -> ImageConfig:
-    image = from_dict(ImageConfig, stated, where)
+    read |= {"mean": values.get("image_mean") or own.mean, "std": values.get("image_std") or own.std}
+    image = from_dict(ImageConfig, read, where)
     if not all(abs(mean) <= 255 and 1e-3 <= std <= 255 for mean, std in zip(image.mean, image.std)):
         raise UserError(f"{where}: mean {image.mean} and std {image.std} are no statistics of pixels from 0 to 1")
     return image
@@ -206,8 +202,7 @@ def read_native(values: dict[str, Any], where: str, patch: int, merge: int) -> I
     most = f.integer("max_pixels", size.integer("longest_edge", 28 * 28 * 1280, 1 << 40), 1 << 40)
     if least > most:
         raise UserError(f"{where}: min_pixels {least} is more than max_pixels {most}")
-    stated = {"size": patch, "fit": "native", "min_pixels": least, "max_pixels": most} | _mean_std(values)
-    return _image(stated, where)
+    return _image(values, where, size=patch, fit="native", min_pixels=least, max_pixels=most)
 
 
 def write_native(image: ImageConfig, patch: int, merge: int) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def prepare_views(
     """
     span = image_span(config, *image.size, several)
     if span.native:
-        return native_patches([image], config, span), span
+        return _native_patches([image], config, span, _resized), span
     if not span.rows:
         padded = config.layout.grids and several
         fit = dataclasses.replace(config.image, fit="pad") if padded else config.image
@@ -167,22 +167,22 @@ def prepare_clip(
     """
     if config.image.fit == "native":
         span = clip_span(config, len(frames), *frames[0].size, times, places_FP3)
-        if filmed and config.layout.video_sampling == "rounded":
-            side = config.vision.patch_size
-            frames = [_resized_by_torch(frame, (span.width * side, span.height * side)) for frame in frames]
-        return native_patches(frames, config, span), span
+        by_torch = filmed and config.layout.video_sampling == "rounded"
+        return _native_patches(frames, config, span, _resized_by_torch if by_torch else _resized), span
     fit = dataclasses.replace(config.image, fit=config.layout.video_fit or config.image.fit)
     return torch.stack([prepare(frame, fit, name) for frame in frames]), clip_span(config, len(frames))
 
 
-def native_patches(frames: Sequence[Image.Image], config: ModelConfig, span: Span) -> torch.Tensor:
+def _native_patches(
+    frames: Sequence[Image.Image], config: ModelConfig, span: Span, resized: Callable[..., Image.Image]
+) -> torch.Tensor:
     """Pixels [P, 3, patch, patch] of frames resized to the span's map: block by block, those of a token together.
 
     Equal to transformers' Qwen2VLImageProcessor on PIL, whose rows they are (temporal_patch_size 1).
     """
     side, merge = config.vision.patch_size, config.projector.merge
     size = (span.width * side, span.height * side)
-    pixels_FCHW = torch.stack([_normalised(_resized(frame, size), config.image) for frame in frames])
+    pixels_FCHW = torch.stack([_normalised(resized(frame, size), config.image) for frame in frames])
     blocks = pixels_FCHW.unflatten(3, (-1, merge, side)).unflatten(2, (-1, merge, side))
     return blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)
 
