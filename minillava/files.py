@@ -233,11 +233,11 @@ def read_rows(path: Path) -> list[Any]:
     return [parse_json(line, f"{path}: row {number}") for number, line in lines if line.strip()]
 
 
-def is_pointer(path: Path) -> bool:
-    """Whether Git LFS has left its note of a file, as clones without it do."""
+def refuse_pointer(path: Path) -> None:
+    """Raises UserError where Git LFS has left its note of a file, as clones without it do."""
     with contextlib.suppress(OSError), path.open("rb") as file:
-        return file.read(len(LFS)) == LFS
-    return False
+        if file.read(len(LFS)) == LFS:
+            raise UserError(f"{path}: {POINTER}")
 
 
 # ---- what they hold, for messages ----

@@ -192,10 +192,8 @@ def _find_files(recipe: Recipe, folder: Path) -> Recipe:
         )
 
     m, made = recipe.model, ("data", "shapes")  # tokenizers that are made, not found
-    model = replace(
-        m, base=find(m.base), vision_from=find(m.vision_from), decoder_from=find(m.decoder_from),
-        adapter=find(m.adapter), tokenizer=m.tokenizer if m.tokenizer in made else find(m.tokenizer),
-    )  # fmt: skip
+    found: dict[str, Any] = {key: find(getattr(m, key)) for key in ("base", "vision_from", "decoder_from", "adapter")}
+    model = replace(m, **found, tokenizer=m.tokenizer if m.tokenizer in made else find(m.tokenizer))
     stages = (replace(s, data=find_all(s.data), eval_data=find_all(s.eval_data)) for s in recipe.stage)
     return replace(recipe, model=model, stage=tuple(stages))
 
@@ -217,14 +215,10 @@ def _assign(node: Any, path: list[str], value: Any, where: str) -> None:
     targets: list[Any]
     if isinstance(node, list):
         names = [str(item.get("name", "")) if isinstance(item, dict) else "" for item in node]
-        if key == "*":
-            targets = list(range(len(node)))
-        elif key in names:
-            targets = [names.index(key)]
-        elif key.isdigit() and int(key) < len(node):
-            targets = [int(key)]
-        else:
+        place = names.index(key) if key in names else int(key) if key.isdigit() else len(node)
+        if place >= len(node) and key != "*":
             raise UserError(f"{where}: no entry '{key}'{nearest(key, [n for n in names if n] or ['0'])}")
+        targets = [*range(len(node))] if key == "*" else [place]
     elif isinstance(node, dict):
         targets = [key]
         if rest:

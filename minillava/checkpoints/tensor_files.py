@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minillava.errors import UserError
-from minillava.files import POINTER, is_pointer
+from minillava.files import refuse_pointer
 from minillava.schema import read_json
 
 CHUNK = 32 << 20  # bytes read between reopenings of a file: what is mapped counts as memory in use
@@ -55,8 +55,7 @@ class Stored:
 
 def _load_bin(path: Path) -> dict[str, Tensor]:
     """A .bin: a pickled dict of tensors, mapped into memory where its format allows; nothing in it is executed."""
-    if is_pointer(path):
-        raise UserError(f"{path}: {POINTER}")
+    refuse_pointer(path)
     try:
         values = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except pickle.UnpicklingError as error:
@@ -82,8 +81,7 @@ def _open(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        if is_pointer(path):
-            raise UserError(f"{path}: {POINTER}") from None
+        refuse_pointer(path)
         raise UserError(f"{path}: truncated or no safetensors file ({error}); get it again") from None
 
 

@@ -136,9 +136,6 @@ def _multiply(layer: Any, x_BD: Tensor, norm: Any = None, gated: bool = False, r
     return nf4_decode_linear(x_BD, *weight, bias, *kind, *around, gated, residual)
 
 
-# ---- memory ----
-
-
 def to_huge_pages(module: nn.Module) -> None:
     """Move what `module` holds end to end into memory of large pages, where the system has them (Linux): reading
     gigabytes then waits less for addresses to be translated (bench/LOG.md). One tensor at a time is held twice."""
