@@ -1,7 +1,5 @@
 """Writing a model as a folder that transformers loads, whole or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -9,8 +7,9 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from minillava.chat.tokenizer import Tokenizer
 from minillava.checkpoints.chat_files import jinja_of
 from minillava.checkpoints.config_json import Format, format_for
 from minillava.checkpoints.families import tower_type
@@ -25,9 +24,6 @@ from minillava.layers.linear import Fused
 from minillava.layers.quantize import cat_rows, name_of, quantization_config
 from minillava.llava import LLaVAModel
 from minillava.schema import optional_json
-
-if TYPE_CHECKING:
-    from minillava.chat.tokenizer import Tokenizer
 
 
 def save_model(
@@ -49,13 +45,12 @@ def save_model(
         with named(folder):
             temporary.mkdir(parents=True)
             _write_files(model, temporary, tokenizer, shard_bytes, str(folder), form)
+            old = temporary.with_name(temporary.name + "-old")
             if folder.is_dir():
-                old = temporary.with_name(temporary.name + "-old")
                 os.rename(folder, old)
-                os.rename(temporary, folder)
+            os.rename(temporary, folder)
+            if old.exists():
                 shutil.rmtree(old)
-            else:
-                os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
