@@ -90,10 +90,9 @@ def _takes_lists(template: str) -> bool:
 class Renderer:
     """The process that renders, as it is seen from here: started when it is needed, and again where it was stopped."""
 
-    process: Any  # None: not started
-
     def __init__(self) -> None:
-        self.lock, self.process = threading.Lock(), None
+        self.lock = threading.Lock()
+        self.process: Any = None
 
     def ask(self, template: str, **names: Any) -> dict[str, str]:
         """The "text" or the "error" of a template with these names. Raises UserError where it takes too much."""
