@@ -180,9 +180,7 @@ _dense = register(
     f"decode_linear(Tensor x, Tensor weight, {AROUND}) -> Tensor",
     plain=reference,
     cuda=triton_dense,
-    fake=lambda x, weight, bias, norm, eps, gated, residual: x.new_empty(
-        x.shape[0], weight.shape[0] // (2 if gated else 1)
-    ),
+    fake=lambda x, w, bias, norm, eps, gated, *_: x.new_empty(x.shape[0], w.shape[0] // (2 if gated else 1)),
 )
 _nf4 = register(
     f"nf4_decode_linear(Tensor x, {WEIGHT}, {AROUND}, int N, str quant_type, int blocksize) -> Tensor",

@@ -125,9 +125,8 @@ def decode(part: str, bucket: dict[str, Any], device: str, K: int = 4096, nested
     """Down projection with its residual where a bucket is for few outputs, else norm, gate and up as one, SwiGLU."""
     rows, few = min(bucket.get("rows", decode_linear.ROWS), decode_linear.ROWS), "width" in bucket
     N, K = (4096, 11008) if few else (22016, K)
-    x, norm, eps, residual = numbers(device, rows, K), None if few else numbers(device, K), 1e-5, None
-    if few:
-        residual = numbers(device, rows, N)
+    x, eps = numbers(device, rows, K), 1e-5
+    norm, residual = (None, numbers(device, rows, N)) if few else (numbers(device, K), None)
     rest = None, norm, eps, not few, residual
     if part == "dense":
         return either(decode_linear.triton_dense, decode_linear.reference, x, numbers(device, N, K), *rest)

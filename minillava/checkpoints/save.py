@@ -19,9 +19,8 @@ from minillava.checkpoints.tensor_files import SHARD, write
 from minillava.checkpoints.tokenizer_files import add_placeholders, write_tokenizer_json
 from minillava.errors import UserError
 from minillava.files import named
-from minillava.layers.int8 import Linear8bit
 from minillava.layers.linear import Fused
-from minillava.layers.quantize import cat_rows, name_of, quantization_config
+from minillava.layers.quantize import name_of, quantization_config
 from minillava.llava import LLaVAModel
 from minillava.schema import optional_json
 
@@ -107,7 +106,7 @@ def _as_files_have(layers: dict[str, Quantized], layout: str) -> dict[str, Quant
         names = [name[:-1] + part for part in "qkv"]
         with contextlib.suppress(KeyError, ValueError):  # k or v in 16 bits; ends that are no ends of blocks
             parts: Any = [found[part] for part in names]
-            joined = Linear8bit.joined(parts) if isinstance(parts[0], Linear8bit) else cat_rows(parts)
+            joined = type(parts[0]).joined(parts)
             found = {key: layer for key, layer in found.items() if key not in names} | {f"{name}kv": joined}
     return found
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from minillava.kernels.cpu import product as cpu
 from minillava.layers.int8 import Linear8bit
-from minillava.layers.quantize import Linear4bit, cat_rows
+from minillava.layers.quantize import Linear4bit
 
 
 class Unallocated(TorchFunctionMode):
@@ -59,6 +59,13 @@ class Linear(nn.Linear):
         """The weight as C code takes it."""
         return cpu.Weight((self.out_features, self.in_features), self.weight)
 
+    @classmethod
+    def joined(cls, layers: Sequence[Linear]) -> Linear:
+        """One layer that gives the outputs of `layers` end to end."""
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        weight_OD = torch.cat([layer.weight.detach() for layer in layers])
+        return cls.around(weight_OD, torch.cat(biases) if biases else None)
+
     def rows(self, start: int, stop: int) -> Linear:
         """The layer of outputs start to stop, of the same memory."""
         return Linear.around(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
@@ -70,12 +77,7 @@ class Fused(nn.Module):
     def __init__(self, names: Sequence[str], parts: Sequence[Any]):
         super().__init__()
         self.names, self.sizes = names, [part.out_features for part in parts]
-        if all(isinstance(part, Linear4bit) for part in parts):
-            self.product: Linear | Linear4bit = cat_rows(parts)
-            return
-        biases = [part.bias.detach() for part in parts if part.bias is not None]
-        weight_OD = torch.cat([part.weight.detach() for part in parts])
-        self.product = Linear.around(weight_OD, torch.cat(biases) if biases else None)
+        self.product: Linear | Linear4bit = type(parts[0]).joined(parts)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, ...]:
         return self.product(x_TD).split(self.sizes, dim=-1)

@@ -196,6 +196,29 @@ class Linear4bit(FewBits):
         parts, shape = (self.weight, self.absmax, self.nested, self.dynamic), (self.out_features, self.in_features)
         return kernel.dequantize(*parts, *shape, self.quant_type, self.blocksize, dtype or self.dtype)
 
+    @classmethod
+    def joined(cls, layers: Sequence[Linear4bit]) -> Linear4bit:
+        """One layer that gives the outputs of `layers` end to end (fused q, k, v): same codes, same values.
+
+        Nested scales stay nested where every layer but the last has a multiple of 256 blocks. ValueError for layers
+        that are not alike, or do not end with a block.
+        """
+        first = layers[0]
+        kinds = {(m.in_features, m.quant_type, m.blocksize, m.bias is None) for m in layers}
+        if len(kinds) > 1 or any(m.out_features * m.in_features % (2 * m.blocksize) for m in layers[:-1]):
+            raise ValueError(f"layers cannot be joined: {', '.join(m.extra_repr() for m in layers)}")
+        maps = [m.dynamic for m in layers if m.nested is not None and m.dynamic is not None]
+        nested = len(maps) == len(layers) and all(torch.equal(maps[0], m) for m in maps)
+        if nested and not any(len(m.absmax) % NESTED for m in layers[:-1]):
+            nests = torch.cat([m.nested for m in layers if m.nested is not None], 1)
+            parts: tuple[Tensor | None, ...] = torch.cat([m.absmax for m in layers]), nests, maps[0]
+        else:
+            parts = torch.cat([scales(m.absmax, m.nested, m.dynamic) for m in layers]), None, None
+        packed = torch.cat([m.weight for m in layers])
+        bias = None if first.bias is None else torch.cat([m.bias for m in layers if m.bias is not None])
+        shape = sum(m.out_features for m in layers), first.in_features
+        return cls((packed, *parts), shape, first.quant_type, first.blocksize, bias, first.dtype, first.exact)
+
     def rows(self, start: int, stop: int) -> Linear4bit:
         """The layer of outputs start to stop, which must begin with a block."""
         K, size = self.in_features, self.blocksize
@@ -215,29 +238,6 @@ class Linear4bit(FewBits):
         double = "-double" if self.nested is not None else ""
         kind = f"{self.quant_type}{double}, blocksize={self.blocksize}"
         return f"{self.in_features}, {self.out_features}, {kind}, bias={self.bias is not None}"
-
-
-def cat_rows(layers: Sequence[Linear4bit]) -> Linear4bit:
-    """One layer that gives the outputs of `layers` end to end (fused q, k, v): same codes, same values.
-
-    Nested scales stay nested where every layer but the last has a multiple of 256 blocks. ValueError for layers that
-    are not alike, or do not end with a block.
-    """
-    first = layers[0]
-    kinds = {(m.in_features, m.quant_type, m.blocksize, m.bias is None) for m in layers}
-    if len(kinds) > 1 or any(m.out_features * m.in_features % (2 * m.blocksize) for m in layers[:-1]):
-        raise ValueError(f"layers cannot be joined: {', '.join(m.extra_repr() for m in layers)}")
-    maps = [m.dynamic for m in layers if m.nested is not None and m.dynamic is not None]
-    nested = len(maps) == len(layers) and all(torch.equal(maps[0], m) for m in maps)
-    if nested and not any(len(m.absmax) % NESTED for m in layers[:-1]):
-        nests = torch.cat([m.nested for m in layers if m.nested is not None], 1)
-        parts: tuple[Tensor | None, ...] = torch.cat([m.absmax for m in layers]), nests, maps[0]
-    else:
-        parts = torch.cat([scales(m.absmax, m.nested, m.dynamic) for m in layers]), None, None
-    packed = torch.cat([m.weight for m in layers])
-    bias = None if first.bias is None else torch.cat([m.bias for m in layers if m.bias is not None])
-    shape = sum(m.out_features for m in layers), first.in_features
-    return Linear4bit((packed, *parts), shape, first.quant_type, first.blocksize, bias, first.dtype, first.exact)
 
 
 def quantized_layer(weight: Tensor, scheme: Scheme, name: str) -> Linear4bit | Linear8bit:

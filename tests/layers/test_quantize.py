@@ -24,7 +24,7 @@ from minillava.config import ChatConfig, DecoderConfig, ImageConfig, ModelConfig
 from minillava.errors import UserError
 from minillava.kernels.nf4_dequantize import BLOCKSIZES, CODES
 from minillava.layers import scheme
-from minillava.layers.quantize import Linear4bit, cat_rows, chosen_layers, quant_state
+from minillava.layers.quantize import Linear4bit, chosen_layers, quant_state
 from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 from minillava.media.image import open_image, prepare
@@ -117,7 +117,7 @@ def layers(double, sizes=(192, 64, 64), K=128, bias=True, blocksize=64):
 def test_joined_layers_hold_the_same_values(double, sizes):
     """Scales of scales stay where each part has whole groups of 256 blocks; else they become plain ones."""
     parts = layers(double, sizes)
-    joined = cat_rows(parts)
+    joined = Linear4bit.joined(parts)
     assert (joined.nested is not None) == (double and sizes[0] == 512)
     assert torch.equal(joined.dequantize(torch.float32), torch.cat([p.dequantize(torch.float32) for p in parts]))
     x = torch.randn(5, 128)
@@ -144,7 +144,7 @@ def test_joined_layers_hold_the_same_values(double, sizes):
 def test_what_cannot_be_joined_or_cut_is_refused():
     a, b = layers(False, (3, 64), K=96)
     with pytest.raises(ValueError, match="cannot be joined"):
-        cat_rows([a, b])
+        Linear4bit.joined([a, b])
     with pytest.raises(ValueError, match="blocks of 64"):
         b.rows(1, 3)
 
