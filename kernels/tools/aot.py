@@ -8,6 +8,7 @@ every shipped configuration.
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def _read_back(kernel: Any, compiled: Any, card: Card, settings: dict[str, Any])
         text = compiled.asm["amdgcn"]
         registers, spill = _number(r"\.vgpr_count:\s+(\d+)", text), 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
     else:
-        text, usage = compiled.asm["ptx"], _tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
+        text, usage = compiled.asm["ptx"], _tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
         # Bytes of stack are in these kernels what registers spilled to.
         registers, spill = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
     return Compiled(
@@ -169,27 +170,24 @@ def _opcodes(ptx: str) -> Counter[str]:
 
 def _ptxas_log(ptx: str) -> str:
     """What ptxas says of a kernel for Hopper, asked once more as Triton drops it."""
-    from triton import knobs
-
-    ptxas = Path(knobs.nvidia.cuobjdump.path).with_name("ptxas-blackwell")  # which Triton takes from sm_90 on
-    ptxas = ptxas if ptxas.exists() else ptxas.with_name("ptxas")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [str(ptxas), "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.o"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stderr + done.stdout
+    options = "-v", "--gpu-name=sm_90a", "-o", os.devnull
+    newer = _path_of("ptxas-blackwell").exists()  # which Triton takes from sm_90 on
+    return _tool("ptxas-blackwell" if newer else "ptxas", ptx.encode(), *options)
 
 
-def _tool(name: str, option: str, cubin: bytes) -> str:
-    """What one of CUDA's tools, which come with Triton, says of a binary."""
-    from triton import knobs
+def _path_of(tool: str) -> Path:
+    """One of CUDA's tools, which come with Triton."""
+    return Path(triton.knobs.nvidia.cuobjdump.path).with_name(tool)
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+
+def _tool(name: str, given: bytes, *options: str) -> str:
+    """What a tool says of a file."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(given)
         file.flush()
-        command = [str(Path(knobs.nvidia.cuobjdump.path).with_name(name)), option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(_path_of(name)), *options, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def _per_weight(cubin: bytes) -> float:
@@ -197,7 +195,7 @@ def _per_weight(cubin: bytes) -> float:
     code: list[str] = []
     labels: dict[str, int] = {}
     ratios = [0.0]
-    for line in _tool("nvdisasm", "-c", cubin).splitlines():
+    for line in _tool("nvdisasm", cubin, "-c").splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(code)
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
