@@ -82,12 +82,13 @@ def attention_over_pictures(
     layers = engine.config.decoder.num_layers
     if layer is not None and not -layers <= layer < layers:
         raise UserError(f"layer {layer} is not there; the decoder has {layers}")
-    example = engine.processor(messages, media, generate=False)
+    opened: dict[object, Visual] = {}
+    example = engine.processor(messages, media, opened=opened)
     if not example.visuals:
         raise UserError("there is no picture to attend to")
     if any(visual.span.clip for visual in example.visuals):
         raise UserError("attention is laid over pictures, not over clips")
-    begin = len(engine.processor(messages[:-1], media, generate=True).ids)
+    begin = len(engine.processor(messages[:-1], media, generate=True, opened=opened).ids)
     first, last = _tokens_of(engine, example.ids[begin:], messages[-1].text, word)
     weights_S = _weights(engine, example, begin + first, begin + last, layer, heads)
     placeholders = torch.tensor([*engine.processor.placeholders])
