@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from bench import ggml, machine
 from bench.cases import Case
-from minillava.layers import linear as layers
+from minillava.kernels.cpu import product
 from minillava.layers.quantize import Linear4bit
 from minillava.layers.scheme import Scheme
 
@@ -87,7 +87,7 @@ def _peers(weight: torch.Tensor, x: torch.Tensor, device: str) -> dict[str, Call
         theirs = theirs.to(device).eval()
         found["bitsandbytes"] = lambda: theirs(x)
     if device == "cpu":
-        found["16 bits"] = lambda: layers.linear(x, weight)
+        found["16 bits"] = lambda: product.linear(x, weight)
     if device == "cpu" and len(x) == 1 and not ggml.absent():
         found["llama.cpp Q4_0"], theirs_1N = ggml.product(weight, x)
         want_1N = F.linear(x, weight).float()
