@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -35,7 +36,6 @@ class Batch:
 
     @property
     def samples(self) -> int:
-        """How many samples it holds."""
         return len(self.cu_seqlens) - 1
 
     def to(self, device: torch.device | str) -> Batch:
@@ -51,19 +51,14 @@ class Batch:
 
 def pack(examples: Sequence[Example]) -> Batch:
     """Samples end to end, without padding."""
-    ids: list[int] = []
-    labels: list[int] = []
-    cu_seqlens = [0]
-    for example in examples:
-        ids += example.ids
-        labels += example.labels
-        cu_seqlens.append(len(ids))
-    labels_T = np.array(labels, dtype=np.int64)  # twice as fast as torch.tensor on a list
+    # Twice as fast as torch.tensor on a list.
+    ids_T = np.array([*chain.from_iterable(example.ids for example in examples)], dtype=np.int64)
+    labels_T = np.array([*chain.from_iterable(example.labels for example in examples)], dtype=np.int64)
     visuals = [visual for example in examples for visual in example.visuals]
     return Batch(
-        ids_T=torch.from_numpy(np.array(ids, dtype=np.int64)),
+        ids_T=torch.from_numpy(ids_T),
         labels_T=torch.from_numpy(labels_T),
-        cu_seqlens=tuple(cu_seqlens),
+        cu_seqlens=(0, *accumulate(len(example.ids) for example in examples)),
         pixels_NCHW=torch.cat([visual.pixels_NCHW for visual in visuals]) if visuals else None,
         supervised=int(np.count_nonzero(labels_T != IGNORE)),
         cut_rows=sum(example.cut > 0 for example in examples),

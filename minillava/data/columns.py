@@ -7,17 +7,18 @@ that are JSON (datasets' way with mixed types) the values are decoded.
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from minillava.data.rows import UNREAD, Rows, unreadable
+from minillava.data.rows import UNREAD, PerProcess, Rows, unreadable
 from minillava.errors import UserError
 
+Decoder = Callable[[dict[str, Any]], dict[str, Any]]  # a row with the values of its JSON in place of the texts
 CACHE_BYTES = 512 << 20  # of row groups that a process keeps
 GROUP_BYTES = 1 << 30  # the largest row group that is read
 
@@ -56,12 +57,10 @@ class GroupCache:
 
     def __init__(self) -> None:
         self._tables: OrderedDict[tuple[str, int], Any] = OrderedDict()
-        self._lock, self._process = threading.Lock(), os.getpid()
+        self._lock = threading.Lock()
 
     def get(self, key: tuple[str, int], read: Callable[[], Any]) -> Any:
         """The table of this key, read if it is not here."""
-        if self._process != os.getpid():  # forked, perhaps while the lock was taken
-            self.__init__()  # type: ignore[misc]
         with self._lock:
             if key not in self._tables:
                 while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > CACHE_BYTES // 2:
@@ -71,16 +70,15 @@ class GroupCache:
             return self._tables[key]
 
 
-_KEPT = GroupCache()  # shared by the files of a process
+_kept = PerProcess(GroupCache)  # shared by the files of a process
 
 
 class ParquetRows(Rows):
     """A parquet file."""
 
     def __init__(self, path: str, filesystem: Any = None):
-        self.path, self._filesystem = path, filesystem
-        self._opened: tuple[int, Any] | None = None
-        meta = self._file().metadata
+        self.path, self._opened = path, PerProcess(partial(open_parquet, path, filesystem))
+        meta = self._opened()[0].metadata
         groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
         self._sizes = [group.total_byte_size for group in groups]
@@ -89,23 +87,7 @@ class ParquetRows(Rows):
                 f"{path}: a row group of {max(self._sizes) / 1e9:.1f} GB, which is read as a whole; write it again "
                 "with smaller ones (row_group_size = 1000)"
             )
-        self._decode = decoder(self._file().schema_arrow)
-        self._unread = [path for path in picture_bytes(meta) if all_there(meta, ".".join(path))]
-
-    def _file(self) -> Any:
-        """Opened by each process for itself: a file offset must not be shared."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            parquet = arrow().parquet
-            source = self.path if self._filesystem is None else self._filesystem.open(self.path, "rb")
-            self._opened = os.getpid(), parquet.ParquetFile(source)
-        return self._opened[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_opened": None, "_decode": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._decode = decoder(self._file().schema_arrow)
+        self._unread = bytes_beside_paths(meta)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -118,46 +100,53 @@ class ParquetRows(Rows):
         return self._group(int(np.argmax(self._sizes))).nbytes if self._sizes else 0
 
     def _group(self, group: int) -> Any:
-        return _KEPT.get((self.path, group), lambda: self._file().read_row_group(group, use_threads=False))
+        return _kept().get((self.path, group), lambda: self._opened()[0].read_row_group(group, use_threads=False))
 
     def __getitem__(self, number: int) -> Any:
         group = int(np.searchsorted(self._starts, number, "right")) - 1
         table = self._group(group)
-        return self._decode(table.slice(number - int(self._starts[group]), 1).to_pylist()[0])
+        return self._opened()[1](table.slice(number - int(self._starts[group]), 1).to_pylist()[0])
 
     def walk(self) -> Iterator[Any]:
         """Without the bytes of pictures, where the file's statistics say that none are missing."""
-        left_out = {".".join(path) for path in self._unread}
-        names = [self._file().metadata.schema.column(i).path for i in range(self._file().metadata.num_columns)]
-        columns = [name for name in names if name not in left_out]
-        for batch in self._file().iter_batches(256, columns=columns, use_threads=False):
+        file, decode = self._opened()
+        columns = [name for name in columns_of(file.metadata) if name not in self._unread]
+        for batch in file.iter_batches(256, columns=columns, use_threads=False):
             for row in batch.to_pylist():
-                for path in self._unread:
-                    put_unread(row, path)
-                yield self._decode(row)
+                for name in self._unread:
+                    put_unread(row, name)
+                yield decode(row)
 
 
-def picture_bytes(meta: Any) -> list[tuple[str, ...]]:
-    """Columns with the bytes of pictures, beside one with paths: image.bytes, images.list.element.bytes."""
-    names = {meta.schema.column(i).path for i in range(meta.num_columns)}
-    found = [name for name in names if name.endswith(".bytes") and name.removesuffix("bytes") + "path" in names]
-    return [tuple(name.split(".")) for name in sorted(found)]
+def open_parquet(path: str, filesystem: Any) -> tuple[Any, Decoder]:
+    """The file, and what decodes its rows."""
+    parquet = arrow().parquet
+    file = parquet.ParquetFile(path if filesystem is None else filesystem.open(path, "rb"))
+    return file, decoder(file.schema_arrow)
 
 
-def all_there(meta: Any, path: str) -> bool:
-    """Whether the statistics of all row groups say that a column has no null, nor an empty list around it."""
-    column = [meta.schema.column(i).path for i in range(meta.num_columns)].index(path)
-    for group in range(meta.num_row_groups):
-        statistics = meta.row_group(group).column(column).statistics
-        if statistics is None or not statistics.has_null_count or statistics.null_count:
-            return False
-    return True
+def columns_of(meta: Any) -> list[str]:
+    """The columns of a parquet file: image.bytes, images.list.element.bytes."""
+    return [meta.schema.column(i).path for i in range(meta.num_columns)]
 
 
-def put_unread(row: dict[str, Any], path: tuple[str, ...]) -> None:
-    """UNREAD in a row where the column at this path was left out."""
+def bytes_beside_paths(meta: Any) -> list[str]:
+    """Columns with the bytes of pictures, beside one with paths, where the statistics of all row groups say that there
+    is no null in it, nor an empty list around it."""
+    names = columns_of(meta)
+
+    def all_there(column: int) -> bool:
+        groups = (meta.row_group(group).column(column).statistics for group in range(meta.num_row_groups))
+        return all(found is not None and found.has_null_count and not found.null_count for found in groups)
+
+    paired = {name.removesuffix("path") + "bytes" for name in names if name.endswith(".path")}
+    return sorted(name for at, name in enumerate(names) if name in paired and all_there(at))
+
+
+def put_unread(row: dict[str, Any], column: str) -> None:
+    """UNREAD in a row where a column was left out."""
     values: list[Any] = [row]
-    for key in path[:-1]:
+    for key in column.split(".")[:-1]:
         if key in ("list", "element", "item", "array"):
             values = [v for value in values if isinstance(value, list) for v in value] if key == "list" else values
         else:
@@ -172,36 +161,33 @@ class ArrowRows(Rows):
     """An Arrow file or stream, mapped into memory."""
 
     def __init__(self, path: str):
-        self.path = path
-        self._map()
-
-    def _map(self) -> None:
-        pa = arrow()
-        mapped = pa.memory_map(self.path)
-        is_file = mapped.read(6) == b"ARROW1"
-        mapped.seek(0)
-        self._table = (pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)).read_all()
-        self._decode = decoder(self._table.schema)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path = state["path"]
-        self._map()
+        self.path, self._opened = path, PerProcess(partial(open_arrow, path))
+        self._count = self._opened()[0].num_rows
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return self._count
 
     def __getitem__(self, number: int) -> Any:
-        return self._decode(self._table.slice(number, 1).to_pylist()[0])
+        table, decode = self._opened()
+        return decode(table.slice(number, 1).to_pylist()[0])
 
     def walk(self) -> Iterator[Any]:
-        for batch in self._table.to_batches(64):
-            yield from map(self._decode, batch.to_pylist())
+        table, decode = self._opened()
+        for batch in table.to_batches(64):
+            yield from map(decode, batch.to_pylist())
 
 
-def decoder(schema: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def open_arrow(path: str) -> tuple[Any, Decoder]:
+    """The table, and what decodes its rows."""
+    pa = arrow()
+    mapped = pa.memory_map(path)
+    is_file = mapped.read(6) == b"ARROW1"
+    mapped.seek(0)
+    table = (pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)).read_all()
+    return table, decoder(table.schema)
+
+
+def decoder(schema: Any) -> Decoder:
     """What decodes the JSON in a row of this schema."""
     columns = {field.name: undo for field in schema if (undo := undo_json(field.type)) is not None}
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillava.data.boxes import to_square, written
 from minillava.data.layouts import MARKER
 from minillava.errors import UserError
 from minillava.files import claimed_file, named, parse_json, read_rows, read_text
@@ -96,7 +95,7 @@ def refcoco(files: Sequence[Any], rng: random.Random) -> Iterator[Turn]:
     for ref in (ref for file in files if isinstance(file, list) for ref in file):
         if ref.get("split", "train") == "train":
             size, (x, y, width, height) = sizes[ref["image_id"]], boxes[ref["ann_id"]]
-            box = written(to_square((x, y, x + width, y + height), size["width"], size["height"]))
+            box = on_square((x, y, x + width, y + height), size["width"], size["height"])
             for sentence in ref["sentences"]:
                 yield region(f"{ref['image_id']:012d}.jpg", sentence["sent"], box, rng)
 
@@ -110,8 +109,19 @@ def genome(files: Sequence[Any], rng: random.Random) -> Iterator[Turn]:
         width, height = size["width"], size["height"]
         left, top = min(max(area["x"], 0), width), min(max(area["y"], 0), height)
         edges = (left, top, min(area["x"] + area["width"], width), min(area["y"] + area["height"], height))
-        box = written(to_square(edges, width, height))
+        box = on_square(edges, width, height)
         yield region(f"{folder}/{area['image_id']}.jpg", area["phrase"].strip(), box, rng)
+
+
+def on_square(box: tuple[float, ...], width: int, height: int) -> str:
+    """A box (left, top, right, bottom) in pixels of a picture as LLaVA-1.5's data has it: [0.12, 0.30, 0.56, 0.98].
+
+    These are shares of the side of the square that `media.image` pads to: as wide as the longer side, the picture in
+    its middle, half a pixel to the left or top where that does not come out even.
+    """
+    side = max(width, height)
+    padding = ((side - width) // 2, (side - height) // 2) * 2
+    return f"[{', '.join(f'{(at + before) / side:.2f}' for at, before in zip(box, padding))}]"
 
 
 def region(image: str, phrase: str, box: str, rng: random.Random) -> Turn:
@@ -152,9 +162,8 @@ def convert(paths: Sequence[Path], folder: str = "", turns: int = 10, seed: int 
     """Samples of LLaVA's JSON from the files of one data set, with `folder` in front of the names of pictures and at
     most so many turns each. Raises UserError for files of no layout that is known, and for one that breaks its own."""
     files = [load(path) for path in paths]
-    shared = next((file for file in files if is_sharegpt(file)), None)
-    if shared is not None:
-        yield from sharegpt(file for file in files)
+    if any(isinstance(file, list) and has(first(file), "conversations") for file in files):
+        yield from sharegpt(files)
         return
     for name, (looks, read) in LAYOUTS.items():
         if any(looks(file) for file in files):
@@ -183,11 +192,6 @@ def merged(found: Iterable[Turn], source: str, folder: str, most_turns: int) -> 
                 said.append({"from": "gpt", "value": turn.answer})
             name = f"{source}/{image}/{copy}.{start // most_turns}"
             yield {"id": name, "image": folder + image, "conversations": said, "source": source}
-
-
-def is_sharegpt(file: Any) -> bool:
-    """Whether it is a list of conversations."""
-    return isinstance(file, list) and has(first(file), "conversations")
 
 
 def sharegpt(files: Iterable[Any]) -> Iterator[dict[str, Any]]:

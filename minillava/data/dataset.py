@@ -7,7 +7,6 @@ import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +116,16 @@ class Dataset:
         except SampleError:
             return 0
 
+    def _lengths(self, indices: Sequence[int]) -> list[int]:
+        return [self.length(index) for index in indices]
+
     def measure(self, workers: int, cache: Path) -> np.ndarray:
         """All samples' lengths, from `cache` if it has them, else counted by so many processes and written there."""
         lengths = np.load(cache) if cache.is_file() else np.empty(0)
         if len(lengths) != len(self):
-            chunks: Any = torch.utils.data.DataLoader(
-                _Lengths(self), 1000, num_workers=workers, collate_fn=list, worker_init_fn=ignore_interrupts
+            numbers: Any = range(len(self))
+            chunks = torch.utils.data.DataLoader(
+                numbers, 1000, num_workers=workers, collate_fn=self._lengths, worker_init_fn=ignore_interrupts
             )
             lengths = np.array([length for chunk in chunks for length in chunk])
             cache.parent.mkdir(parents=True, exist_ok=True)
@@ -136,19 +139,6 @@ class Dataset:
             typical = np.median(lengths[kind & self.usable]) if (kind & self.usable).any() else 1
             self.lengths[kind & ~self.usable] = int(typical)
         return self.lengths
-
-
-@dataclass
-class _Lengths(torch.utils.data.Dataset[int]):
-    """The length of a sample at its index, for processes."""
-
-    dataset: Dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> int:
-        return self.dataset.length(index)
 
 
 def ignore_interrupts(worker: int) -> None:

@@ -10,11 +10,12 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
+from minillava.data.rows import PerProcess
 from minillava.errors import UserError
 from minillava.media.image import MAX_PIXELS
 from minillava.media.visual import Media
@@ -56,25 +57,11 @@ class Folder(MediaStore):
 
 
 class Zip(MediaStore):
-    """Images inside a zip file, which each process opens for itself on first use: a file offset must not be shared."""
+    """Images inside a zip file."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self._opened: tuple[int, zipfile.ZipFile] | None = None
+        self.path, self._archive = path, PerProcess(partial(open_zip, path))
         self._archive()
-
-    def _archive(self) -> zipfile.ZipFile:
-        opened = self._opened
-        if opened is None or opened[0] != os.getpid():
-            try:
-                opened = (os.getpid(), zipfile.ZipFile(self.path))
-            except (OSError, zipfile.BadZipFile) as error:
-                raise UserError(f"{self.path}: cannot be read as a zip file ({error}); fetch it again") from None
-            self._opened = opened
-        return opened[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_opened": None}
 
     def has(self, name: str) -> bool:
         return name in self._archive().NameToInfo
@@ -90,6 +77,14 @@ class Zip(MediaStore):
             raise UserError(f"{name}: not in {self.path}; check the name") from None
         except (OSError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{name}: cannot be unpacked from {self.path} ({error}); make the zip again") from None
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Raises UserError."""
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read as a zip file ({error}); fetch it again") from None
 
 
 def open_store(root: Path) -> MediaStore:

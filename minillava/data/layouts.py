@@ -81,12 +81,16 @@ def read_turn(turn: Any, found: Content) -> Turn:
         raise UserError(f"a turn must be an object with 'from' and 'value', got {in_words(turn)}; correct it")
     role = present(turn, "from", "role")
     if not isinstance(role, str) or role not in ROLES:
-        raise RoleError(f"unknown role {shown(role)}; use human and gpt, or user and assistant")
+        raise Counted("role errors", f"unknown role {shown(role)}; use human and gpt, or user and assistant")
     return ROLES[role], read_text(present(turn, "value", "content"), found)
 
 
-class RoleError(UserError):
-    """Whose turn it is cannot be said, or it is not theirs."""
+class Counted(UserError):
+    """A mistake of a kind that reports count, by its name in `llava_json.COUNTED`."""
+
+    def __init__(self, counted: str, message: str):
+        super().__init__(message)
+        self.counted = counted
 
 
 def read_pair(pair: Any, found: Content) -> list[Turn]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minillava.chat.messages import Message, check_roles, marker_of
 from minillava.config import ChatConfig
-from minillava.data.layouts import MARKER, VIDEO_MARKER, Content, RoleError, media_in, read_row
-from minillava.data.pictures import MissingError, Places
+from minillava.data.layouts import MARKER, VIDEO_MARKER, Content, Counted, media_in, read_row
+from minillava.data.pictures import Places
 from minillava.data.preferences import as_conversations
 from minillava.errors import UserError
 from minillava.files import in_words
@@ -82,10 +83,14 @@ class Report:
         return f"{self.path}: {shown or 'nothing'}" + (f"; {len(self.problems):,} unusable" if self.problems else "")
 
 
-def parse(raw: Any, number: int, path: str, places: Places, report: Report) -> Sample:
+Check = Callable[[Sample], None]  # raises UserError for a sample that cannot be trained
+
+
+def parse(raw: Any, number: int, path: str, places: Places, report: Report, check: Check | None = None) -> Sample:
     """One checked sample of the row with this number in the file at `path`, counted in the report. Raises UserError
     that names it."""
-    identity = present_id(raw, number)
+    identity = raw.get("id") if isinstance(raw, dict) else None
+    identity = number if identity is None else identity
     where = f"{path}: sample {str(identity)!r} (number {number})"
     if isinstance(raw, UserError):
         raise UserError(f"{where}: {raw}")
@@ -100,11 +105,13 @@ def parse(raw: Any, number: int, path: str, places: Places, report: Report) -> S
             rejected = worse_answer(conversation(raw | {"conversations": worse}, Report(""))[1], messages)
         check_markers(found, messages)
         media = media_of(found, messages, places, str(identity))
-        return Sample(str(identity), media, messages, report.path, rejected)
+        sample = Sample(str(identity), media, messages, report.path, rejected)
+        if check is not None:
+            check(sample)
+        return sample
     except UserError as error:
-        for cause, name in ((MissingError, "missing images"), (RoleError, "role errors")):
-            report.counts[name] += isinstance(error, cause)
-        report.counts["marker mismatches"] += isinstance(error, MarkerError)
+        if isinstance(error, Counted):
+            report.counts[error.counted] += 1
         raise UserError(f"{where}: {error}") from None
 
 
@@ -125,12 +132,6 @@ def worse_answer(worse: tuple[Message, ...], better: tuple[Message, ...]) -> str
     return worse[-1].text
 
 
-def present_id(raw: Any, number: int) -> Any:
-    """What a row is called: its id, or its number in the file."""
-    identity = raw.get("id") if isinstance(raw, dict) else None
-    return number if identity is None else identity
-
-
 def in_turns(found: Content, report: Report) -> tuple[Message, ...]:
     """Turns as messages that alternate user, assistant, ..., behind an optional system message."""
     messages = [Message(role, text) for role, text in found.turns]
@@ -148,7 +149,7 @@ def in_turns(found: Content, report: Report) -> tuple[Message, ...]:
     try:
         check_roles(messages, generate=False)
     except UserError as error:
-        raise RoleError(f"wrong role order: {error}") from None
+        raise Counted("role errors", f"wrong role order: {error}") from None
     return tuple(messages)
 
 
@@ -164,19 +165,14 @@ def in_front(found: Content, messages: tuple[Message, ...], report: Report) -> t
     return (*messages[:at], Message("user", text), *messages[at + 1 :])
 
 
-class MarkerError(UserError):
-    """Markers are not as many as pictures or videos."""
-
-
 def check_markers(found: Content, messages: tuple[Message, ...]) -> None:
     """Raises UserError unless there is a marker for each picture and video."""
     for marker, values, what in ((MARKER, found.images, "image"), (VIDEO_MARKER, found.videos, "video")):
         count = sum(message.text.count(marker) for message in messages)
         if count != len(values) and (values or marker == MARKER):  # without videos <video> is a word
             add, many = f"add a {marker} for each {what}", f"add the {what}s or remove markers"
-            raise MarkerError(
-                f"{count} {marker} in the text but {len(values)} {what}s; {many if count > len(values) else add}"
-            )
+            remedy = many if count > len(values) else add
+            raise Counted("marker mismatches", f"{count} {marker} in the text but {len(values)} {what}s; {remedy}")
 
 
 def media_of(found: Content, messages: tuple[Message, ...], places: Places, identity: str) -> tuple[Media, ...]:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minillava.data.llava_json import Report
+from minillava.data.llava_json import Check, Report
 from minillava.data.survey import spread
-from minillava.data.table import Check, Table, joined, scan, turns_of
+from minillava.data.table import Table, joined, scan
 from minillava.errors import UserError
 from minillava.recipe import DataConfig, StageConfig
 
@@ -71,11 +71,11 @@ def split_data(stage: StageConfig, seed: int, check: Check | None = None) -> tup
             raise UserError(
                 f"stage '{stage.name}': eval_samples leaves nothing of {len(samples)} samples to train on; set fewer"
             )
-        samples = samples.pick(np.argsort(samples.place_N, kind="stable"))
+        samples = samples.pick(np.argsort(samples.place_N["order"], kind="stable"))
         samples, held_out = samples[stage.eval_samples :], samples[: stage.eval_samples]
     # What is held out is chosen before turns are split: no picture is on both sides.
     if stage.split_turns:
-        samples = samples.split_turns(np.array([len(turns_of(sample)) for sample in samples]))
+        samples = samples.split_turns()
     if stage.eval_samples:
         held_out = held_out.pick(np.array(spread(len(held_out), stage.eval_samples), dtype=np.int64))  # of every file
     return samples, held_out

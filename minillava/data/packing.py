@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
 
 import numpy as np
 
@@ -109,11 +108,11 @@ class Order:
         step = k // self.parts
         if not self.row_tokens:
             return divmod(step, self.steps_in(0))
-        for epoch in count():
-            if step < self.steps_in(epoch):
-                return epoch, step
+        epoch = 0
+        while step >= self.steps_in(epoch):
             step -= self.steps_in(epoch)
-        raise AssertionError("epochs never end")
+            epoch += 1
+        return epoch, step
 
     def rows(self, k: int) -> list[list[int]]:
         """The samples of each row of micro-batch k."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minillava.data.files import MAX_FILE_BYTES, MediaStore, StoredMedia
+from minillava.data.layouts import Counted
 from minillava.errors import UserError
 from minillava.files import short
 from minillava.media.visual import Media
@@ -108,7 +109,7 @@ class Places:
         if self.store is None:
             raise UserError(f"has an {kind} but no image folder was given; set one")
         if not self.store.has(value):
-            raise MissingError(f"{kind} {short(value)} is missing; add it or remove the sample")
+            raise Counted("missing images", f"{kind} {short(value)} is missing; add it or remove the sample")
         return StoredMedia(self.store, video, value)
 
     def _of_object(self, value: dict[str, Any], video: bool, name: str) -> Media:
@@ -120,19 +121,16 @@ class Places:
         if isinstance(data, str) and data:
             return Media(decoded(data, kind), video, str(path or name))
         if path and (self.store is None or not self.store.has(path)) and not os.path.exists(path):
-            raise MissingError(
+            raise Counted(
+                "missing images",
                 f"{kind} {short(path)} is missing: whoever wrote the file kept paths and no bytes (datasets' "
-                "to_parquet does, for pictures opened from files); set images to their folder, or write the bytes"
+                "to_parquet does, for pictures opened from files); set images to their folder, or write the bytes",
             )
         if path or isinstance(value.get("url"), str):
             return self.media(os.path.abspath(path) if path and not self.store else path or value["url"], video, name)
         raise UserError(
             f"'{kind}' has neither bytes nor path (keys {', '.join(map(str, value)) or 'none'}); correct it"
         )
-
-
-class MissingError(UserError):
-    """A picture or video is not where it should be."""
 
 
 def decoded(text: str, kind: str) -> bytes:

@@ -10,15 +10,18 @@ import json
 import mmap
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from minillava.errors import UserError
 
+T = TypeVar("T")
 HUB = "hf://datasets/"
+BOM = b"\xef\xbb\xbf"
 COLUMNAR = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # parquet, Arrow's file and its stream
 TAR = b"ustar"  # from byte 257
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zX": "xz", b"PK\x03\x04": "zip"}
@@ -57,57 +60,66 @@ class Rows(ABC):
         return 0
 
 
+class PerProcess(Generic[T]):
+    """What each process opens for itself when it first needs it: a file's offset, a map, a lock must not be shared."""
+
+    def __init__(self, opened: Callable[[], T]):
+        self._open, self._process = opened, 0
+
+    def __call__(self) -> T:
+        if self._process != os.getpid():
+            self._opened, self._process = self._open(), os.getpid()
+        return self._opened
+
+    def __reduce__(self) -> Any:
+        return PerProcess, (self._open,)
+
+
 class JsonRows(Rows):
     """A JSON list or JSON lines: the text stays bytes, and where each sample begins and ends is known."""
 
-    _buffer: Any  # the file, mapped into memory, or a list's elements end to end
-
     def __init__(self, path: str):
         self.path = path
-        self._map()
-        head = bytes(self._buffer[:4096]).removeprefix(b"\xef\xbb\xbf").lstrip()
+        self._text: Callable[[], Any] = PerProcess(partial(mapped, path))
+        head = bytes(self._text()[:4096]).removeprefix(BOM).lstrip()
         if head[:1] == b"[" and not path.endswith(".jsonl"):
-            self._buffer, self.spans = split_list(path)
+            elements, self.spans = split_list(path)
+            self._text = partial(bytes, elements)  # bytes of bytes are no copy
         else:
-            self.spans = self._lines()
-
-    def _map(self) -> None:
-        try:
-            with open(self.path, "rb") as file:
-                empty = os.fstat(file.fileno()).st_size == 0
-                self._buffer = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise unreadable(self.path, error) from None
-
-    def _lines(self) -> np.ndarray:
-        """[N, 2]: where each line that is not blank begins and ends."""
-        spans, start, size = [], 3 if self._buffer[:3] == b"\xef\xbb\xbf" else 0, len(self._buffer)
-        number = 0
-        while start < size:
-            number += 1
-            end = self._buffer.find(b"\n", start)
-            end = size if end < 0 else end
-            line = self._buffer[start:end]
-            if line.strip():
-                check_json(line, self.path, number, start)
-                spans.append((start, end))
-            start = end + 1
-        return np.array(spans, dtype=np.int64).reshape(-1, 2)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | ({"_buffer": None} if isinstance(self._buffer, mmap.mmap) else {})
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        if self._buffer is None:
-            self._map()
+            self.spans = lines_in(self._text(), path)
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, number: int) -> Any:
         start, end = self.spans[number]
-        return json.loads(self._buffer[start:end])
+        return json.loads(self._text()[start:end])
+
+
+def mapped(path: str) -> Any:
+    """The bytes of a file, mapped into memory."""
+    try:
+        with open(path, "rb") as file:
+            empty = os.fstat(file.fileno()).st_size == 0
+            return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def lines_in(text: Any, path: str) -> np.ndarray:
+    """[N, 2]: where each line that is not blank begins and ends."""
+    spans, start, size = [], len(BOM) if text[:3] == BOM else 0, len(text)
+    number = 0
+    while start < size:
+        number += 1
+        end = text.find(b"\n", start)
+        end = size if end < 0 else end
+        line = text[start:end]
+        if line.strip():
+            check_json(line, path, number, start)
+            spans.append((start, end))
+        start = end + 1
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
 def check_json(line: bytes, path: str, number: int, start: int) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -18,12 +19,10 @@ from minillava.chat.messages import Message
 from minillava.data import columns
 from minillava.data.files import open_store
 from minillava.data.layouts import MARKER
-from minillava.data.llava_json import Report, Sample, parse
+from minillava.data.llava_json import Check, Report, Sample, parse
 from minillava.data.pictures import Places, UrlStore
 from minillava.data.rows import Rows, open_rows
 from minillava.errors import UserError
-
-Check = Callable[[Sample], None]  # raises UserError for a sample that cannot be trained
 
 
 @dataclass
@@ -39,19 +38,26 @@ class Source:
         return parse(self.rows[number], number, self.rows.path, self.places, Report(self.name))
 
 
+PLACE = np.dtype(
+    [
+        ("source", np.int32),
+        ("row", np.int64),  # there
+        ("turn", np.int64),  # of it; -1: all turns
+        ("media", bool),  # whether it has pictures or videos
+        ("order", np.uint64),  # by the names of its pictures: where it stands among those of all sets over them
+    ]
+)
+
+
 @dataclass
 class Table(Sequence[Sample]):
-    """Samples by their place: of each the source, the row there, and the turn of it, or all of them."""
+    """Samples by their place."""
 
     sources: list[Source]
-    source_N: np.ndarray
-    row_N: np.ndarray
-    turn_N: np.ndarray  # -1: all turns
-    media_N: np.ndarray  # whether it has pictures or videos
-    place_N: np.ndarray  # by the names of its pictures: where it stands in an order that all sets over them share
+    place_N: np.ndarray  # of PLACE
 
     def __len__(self) -> int:
-        return len(self.row_N)
+        return len(self.place_N)
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -59,21 +65,20 @@ class Table(Sequence[Sample]):
     def __getitem__(self, index: slice) -> Table: ...
     def __getitem__(self, index: int | slice) -> Sample | Table:
         if isinstance(index, slice):
-            return self.pick(np.arange(len(self))[index])
-        sample = self.sources[self.source_N[index]].sample(int(self.row_N[index]))
-        turn = int(self.turn_N[index])
+            return Table(self.sources, self.place_N[index])
+        source, row, turn, _, _ = self.place_N[index].item()
+        sample = self.sources[source].sample(row)
         return sample if turn < 0 else turns_of(sample)[turn]
 
     def pick(self, indices: np.ndarray) -> Table:
         """Those of these numbers, in their order."""
-        arrays = (self.source_N, self.row_N, self.turn_N, self.media_N, self.place_N)
-        return Table(self.sources, *(array[indices] for array in arrays))
+        return Table(self.sources, self.place_N[indices])
 
-    def split_turns(self, counts: np.ndarray) -> Table:
-        """With each sample as so many of its own, one for each turn."""
-        table = self.pick(np.repeat(np.arange(len(self)), counts))
-        starts = np.repeat(np.cumsum(counts) - counts, counts)
-        table.turn_N = np.arange(len(table)) - starts
+    def split_turns(self) -> Table:
+        """With each turn as a sample of its own."""
+        turns = [range(len(turns_of(sample))) for sample in self]
+        table = self.pick(np.repeat(np.arange(len(self)), [*map(len, turns)]))
+        table.place_N["turn"] = [*itertools.chain(*turns)]
         return table
 
     def groups(self) -> tuple[np.ndarray, int] | None:
@@ -85,11 +90,11 @@ class Table(Sequence[Sample]):
             return None
         rng, groups, count = np.random.default_rng(0), np.empty(len(self), dtype=np.int64), 0
         for number, source in enumerate(self.sources):
-            mine = np.flatnonzero(self.source_N == number)
+            mine = self.place_N["source"] == number
             of_rows = source.rows.groups()
             if of_rows is None:
                 of_rows = rng.integers(max(1, len(source.rows) // SCATTERED), size=len(source.rows))
-            groups[mine] = of_rows[self.row_N[mine]] + count
+            groups[mine] = of_rows[self.place_N["row"][mine]] + count
             count += int(of_rows.max(initial=0)) + 1
         return groups, max(rows.group_bytes() for rows in in_groups[:: -(-len(in_groups) // MEASURED)])
 
@@ -101,13 +106,12 @@ SCATTERED = 256  # samples in a group of those that are read one by one
 def joined(tables: Sequence[Table]) -> Table:
     """All their samples, one table behind the other."""
     sources: list[Source] = []
-    numbers = []
+    places = [np.empty(0, PLACE)]
     for table in tables:
-        numbers.append(table.source_N + len(sources))
+        places.append(table.place_N.copy())
+        places[-1]["source"] += len(sources)
         sources += table.sources
-    rest = ("row_N", "turn_N", "media_N", "place_N")
-    arrays = [np.concatenate([getattr(t, name) for t in tables] or [np.empty(0, np.int64)]) for name in rest]
-    return Table(sources, np.concatenate(numbers or [np.empty(0, np.int64)]), *arrays)
+    return Table(sources, np.concatenate(places))
 
 
 def scan(
@@ -124,18 +128,14 @@ def scan(
     places = Places(store, UrlStore(Path(fetch)) if fetch else None)
     report = Report(str(path))
     sources = [Source(rows, places, str(path)) for rows in open_rows(str(path), stream)]
-    kept: list[tuple[int, int, bool, int]] = []
+    kept: list[tuple[int, int, int, bool, int]] = []
     for number, row, sample in walk(sources, check, report):
         names = " ".join(picture.name for picture in sample.images) or sample.id
         digest = hashlib.sha256(f"{seed} {names}".encode()).digest()
-        kept.append((number, row, bool(sample.media), int.from_bytes(digest[:8], "big")))
+        kept.append((number, row, -1, bool(sample.media), int.from_bytes(digest[:8], "big")))
     if not kept and not report.problems:
         raise UserError(f"{path}: no samples in it; expected a list of conversations")
-    source, rows, media, place = (
-        np.array(column, dtype=kind)
-        for column, kind in zip(zip(*kept) if kept else [()] * 4, (np.int32, np.int64, bool, np.uint64))
-    )
-    return Table(sources, source, rows, np.full(len(rows), -1), media, place), report
+    return Table(sources, np.array(kept, PLACE)), report
 
 
 def walk(sources: Sequence[Source], check: Check | None, report: Report) -> Iterator[tuple[int, int, Sample]]:
@@ -143,9 +143,7 @@ def walk(sources: Sequence[Source], check: Check | None, report: Report) -> Iter
     for number, source in enumerate(sources):
         for row, raw in enumerate(source.rows.walk()):
             try:
-                sample = parse(raw, row, source.rows.path, source.places, report)
-                if check is not None:
-                    checked(sample, row, source.rows.path, check)
+                sample = parse(raw, row, source.rows.path, source.places, report, check)
             except UserError as error:
                 report.problems.append(str(error))
                 continue
@@ -153,14 +151,6 @@ def walk(sources: Sequence[Source], check: Check | None, report: Report) -> Iter
             report.counts.update({"samples": 1, "text only": not sample.media, "images": images, "videos": videos})
             report.counts.update({"several images": images > 1, "turns": len(sample.messages)})
             yield number, row, sample
-
-
-def checked(sample: Sample, row: int, path: str, check: Check) -> None:
-    """Raises what `check` does, with the sample's name."""
-    try:
-        check(sample)
-    except UserError as error:
-        raise UserError(f"{path}: sample {sample.id!r} (number {row}): {error}") from None
 
 
 def order_of_groups(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -175,7 +165,7 @@ def order_of_groups(samples: Sequence[Sample]) -> dict[str, Any]:
 def with_media(samples: Sequence[Sample]) -> np.ndarray:
     """For each sample whether it has pictures or videos."""
     if isinstance(samples, Table):
-        return samples.media_N
+        return samples.place_N["media"]
     return np.array([bool(sample.media) for sample in samples], dtype=bool)
 
 

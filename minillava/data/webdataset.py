@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from minillava.data.files import MAX_FILE_BYTES
-from minillava.data.rows import Rows
+from minillava.data.rows import PerProcess, Rows
 from minillava.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif")
@@ -26,7 +27,7 @@ class TarRows(Rows):
 
     def __init__(self, path: str):
         self.path = path
-        self._opened: tuple[int, int] | None = None
+        self._file = PerProcess(partial(os.open, path, os.O_RDONLY))
         self._names: list[str] = []
         places: list[tuple[int, int]] = []
         first: list[int] = []  # member of each sample
@@ -46,9 +47,6 @@ class TarRows(Rows):
             raise UserError(f"{path}: cannot be read as a tar ({error}); fetch it again") from None
         self._places = np.array(places, dtype=np.int64).reshape(-1, 2)
         self._first = np.array([*first, len(places)])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_opened": None}
 
     def __len__(self) -> int:
         return len(self._first) - 1
@@ -82,13 +80,11 @@ class TarRows(Rows):
         return value
 
     def _read(self, member: int) -> bytes:
-        """A member's bytes, by position: no offset is shared between threads or processes."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = os.getpid(), os.open(self.path, os.O_RDONLY)
+        """A member's bytes, by position: threads share no offset."""
         offset, size = self._places[member].tolist()
         if size > MAX_FILE_BYTES:
             raise UserError(f"{self._names[member]}: {size:,} bytes in {self.path}; scale the image down first")
-        return os.pread(self._opened[1], size, offset)
+        return os.pread(self._file(), size, offset)
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.data.dataset import SampleError
-from minillava.data.llava_json import Sample
+from minillava.data.llava_json import Check, Sample
 from minillava.data.pairs import PairBatch, PairDataset
-from minillava.data.table import Check
 from minillava.errors import UserError
 from minillava.layers import lora, sharded
 from minillava.recipe import DPOConfig, StageConfig

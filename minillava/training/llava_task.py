@@ -18,12 +18,12 @@ from minillava.config import IGNORE
 from minillava.data.batch import Batch, pack
 from minillava.data.check import PromptCheck
 from minillava.data.dataset import Dataset
-from minillava.data.llava_json import MARKER, Sample
+from minillava.data.llava_json import MARKER, Check, Sample
 from minillava.data.loader import Loader, Tally
 from minillava.data.mixture import split_data
 from minillava.data.packing import Order
 from minillava.data.survey import survey
-from minillava.data.table import Check, order_of_groups, turns_of
+from minillava.data.table import order_of_groups, turns_of
 from minillava.errors import UserError
 from minillava.llava import next_labels
 from minillava.processor import Example
