@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,21 +32,6 @@ class Prompt:
     text: str
     image: Any  # a PIL picture
     example: Example
-
-
-class Reference(Protocol):
-    name: str
-    reads: bool  # whether it makes ids and pixels of its own
-
-    def read(self, prompt: Prompt) -> tuple[list[int], Tensor]:
-        """Its own ids [T] and pixels [N, 3, S, S]; ours where it has none."""
-
-    def run(self, dtype: torch.dtype, answer: Sequence[int] = (), fed: Trace | None = None) -> Trace:
-        """A pass over what was read last, with these ids behind it."""
-
-    def steps(self, dtype: torch.dtype, answer: Sequence[int], draw: int = 0) -> Tensor:
-        """Logits [N, V] that choose an answer of N ids, by decode steps; `draw` other than 0 rounds the pixels
-        otherwise."""
 
 
 def by_steps(model: LLaVAModel, example: Example, pixels_NCHW: Tensor, answer: Sequence[int]) -> Tensor:
@@ -72,7 +57,7 @@ class Own:
     Weights in few bits are what their codes say: what quantising cost is no part of this.
     """
 
-    reads = False
+    reads = False  # whether it makes ids and pixels of its own
 
     def __init__(
         self, source: Path | str, base: Path | str | None = None, quantize: str | None = None, rounds: bool = True
@@ -83,22 +68,26 @@ class Own:
         self.model = Checkpoint.open(source, base).load(torch.float32, "cpu", scheme)
 
     def read(self, prompt: Prompt) -> tuple[list[int], Tensor]:
+        """Its own ids [T] and pixels [N, 3, S, S]; ours where it has none."""
         assert prompt.example.pixels_NCHW is not None
         self.example, self.pixels_NCHW = prompt.example, prompt.example.pixels_NCHW
         return self.example.ids, self.pixels_NCHW
 
     def run(self, dtype: torch.dtype, answer: Sequence[int] = (), fed: Trace | None = None) -> Trace:
+        """A pass over what was read last, with these ids behind it."""
         ids_T, spans = torch.tensor([*self.example.ids, *answer]), self.example.spans
         with plain_in(self.model, dtype, self.rounds):
             return record(our_stages(self.model), lambda: self.model(ids_T, self.pixels_NCHW, spans=spans), fed)
 
     def steps(self, dtype: torch.dtype, answer: Sequence[int], draw: int = 0) -> Tensor:
+        """Logits [N, V] that choose an answer of N ids, by decode steps; `draw` other than 0 rounds the pixels
+        otherwise."""
         with plain_in(self.model, dtype, self.rounds):
             return by_steps(self.model, self.example, rounded(self.pixels_NCHW, dtype, draw), answer)
 
 
 class Transformers:
-    """transformers' model of the same folder, with its own tokenizer and picture processor. One picture a prompt."""
+    """As `Own`: transformers' model of the folder, with its own tokenizer and picture processor. A picture a prompt."""
 
     reads = True
 
@@ -171,3 +160,6 @@ class Transformers:
         stages["projector"] = inner.multi_modal_projector
         stages |= {f"decoder layer {i}": layer for i, layer in enumerate(inner.language_model.layers)}
         return stages | {"logits": inner.language_model.norm}
+
+
+Reference = Own | Transformers

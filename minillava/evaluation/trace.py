@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,16 +65,12 @@ def record(stages: Mapping[str, nn.Module], run: Callable[[], Tensor], fed: Trac
         for name, module in stages.items():
             if fed is not None and name not in fed.taken:
                 continue
-            pre = module.register_forward_pre_hook(_named(before, name), with_kwargs=True)
-            for handle in (pre, module.register_forward_hook(_named(behind, name))):
+            pre = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+            for handle in (pre, module.register_forward_hook(partial(behind, name))):
                 hooks.callback(handle.remove)
         with contextlib.suppress(OtherShape), torch.no_grad():
             trace.logits = rows(run())
     return trace
-
-
-def _named(hook: Callable, name: str) -> Callable:
-    return lambda *args: hook(name, *args)
 
 
 def _rotary(args: tuple, kwargs: dict) -> Tensor:
@@ -97,24 +94,26 @@ def our_stages(model: LLaVAModel) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def in_dtype(module: nn.Module, dtype: torch.dtype, rounds: bool) -> Iterator[None]:
-    """The module with its weights in another dtype, those in few bits as plain matrices; afterwards as it was.
+def in_dtype(model: nn.Module, part: str, dtype: torch.dtype, rounds: bool) -> Iterator[None]:
+    """A part of the model with its weights in another dtype, those in few bits as plain matrices; afterwards as it was.
 
     `rounds`: inputs of these in bf16 are rounded to bytes.
     """
-    kept = {name: p.data for name, p in module.named_parameters()}
-    few = {name: m for name, m in module.named_modules() if isinstance(m, Linear4bit | Linear8bit)}
-    for p in module.parameters():
-        p.data = p.data.to(dtype)
+    module = model.get_submodule(part)
+    kept = [(p, p.data) for p in module.parameters()]
+    few = {f"{part}.{name}".removesuffix("."): m for name, m in module.named_modules()
+           if isinstance(m, Linear4bit | Linear8bit)}  # fmt: skip
+    for p, data in kept:
+        p.data = data.to(dtype)
     for name, layer in few.items():
-        module.set_submodule(name, Dense(layer, dtype, rounds))
+        model.set_submodule(name, Dense(layer, dtype, rounds))
     try:
         yield
     finally:
         for name, layer in few.items():
-            module.set_submodule(name, layer)
-        for name, p in module.named_parameters():
-            p.data = kept[name]
+            model.set_submodule(name, layer)
+        for p, data in kept:
+            p.data = data
 
 
 class Dense(nn.Module):
@@ -145,28 +144,15 @@ def plain_in(model: LLaVAModel, dtype: torch.dtype, rounds: bool) -> Iterator[No
     with contextlib.ExitStack() as stack:
         kept, library.library = library.library, lambda: None
         stack.callback(setattr, library, "library", kept)
-        for part in (model.vision, model.projector, model.decoder.embed, model.decoder.norm):
-            stack.enter_context(in_dtype(part, dtype, rounds))
-        if not model.config.decoder.tie_embeddings:
-            stack.enter_context(_head_in(model, dtype, rounds))
-        for block in model.decoder.blocks:
-            at_work = contextlib.ExitStack()
+        for part in ("vision", "projector", "decoder.embed", "decoder.norm", "decoder.head"):
+            if part != "decoder.head" or not model.config.decoder.tie_embeddings:
+                stack.enter_context(in_dtype(model, part, dtype, rounds))
+        for number, block in enumerate(model.decoder.blocks):
+            name, at_work = f"decoder.blocks.{number}", contextlib.ExitStack()
             enter = block.register_forward_pre_hook(
-                lambda block, _, at_work=at_work: at_work.enter_context(in_dtype(block, dtype, rounds))
+                lambda *_, name=name, at_work=at_work: at_work.enter_context(in_dtype(model, name, dtype, rounds))
             )
             leave = block.register_forward_hook(lambda *_, at_work=at_work: at_work.close(), always_call=True)
             stack.callback(enter.remove)
             stack.callback(leave.remove)
         yield
-
-
-@contextlib.contextmanager
-def _head_in(model: LLaVAModel, dtype: torch.dtype, rounds: bool) -> Iterator[None]:
-    holder = nn.ModuleDict({"head": model.decoder.head})  # its own module may be the layer in few bits
-    with in_dtype(holder, dtype, rounds):
-        kept = model.decoder.head
-        model.decoder.add_module("head", holder["head"])
-        try:
-            yield
-        finally:
-            model.decoder.head = kept

@@ -85,15 +85,18 @@ def verify(
     if prompt.example.pixels_NCHW is None or prompt.example.pixels_NCHW.shape != pixels_NCHW.shape:
         return report
     high = torch.float64 if dtype == torch.float32 else torch.float32
-    exact, plain = reference.run(high), None
+    exact = reference.run(high)
     plain = reference.run(dtype, fed=exact)
     try:
         found = _fed(subject, prompt, pixels_NCHW, exact)
     except UserError as error:
         report.add("visual tokens", float("inf"), 0.0, str(error))
         return report
-    for stage in _stages(exact, plain, found, _visual(subject, ids), _visual(subject, prompt.example.ids), dtype):
-        report.stages.append(stage)
+    theirs_T, ours_T = _visual(subject, ids), _visual(subject, prompt.example.ids)
+    near, ours = _values(plain, theirs_T), _values(found, ours_T)
+    for name, right in _values(exact, theirs_T).items():
+        if right is not None and ours.get(name) is not None:
+            report.stages.append(_judge(name, right, near[name], ours[name], dtype))
     if report.first is None:
         _compare_answer(report, subject, reference, prompt, high, tokens)
     return report
@@ -132,35 +135,25 @@ def _visual(subject: LLaVA, ids: Sequence[int]) -> Tensor:
     return torch.isin(torch.tensor(ids), torch.tensor([*subject.engine.processor.placeholders]))
 
 
-def _stages(
-    exact: Trace, plain: Trace, found: Trace, theirs_T: Tensor, ours_T: Tensor, dtype: torch.dtype
-) -> list[Stage]:
-    """Every stage that was reached, in order."""
-    stages: list[Stage] = []
-
-    def compare(name: str, of: Any) -> None:
-        right, near, ours = of(exact, theirs_T), of(plain, theirs_T), of(found, ours_T)
-        if right is not None and ours is not None:
-            stages.append(_judge(name, right, near, ours, dtype))
-
-    seen = [name for name in exact.taken if name.startswith("vision")]
-    spoken = [name for name in exact.taken if name.startswith("decoder")]
-    compare("vision embedding", lambda trace, _: trace.taken.get("vision layer 0"))
-    for name in seen:
-        compare(name, lambda trace, _, name=name: trace.made.get(name))
-    compare("vision features", lambda trace, _: trace.taken.get("projector"))
-    compare("projector", lambda trace, _: trace.made.get("projector"))
-    compare("visual tokens", lambda trace, at_T: _at(trace.taken.get(spoken[0]), at_T))
-    compare("splice", lambda trace, at_T: _at(trace.taken.get(spoken[0]), ~at_T))
-    compare("rotary embedding", lambda trace, _: trace.rotary)
-    for name in spoken:
-        compare(name, lambda trace, _, name=name: trace.made.get(name))
-    compare("logits", lambda trace, _: trace.logits)
-    return stages
-
-
-def _at(x_TD: Tensor | None, at_T: Tensor) -> Tensor | None:
-    return None if x_TD is None else x_TD[at_T[: len(x_TD)]]
+def _values(trace: Trace, visual_T: Tensor) -> dict[str, Any]:
+    """What is compared at each stage, in order; None where the pass did not come so far."""
+    taken, made = trace.taken.get, trace.made.get
+    seen, spoken = ([name for name in trace.taken if name.startswith(part)] for part in ("vision", "decoder"))
+    visual_TD = text_TD = None
+    if (x_TD := taken("decoder layer 0")) is not None:
+        at_T = visual_T[: len(x_TD)]
+        visual_TD, text_TD = x_TD[at_T], x_TD[~at_T]
+    return {
+        "vision embedding": taken("vision layer 0"),
+        **{name: made(name) for name in seen},
+        "vision features": taken("projector"),
+        "projector": made("projector"),
+        "visual tokens": visual_TD,
+        "splice": text_TD,
+        "rotary embedding": trace.rotary,
+        **{name: made(name) for name in spoken},
+        "logits": trace.logits,
+    }
 
 
 def _judge(name: str, right: Tensor, near: Tensor, found: Tensor, dtype: torch.dtype) -> Stage:

@@ -41,22 +41,17 @@ class Stream(Task):
     """A task whose micro-batches are made from the number of the step alone."""
 
     def __init__(self, run: Run, stage: StageConfig):
-        self.run, self.stage = run, stage
-        self.seed = stage.seed if stage.seed >= 0 else run.recipe.seed
+        self.run, self.stage, self.seed = run, stage, run.seed(stage)
 
     @abstractmethod
     def make(self, rng: random.Random, size: int) -> Any:
         """A micro-batch of so many samples."""
 
-    def step(self, number: int) -> list[Any]:
-        """The micro-batches of a step."""
-        rng = random.Random(f"{self.stage.task} {self.seed} {number}")
-        sizes = [self.stage.micro] * (self.stage.batch_size // self.stage.micro)
-        rest = self.stage.batch_size % self.stage.micro
-        return [self.make(rng, size) for size in sizes + [rest] * bool(rest)]
-
     def batches(self, start: int, stop: int) -> Iterator[list[Any]]:
-        return map(self.step, range(start, stop))
+        size, micro = self.stage.batch_size, self.stage.micro
+        for step in range(start, stop):
+            rng = random.Random(f"{self.stage.task} {self.seed} {step}")
+            yield [self.make(rng, min(micro, size - first)) for first in range(0, size, micro)]
 
 
 # ------------------------------------------------------------------------------------------------- pictures, phrases
@@ -211,8 +206,8 @@ class ClipTask(Stream):
     def loss(self, call: Callable[..., Any], micro: Pairs) -> tuple[Tensor, int]:
         return contrast(call(micro), micro.true_NM), int(micro.true_NM.sum())
 
-    def tokens(self, micro: Pairs) -> int:
-        return micro.true_NM.numel()
+    def counts(self, micros: list[Pairs]) -> dict[str, float]:
+        return {"tokens": sum(micro.true_NM.numel() for micro in micros), "flops": 0.0}
 
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
         def score(drawn: list[tuple[Image.Image, list[int]]]) -> Tensor:
@@ -257,8 +252,8 @@ class TextTask(Stream):
         batch = rounded_up(micro.to(self.run.device), self.run.config.chat.image_token_id)
         return call(batch.ids_T, labels=batch.labels_T, cu_seqlens=batch.cu_seqlens), batch.supervised
 
-    def tokens(self, micro: Batch) -> int:
-        return len(micro.ids_T)
+    def counts(self, micros: list[Batch]) -> dict[str, float]:
+        return {"tokens": sum(len(micro.ids_T) for micro in micros), "flops": 0.0}
 
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
         """Share of exact answers when the scene is told in words."""

@@ -9,7 +9,7 @@ Letters: P pairs, N samples; 2: chosen, rejected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class DPOTask(LLaVATask):
     dataset_type = PairDataset
     dataset: PairDataset
     held_out: PairDataset | None
+    sums: Sequence[Tensor] = ()  # of MEASURES
 
     def __init__(self, run: Run, stage: StageConfig):
         for part, adapters in stage.lora.items():
@@ -51,7 +52,7 @@ class DPOTask(LLaVATask):
             raise UserError(f"stage '{stage.name}': task dpo has no use for split_turns and eval_exact; leave them out")
         super().__init__(run, stage)
         self.started: dict[str, Tensor] = {}  # what is trained in full, as the stage began
-        self.sums: dict[str, Tensor] = {}
+        self.measures()
 
     def checked(self, check: Check) -> Check:
         """Both answers of every pair."""
@@ -116,9 +117,7 @@ class DPOTask(LLaVATask):
                         usable.append(index)
                     except SampleError:
                         continue  # training replaces and counts it
-                batch: Any = dataset.pack(pairs) if pairs else None
-                (pictures,) = parallel.agree([int(self.has_pictures(batch))])
-                batch = self.filled_up(batch, bool(pictures))
+                (batch,) = self.alike([dataset.pack(pairs) if pairs else None])
                 logp_P2 = self.log_probs(call, batch.to(self.run.device))
                 table_N2[usable] = logp_P2[: len(usable)].cpu().double()
         self.model.train()
@@ -155,20 +154,14 @@ class DPOTask(LLaVATask):
             start_P2 = logp_P2.detach()
         start_P2 = start_P2.to(logp_P2)
         losses_P = preference_loss(self.stage.dpo, logp_P2, start_P2, answer_lengths(batch, len(logp_P2)))
-        self.note(self.stage.dpo.beta * (logp_P2 - start_P2).detach())
+        chosen_P, rejected_P = (self.stage.dpo.beta * (logp_P2 - start_P2).detach()).unbind(1)
+        values_P = (chosen_P, rejected_P, chosen_P - rejected_P, (chosen_P > rejected_P).float())
+        self.sums = [total + value_P.sum() for total, value_P in zip(self.sums, values_P)]
         return losses_P.sum(), len(logp_P2)
 
-    def note(self, reward_P2: Tensor) -> None:
-        """Add to what is measured beside the loss."""
-        chosen_P, rejected_P = reward_P2.unbind(1)
-        values_P = (chosen_P, rejected_P, chosen_P - rejected_P, (chosen_P > rejected_P).float())
-        for name, value_P in zip(MEASURES, values_P):
-            self.sums[name] = self.sums.get(name, 0) + value_P.sum()
-
     def measures(self) -> dict[str, Tensor]:
-        sums, self.sums = self.sums, {}
-        zero = torch.zeros((), device=self.run.device)
-        return {name: sums.get(name, zero) for name in MEASURES}
+        sums, self.sums = self.sums, [torch.zeros((), device=self.run.device)] * len(MEASURES)
+        return dict(zip(MEASURES, sums))
 
     def flops(self, micro: Any) -> float:
         return super().flops(micro) * (1 if self.stage.dpo.cached else 4 / 3)  # the start's forward pass

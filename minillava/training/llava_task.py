@@ -45,7 +45,7 @@ class LLaVATask(Task):
         self.config = with_tables(run.config, {"chat": stage.chat, "layout": stage.layout}, f"stage '{stage.name}'")
         run.model = self.model = run.model.under(dataclasses.replace(run.config, layout=self.config.layout))
         self.parts = {"vision": run.model.vision, "projector": run.model.projector, "decoder": run.model.decoder}
-        seed = stage.seed if stage.seed >= 0 else run.recipe.seed
+        seed = run.seed(stage)
 
         samples, held_out = self.read_samples(seed)
         limit = min(stage.max_tokens, self.config.decoder.max_positions)
@@ -109,22 +109,24 @@ class LLaVATask(Task):
         )
         return loss, batch.supervised
 
-    def has_pictures(self, micro: Batch | None) -> bool:
-        """Whether the vision parts work on a micro-batch."""
-        return micro is not None and micro.pixels_NCHW is not None
+    def alike(self, micros: list[Any]) -> list[Any]:
+        """As many micro-batches on every rank, with pictures in the same ones, whatever the ranks drew: all then call
+        the same modules. What is added teaches nothing; pictures that no rank has are not made up."""
+        (most,) = parallel.agree([len(micros)])
+        micros = micros + [None] * (most - len(micros))
+        seen = parallel.agree([int(micro is not None and micro.pixels_NCHW is not None) for micro in micros])
+        return [self.filled_up(micro, bool(pictures)) for micro, pictures in zip(micros, seen)]
 
     def filled_up(self, micro: Batch | None, pictures: bool) -> Batch:
         """The micro-batch, or where there is none or pictures are missing, with a row that is one picture, or one
         token, without a label."""
-        if micro is not None and (not pictures or self.has_pictures(micro)):
+        if micro is not None and (not pictures or micro.pixels_NCHW is not None):
             return micro
         blank = blank_example(self.config) if pictures else Example([self.config.chat.bos_id or 0], [IGNORE])
         return pack([blank]) if micro is None else with_row(micro, blank)
 
-    def tokens(self, micro: Batch) -> int:
-        return len(micro.ids_T)
-
     def flops(self, micro: Batch) -> float:
+        """What a training step with it costs."""
         patches = [patches for span in micro.spans if span.native for patches in span.windows]
         if not patches and micro.pixels_NCHW is not None:
             patches = [self.config.vision.num_patches] * len(micro.pixels_NCHW)
@@ -135,9 +137,10 @@ class LLaVATask(Task):
         """Asked for in a step, when it is settled what is trained."""
         return Work(self.run.model)
 
-    def counts(self, micros: list[Batch]) -> dict[str, int]:
-        """Samples of the step and, where they are packed, the tokens that its rows have room for."""
-        counts = {"samples": sum(micro.samples for micro in micros)}
+    def counts(self, micros: list[Batch]) -> dict[str, float]:
+        """Also samples and, where they are packed, the tokens that the rows have room for."""
+        counts = {"tokens": sum(len(micro.ids_T) for micro in micros), "flops": sum(map(self.flops, micros))}
+        counts["samples"] = sum(micro.samples for micro in micros)
         if self.stage.row_tokens:
             counts["room"] = self.stage.row_tokens * sum(micro.rows for micro in micros)
         return counts

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +145,10 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-_groups: list[Any] = []
-
-
+@cache
 def host_group() -> Any:
     """A group for what background threads exchange, so that it never mixes with the steps' collectives; None alone."""
-    if world() > 1 and not _groups:
-        _groups.append(dist.new_group(backend="gloo"))
-    return _groups[0] if _groups else None
+    return dist.new_group(backend="gloo") if world() > 1 else None
 
 
 class Watch:

@@ -134,8 +134,8 @@ def take_finished(run: Run, stage: StageConfig) -> dict[str, dict[str, float]]:
 def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str, float]:
     """Train one stage, export it and write sample answers; returns what its last evaluation measured."""
     print(f"stage {stage.name}: {stage.task}")
-    seed, shared = run.recipe.seed if stage.seed < 0 else stage.seed, TASKS[stage.task].shared
-    torch.manual_seed(seed + parallel.rank() * shared)  # ranks that share a step drop out differently
+    shared = TASKS[stage.task].shared
+    torch.manual_seed(run.seed(stage) + parallel.rank() * shared)  # ranks that share a step drop out differently
     began_s = time.monotonic()
     folder = run.folder / stage.name
     # Where ranks share the work, each stage splits a model on meta and reads its shards; see `build.read_weights`.

@@ -243,7 +243,7 @@ def plan_training(
             count.label = "copies"
             trainer.train_step(micros[:2])
         undo()
-        flops = trainer.task.flops(batch) * len(micros) * (4 / 3 if stage.checkpointing == "full" else 1)
+        flops = trainer.task.counts([batch])["flops"] * len(micros) * (4 / 3 if stage.checkpointing == "full" else 1)
     return Plan(count.peak, flops)
 
 

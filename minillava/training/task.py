@@ -45,6 +45,9 @@ class Run:
     def __post_init__(self) -> None:
         self.config: ModelConfig = self.model.config  # of the model that comes out; a stage's layout may differ
 
+    def seed(self, stage: StageConfig) -> int:
+        return self.recipe.seed if stage.seed < 0 else stage.seed
+
 
 class Task(ABC):
     """One stage's work. Subclasses set what is here; of what is defined, the rest has defaults."""
@@ -76,16 +79,9 @@ class Task(ABC):
         return {}
 
     @abstractmethod
-    def tokens(self, micro: Any) -> int:
-        """How many tokens (or pairs) go through the model, for the rate that is shown."""
-
-    def flops(self, micro: Any) -> float:
-        """What a training step with it costs; 0 where nobody has counted."""
-        return 0.0
-
-    def counts(self, micros: list[Any]) -> dict[str, int]:
-        """What else the log should have of a step's data, in numbers that add up over ranks."""
-        return {}
+    def counts(self, micros: list[Any]) -> dict[str, float]:
+        """What the log should have of a step's data, in numbers that add up over ranks: first of all the tokens (or
+        pairs) that go through the model, and the flops that this costs, 0 where nobody has counted."""
 
     def evaluate(self, call: Callable[..., Any]) -> dict[str, float]:
         """Measurements by name; nothing where there is nothing to evaluate. Runs under no_grad and model.eval()."""

@@ -31,7 +31,6 @@ from minillava.training.optim import Together
 
 TRAINED, OPTIMIZER, STATE, SUMS = "trained", "optimizer", "state.json", "crc32"
 AT_ONCE = 1 << 28  # parameters whose moments are read together
-NAME = re.compile(r"step-(\d+)")
 
 
 class Saver:
@@ -102,8 +101,7 @@ def keep_weights(folder: Path) -> None:
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint."""
-    found = _all(folder)
-    return found[-1] if found else None
+    return max(_all(folder), default=None)
 
 
 def checksums(path: Path) -> dict[str, int]:
@@ -241,9 +239,7 @@ def _dcp() -> Any:
 
 
 def _all(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
 
 
 def _remedy(path: Path) -> str:

@@ -64,7 +64,8 @@ class Trainer:
             parallel.shard(task.model, self.dtype, self.recipe.shard, self.recipe.offload, device)
             assert self.shared.run.read_weights is not None
             self.shared.run.read_weights(task.model)  # type: ignore[arg-type]
-            self.trained = self._named_as(self.trained)
+            named = {f"{part}.{n}": p for part, module in task.parts.items() for n, p in module.named_parameters()}
+            self.trained = {name: named[name] for name in self.trained}  # sharding has put new ones in their place
         lora.initialise({n: p for n, p in self.trained.items() if "lora_" in n}, max(stage.seed, 0))
         self.optimizer = make_optimizer(task.model, self.trained, stage)
         trained = {id(p) for p in self.trained.values()}
@@ -106,11 +107,6 @@ class Trainer:
             raise RuntimeError(f"task '{self.stage.task}': parts overlap or are not inside the model")
         return trained
 
-    def _named_as(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters of those names as they are now: sharding puts new ones in the old ones' place."""
-        now = {f"{part}.{n}": p for part, module in self.task.parts.items() for n, p in module.named_parameters()}
-        return {name: now[name] for name in trained}
-
     def describe(self) -> str:
         """What is trained at which rate, read back from the optimizer and the parameters, not from the recipe."""
         rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
@@ -150,7 +146,7 @@ class Trainer:
         """One optimizer step; the loss and the gradient norm are means over the supervised positions."""
         total, count = torch.zeros((), device=self.device), 0
         if self.shared:
-            micros = self._in_step(self.shared, micros)
+            micros = self.shared.alike(micros)
         with self.weights() as call:
             for micro in micros:
                 with self.clock("forward"):
@@ -187,14 +183,6 @@ class Trainer:
             self._skip(values)
         self.optimizer.zero_grad(set_to_none=True)
         return values
-
-    def _in_step(self, task: LLaVATask, micros: list[Any]) -> list[Any]:
-        """As many micro-batches on every rank, with pictures in the same ones, whatever the ranks drew: all then call
-        the same modules. What is added teaches nothing; pictures that no rank has are not made up."""
-        (most,) = parallel.agree([len(micros)])
-        micros = micros + [None] * (most - len(micros))
-        seen = parallel.agree([int(task.has_pictures(micro)) for micro in micros])
-        return [task.filled_up(micro, bool(pictures)) for micro, pictures in zip(micros, seen)]
 
     def _skip(self, values: dict[str, Any]) -> None:
         self.skipped += 1
@@ -264,8 +252,7 @@ class Trainer:
         """A line of the log: times are the first rank's, all else is of all ranks together."""
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
-        counts = {"tokens": sum(map(self.task.tokens, micros)), "flops": sum(map(self.task.flops, micros))}
-        counts |= self.task.counts(micros)
+        counts = self.task.counts(micros)
         if self.shared:
             together = parallel.summed(torch.tensor(list(counts.values()), dtype=torch.float64))
             counts = {key: int(value) for key, value in zip(counts, together.tolist())}
