@@ -46,7 +46,7 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
         if number == job.get("hang_at") and last:
             stand_still()
         if "record" in job:
-            drew, step = parallel.gathered(any(map(self.task.has_pictures, micros))), self.optimizer.step
+            drew, step = parallel.gathered(any(m.pixels_NCHW is not None for m in micros)), self.optimizer.step
 
             def recorded():
                 named = {name: p.grad for name, p in self.trained.items() if p.grad is not None}

@@ -103,18 +103,15 @@ class Dataset:
     def length(self, index: int) -> int:
         """Tokens of a sample after the cut, without its pixels; 0 if it cannot be used."""
         try:
-            return self.length_of(self.sample(index))
+            return self.count(self.sample(index))
         except SampleError:
             return 0
 
-    def length_of(self, sample: Sample) -> int:
-        """`length` of any sample."""
-        try:
-            with _named(sample):
-                measured = self.processor(sample.written_for(self.config.chat), sample.media, measure=True)
-                return min(len(measured.ids), self.max_tokens)
-        except SampleError:
-            return 0
+    def count(self, sample: Sample) -> int:
+        """Tokens of any sample after the cut. Raises SampleError."""
+        with _named(sample):
+            measured = self.processor(sample.written_for(self.config.chat), sample.media, measure=True)
+            return min(len(measured.ids), self.max_tokens)
 
     def _lengths(self, indices: Sequence[int]) -> list[int]:
         return [self.length(index) for index in indices]

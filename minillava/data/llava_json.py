@@ -15,9 +15,8 @@ from typing import Any
 
 from minillava.chat.messages import Message, check_roles, marker_of
 from minillava.config import ChatConfig
-from minillava.data.layouts import MARKER, VIDEO_MARKER, Content, Counted, media_in, read_row
+from minillava.data.layouts import MARKER, VIDEO_MARKER, Content, Counted, as_conversations, media_in, read_row
 from minillava.data.pictures import Places
-from minillava.data.preferences import as_conversations
 from minillava.errors import UserError
 from minillava.files import in_words
 from minillava.media.visual import Media

@@ -53,13 +53,8 @@ class PairDataset(Dataset):
             pair.start = (chosen, rejected)
         return pair
 
-    def length(self, index: int) -> int:
-        try:
-            sample = self.sample(index)
-        except SampleError:
-            return 0
-        both = [self.length_of(each) for each in (sample, sample.worse)]
-        return sum(both) if all(both) else 0
+    def count(self, sample: Sample) -> int:
+        return super().count(sample) + super().count(sample.worse)
 
     def pack(self, examples: Sequence[Pair]) -> PairBatch:
         return pack_pairs(examples)

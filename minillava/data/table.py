@@ -81,23 +81,6 @@ class Table(Sequence[Sample]):
         table.place_N["turn"] = [*itertools.chain(*turns)]
         return table
 
-    def groups(self) -> tuple[np.ndarray, int] | None:
-        """For each sample the number of its group, all of which is read at once, and the bytes of a large one (in a few
-        of the files); None where every sample is read by itself. Beside groups, those share one with others by chance.
-        """
-        in_groups = [source.rows for source in self.sources if source.rows.groups() is not None]
-        if not in_groups:
-            return None
-        rng, groups, count = np.random.default_rng(0), np.empty(len(self), dtype=np.int64), 0
-        for number, source in enumerate(self.sources):
-            mine = self.place_N["source"] == number
-            of_rows = source.rows.groups()
-            if of_rows is None:
-                of_rows = rng.integers(max(1, len(source.rows) // SCATTERED), size=len(source.rows))
-            groups[mine] = of_rows[self.place_N["row"][mine]] + count
-            count += int(of_rows.max(initial=0)) + 1
-        return groups, max(rows.group_bytes() for rows in in_groups[:: -(-len(in_groups) // MEASURED)])
-
 
 MEASURED = 8  # files whose largest group is read to know its size
 SCATTERED = 256  # samples in a group of those that are read one by one
@@ -154,12 +137,22 @@ def walk(sources: Sequence[Source], check: Check | None, report: Report) -> Iter
 
 
 def order_of_groups(samples: Sequence[Sample]) -> dict[str, Any]:
-    """What an Order needs to know of samples that are read in groups: which, and how many of them fit into memory."""
-    found = samples.groups() if isinstance(samples, Table) else None
-    if found is None:
+    """What an Order needs to know of samples that are read in groups: for each the number of its group, all of which is
+    read at once, and how many groups fit into memory. Samples beside groups share one with others by chance."""
+    sources = samples.sources if isinstance(samples, Table) else []
+    in_groups = [source.rows for source in sources if source.rows.groups() is not None]
+    if not isinstance(samples, Table) or not in_groups:
         return {}
-    groups, largest = found
-    return {"groups": groups, "window": max(2, min(64, columns.CACHE_BYTES // 2 // max(1, largest)))}
+    rng, groups, count = np.random.default_rng(0), np.empty(len(samples), dtype=np.int64), 0
+    for number, source in enumerate(sources):
+        mine = samples.place_N["source"] == number
+        of_rows = source.rows.groups()
+        if of_rows is None:
+            of_rows = rng.integers(max(1, len(source.rows) // SCATTERED), size=len(source.rows))
+        groups[mine] = of_rows[samples.place_N["row"][mine]] + count
+        count += int(of_rows.max(initial=0)) + 1
+    largest = max(1, *(rows.group_bytes() for rows in in_groups[:: -(-len(in_groups) // MEASURED)]))
+    return {"groups": groups, "window": max(2, min(64, columns.CACHE_BYTES // 2 // largest))}
 
 
 def with_media(samples: Sequence[Sample]) -> np.ndarray:

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from minillava.chat.messages import Message
 from minillava.config import IGNORE
-from minillava.data.batch import Batch, pack
+from minillava.data.batch import Batch, pack, rounded_up
 from minillava.data.llava_json import MARKER, Sample
 from minillava.data.mixture import split_data
 from minillava.media.image import prepare
 from minillava.processor import Example, Processor
 from minillava.recipe import StageConfig
 from minillava.synthetic import shapes
-from minillava.training.filler_rows import rounded_up
 from minillava.training.llava_task import exact
 from minillava.training.task import Run, Task
 from minillava.training.tasks import options

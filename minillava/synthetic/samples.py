@@ -21,7 +21,7 @@ from PIL import Image
 from minillava.chat.messages import Message
 from minillava.data.files import MediaStore, StoredMedia
 from minillava.data.llava_json import MARKER, VIDEO_MARKER, Sample
-from minillava.synthetic.shapes import Scene, at, caption, conversation, make_scene, questions
+from minillava.synthetic.shapes import Scene, at, caption, conversation, make_scene, questions, spoken
 
 KINDS = ("caption", "picture", "text", "several", "video")
 WAYS = {"right": 1, "left": -1, "down": 3, "up": -3}  # one step on the board, as a change of the cell's number
@@ -59,7 +59,7 @@ class Samples(MediaStore, Sequence[Sample]):
         count = {"text": 0, "several": len(scenes)}.get(kind, 1)
         media = tuple(StoredMedia(self, kind == "video", f"{index}-{n}") for n in range(count))
         if kind == "caption":
-            messages = [Message("user", MARKER), Message("assistant", caption(scenes[0], rng))]
+            messages: tuple[Message, ...] = (Message("user", MARKER), Message("assistant", caption(scenes[0], rng)))
         elif kind == "several":
             messages = _about_several(scenes, rng, self.turns)
         elif kind == "video":
@@ -67,8 +67,8 @@ class Samples(MediaStore, Sequence[Sample]):
         else:
             turns = rng.randint((self.turns + 1) // 2, self.turns)
             opening = MARKER if kind == "picture" else caption(scenes[0], rng)
-            messages = list(conversation(scenes[0], rng, turns, opening))
-        return Sample(f"{kind}-{index}", media, tuple(messages), kind)
+            messages = conversation(scenes[0], rng, turns, opening)
+        return Sample(f"{kind}-{index}", media, messages, kind)
 
     def has(self, name: str) -> bool:
         return name.split("-")[0].isdigit() and int(name.split("-")[0]) < self.number
@@ -89,25 +89,17 @@ class Samples(MediaStore, Sequence[Sample]):
         return picture.resize(size, Image.Resampling.NEAREST)
 
 
-def _about_several(scenes: Sequence[Scene], rng: random.Random, turns: int) -> list[Message]:
+def _about_several(scenes: Sequence[Scene], rng: random.Random, turns: int) -> tuple[Message, ...]:
     """Questions that name the picture they are about; half of the samples have the markers inside the text."""
     if rng.random() < 0.5:
         opening = "\n".join([MARKER] * len(scenes))
     else:
         opening = " ".join(f"Picture {n}: {MARKER}" for n in range(1, len(scenes) + 1))
-    messages: list[Message] = []
+    pairs = []
     for _ in range(turns):
         n = rng.randrange(len(scenes))
-        for question in questions(scenes[n], rng, 1):
-            text = f"In picture {n + 1}: {question.text}"
-            messages += [
-                Message("user", text if messages else f"{opening}\n{text}"),
-                Message("assistant", question.answer),
-            ]
-    return messages or [
-        Message("user", f"{opening}\nHow many pictures are there?"),
-        Message("assistant", str(len(scenes))),
-    ]
+        pairs += [(f"In picture {n + 1}: {q.text}", q.answer) for q in questions(scenes[n], rng, 1)]
+    return spoken(opening, pairs or [("How many pictures are there?", str(len(scenes)))])
 
 
 def _clip(rng: random.Random) -> tuple[Scene, ...]:
@@ -122,17 +114,12 @@ def _clip(rng: random.Random) -> tuple[Scene, ...]:
     return tuple(replace(scene, things=(replace(thing, cell=cell),)) for cell in cells for _ in range(hold))
 
 
-def _about_clip(scenes: Sequence[Scene]) -> list[Message]:
+def _about_clip(scenes: Sequence[Scene]) -> tuple[Message, ...]:
     first, last = scenes[0].things[0], scenes[-1].things[0]
     step = (last.cell - first.cell) // 2
     way = next(way for way, by in WAYS.items() if by == step)
-    asked = f"Which way does the {first.color} {first.shape} move?", "Where is it at the end?"
-    return [
-        Message("user", f"{VIDEO_MARKER}\n{asked[0]}"),
-        Message("assistant", way),
-        Message("user", asked[1]),
-        Message("assistant", at(last.cell)),
-    ]
+    asked = f"Which way does the {first.color} {first.shape} move?"
+    return spoken(VIDEO_MARKER, [(asked, way), ("Where is it at the end?", at(last.cell))])
 
 
 def write(folder: Path, number: int, seed: int = 0) -> dict[str, Path]:

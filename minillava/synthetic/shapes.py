@@ -350,6 +350,11 @@ def conversation(scene: Scene, rng: random.Random, turns: int, opening: str) -> 
     pairs = [(q.text, q.answer) for q in questions(scene, rng, turns)]
     if not pairs or rng.random() < DESCRIBE:
         pairs.append(("Describe the picture.", caption(scene, rng)))
+    return spoken(opening, pairs)
+
+
+def spoken(opening: str, pairs: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
+    """Questions and their answers as messages, behind an opening."""
     messages: list[Message] = []
     for text, answer in pairs:
         text = text if messages else f"{opening}\n{text}"

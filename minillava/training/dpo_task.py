@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillava.data.batch import rounded_up
 from minillava.data.dataset import SampleError
 from minillava.data.llava_json import Check, Sample
 from minillava.data.pairs import PairBatch, PairDataset
@@ -26,7 +27,6 @@ from minillava.errors import UserError
 from minillava.layers import lora, sharded
 from minillava.recipe import DPOConfig, StageConfig
 from minillava.training import parallel
-from minillava.training.filler_rows import rounded_up
 from minillava.training.llava_task import LLaVATask
 from minillava.training.task import Run
 

@@ -1,17 +1,23 @@
-"""What comes out of a stage: the model in Hugging Face's layout, and adapters in PEFT's files."""
+"""What comes out of a stage: the model in Hugging Face's layout, adapters in PEFT's files, and answers to read."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from minillava.checkpoints import original_llava
 from minillava.checkpoints.adapters import save_peft
-from minillava.checkpoints.checkpoint import without_memory
+from minillava.checkpoints.checkpoint import Checkpoint, without_memory
 from minillava.checkpoints.save import save_model
 from minillava.config import LoRAConfig
+from minillava.data.llava_json import Sample
+from minillava.files import write_whole
+from minillava.generation.engine import Engine, Request
 from minillava.layers import lora
+from minillava.processor import markers_in
 from minillava.training import parallel
 from minillava.training.task import Run
 
@@ -32,3 +38,21 @@ def export_adapters(run: Run, folder: Path, trained: dict[str, Tensor], configs:
     wanted = run.recipe.model
     original = original_llava.write(run.config, wanted.vision_from, wanted.decoder_from)
     save_peft(folder, trained, configs, wanted.base, original)
+
+
+def write_answers(model: Path, samples: list[Sample], path: Path, device: torch.device) -> None:
+    """Ask an exported model the first question of each sample and write what it says as JSON lines."""
+    checkpoint = Checkpoint.open(model)
+    engine = Engine(checkpoint.load().to(device), checkpoint.tokenizer())
+    chat = engine.model.config.chat
+    requests, rows = [], []
+    for sample in samples:
+        first = next(i for i, message in enumerate(sample.messages) if message.role == "assistant")
+        asked = sample.written_for(chat)[:first]
+        media = sample.media[: len(markers_in(chat, (message.text for message in asked)))]
+        requests.append(Request(asked, media, max_new_tokens=64, name=sample.name))
+        rows.append({"id": sample.id, "source": sample.source, "question": sample.messages[first - 1].text,
+                     "expected": sample.messages[first].text})  # fmt: skip
+    answers = engine.generate(requests)
+    lines = (json.dumps({**row, "answer": answer.text}, ensure_ascii=False) for row, answer in zip(rows, answers))
+    write_whole(path, "\n".join(lines) + "\n")

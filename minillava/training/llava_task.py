@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minillava.config import IGNORE
-from minillava.data.batch import Batch, pack
+from minillava.data.batch import Batch, blank_example, pack, rounded_up, with_row
 from minillava.data.check import PromptCheck
 from minillava.data.dataset import Dataset
 from minillava.data.llava_json import MARKER, Check, Sample
@@ -30,7 +30,6 @@ from minillava.processor import Example
 from minillava.recipe import StageConfig, with_tables
 from minillava.training import parallel
 from minillava.training.export import export
-from minillava.training.filler_rows import blank_example, rounded_up, with_row
 from minillava.training.metrics import Work
 from minillava.training.task import Run, Task
 

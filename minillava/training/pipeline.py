@@ -25,9 +25,8 @@ from minillava.layers import lora
 from minillava.recipe import Recipe, StageConfig, differences, may_change, read_recipe, stage_index, to_toml
 from minillava.schema import read_json
 from minillava.training import parallel, train_state
-from minillava.training.answers import write_answers
 from minillava.training.build import fresh, load_stage, make_run, read_config
-from minillava.training.export import export, export_adapters
+from minillava.training.export import export, export_adapters, write_answers
 from minillava.training.llava_task import LLaVATask
 from minillava.training.progress import Log, plot
 from minillava.training.task import Run, make_task
@@ -36,12 +35,6 @@ from minillava.training.trainer import Trainer
 
 SURVEYED = 1000  # samples that are encoded to count what is in the data
 ANSWERS = 8  # to held-out samples, written at a stage's end
-
-
-def same_bits() -> None:
-    """From here on operations give the same bits in every run, or PyTorch warns that they have no such form."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads when it starts
-    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def run_recipe(recipe: Recipe, resume: bool = False, only: str | None = None) -> dict[str, dict[str, float]]:
@@ -54,7 +47,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, only: str | None = None) ->
     for stage in chosen:
         check_task(stage)
     if recipe.deterministic:
-        same_bits()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads when it starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
     device = parallel.start(pick_device(recipe.device, ("cuda", "mps")), recipe.timeout)
     with contextlib.ExitStack() as until_the_end:
         with parallel.main_first():

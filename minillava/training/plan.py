@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillava.checkpoints.checkpoint import without_memory
 from minillava.config import IGNORE, ModelConfig
-from minillava.data.batch import Batch
+from minillava.data.batch import Batch, rounded_up
 from minillava.generation.engine import TOWER_BATCH
 from minillava.kernels.cpu import library
 from minillava.kernels.frame import PLAIN
@@ -38,7 +38,6 @@ from minillava.layers.scheme import Scheme
 from minillava.llava import LLaVAModel
 from minillava.recipe import StageConfig
 from minillava.training import parallel
-from minillava.training.filler_rows import rounded_up
 from minillava.training.llava_task import LLaVATask
 from minillava.training.metrics import Work
 from minillava.training.trainer import Trainer

@@ -15,7 +15,7 @@ from minillava.errors import UserError
 from minillava.recipe import read_recipe
 from minillava.synthetic.samples import Samples, write
 from minillava.training import build
-from minillava.training.answers import write_answers
+from minillava.training.export import write_answers
 
 RECIPE = """
 name = "tiny"

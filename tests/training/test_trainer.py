@@ -22,13 +22,13 @@ from minillava.chat.tokenizer import load_tokenizer
 from minillava.checkpoints.names import rename
 from minillava.cli import main
 from minillava.config import DecoderConfig, ModelConfig, VisionConfig
+from minillava.data.batch import rounded_up
 from minillava.device import compute_dtype
 from minillava.errors import UserError
 from minillava.llava import LLaVAModel
 from minillava.recipe import ModelRecipe, StageConfig, read_recipe
 from minillava.synthetic.train_tokenizer import train_small_tokenizer
 from minillava.training import optim, pipeline, train_state
-from minillava.training.filler_rows import rounded_up
 from minillava.training.llava_task import LLaVATask
 from minillava.training.optim import Muon, make_optimizer
 from minillava.training.pipeline import make_run, run_recipe

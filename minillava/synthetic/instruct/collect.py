@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,29 +62,29 @@ class Item:
 class Outcome:
     """What came of a run."""
 
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    rejects: list[dict[str, str]] = field(default_factory=list)
-    unanswered: list[str] = field(default_factory=list)
-    stopped: UserError | None = None  # why nothing more was asked
+    samples: list[dict[str, Any]]
+    rejects: list[dict[str, str]]
+    unanswered: list[str]
+    stopped: UserError | None  # why nothing more was asked
 
 
 def scene_items(model: Model, scenes: Sequence[Scene], kinds: Sequence[str], tries: int) -> Iterator[Item]:
     """Instruction data of these kinds about each scene; a reply that is no use is asked for again, `tries` in all."""
-    for scene in scenes:
-        for kind in kinds:
+    for scene, kind in itertools.product(scenes, kinds):
 
-            async def work(ask: Asker, scene: Scene = scene, kind: str = kind) -> dict[str, Any]:
-                key = f"{scene.id}/{kind}"
-                for attempt in range(tries):
-                    reply = await ask(model, f"{key}/{attempt}", messages_for(kind, scene))
-                    try:
-                        return sample(key, scene, conversation_of(kind, scene, reply.text, reply.cut))
-                    except Rejected:
-                        if attempt + 1 == tries:
-                            raise
-                raise AssertionError("tries is at least 1")
+        async def work(ask: Asker, scene: Scene = scene, kind: str = kind) -> dict[str, Any]:
+            key = f"{scene.id}/{kind}"
+            attempt = 0
+            while True:
+                reply = await ask(model, f"{key}/{attempt}", messages_for(kind, scene))
+                attempt += 1
+                try:
+                    return sample(key, scene, conversation_of(kind, scene, reply.text, reply.cut))
+                except Rejected:
+                    if attempt == tries:
+                        raise
 
-            yield Item(f"{scene.id}/{kind}", work)
+        yield Item(f"{scene.id}/{kind}", work)
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,7 @@ async def collect(items: Sequence[Item], asker: Asker, concurrency: int, note: C
 
     Where nothing more will be answered no item is begun, but what was asked is waited for: it is paid.
     """
-    found: dict[str, dict[str, Any]] = {}
-    rejects: dict[str, str] = {}
-    unanswered: dict[str, str] = {}
+    found: dict[str, Any] = {}  # by key: a sample, or why there is none
     stopped: list[UserError] = []
     following = iter(items)
 
@@ -160,24 +159,22 @@ async def collect(items: Sequence[Item], asker: Asker, concurrency: int, note: C
                 return
             try:
                 found[item.key] = await item.work(asker)
-            except Rejected as reason:
-                rejects[item.key] = str(reason)
-            except Unanswered as why:
-                unanswered[item.key] = str(why)
+            except (Rejected, Unanswered) as why:
+                found[item.key] = why
             except OSError as error:
                 stopped.append(UserError(refused(error)))
             except UserError as error:
                 stopped.append(error)
-            note(len(found) + len(rejects) + len(unanswered))
+            note(len(found))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(concurrency, len(items))):
             group.create_task(worker())
-    order = [item.key for item in items]
+    ordered = [(item.key, found[item.key]) for item in items if item.key in found]
     return Outcome(
-        [found[key] for key in order if key in found],
-        [{"id": key, "reason": rejects[key]} for key in order if key in rejects],
-        [unanswered[key] for key in order if key in unanswered],
+        [sample for _, sample in ordered if isinstance(sample, dict)],
+        [{"id": key, "reason": str(why)} for key, why in ordered if isinstance(why, Rejected)],
+        [str(why) for _, why in ordered if isinstance(why, Unanswered)],
         next(iter(stopped), None),
     )
 

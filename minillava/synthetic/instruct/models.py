@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from minillava.chat.messages import Message
 from minillava.errors import UserError
@@ -25,17 +25,6 @@ LONGEST_ASKED_S = 900.0  # by a server; who asks for more has no time today
 
 class Unanswered(Exception):
     """An endpoint gave no answer, however often it was asked."""
-
-
-class Model(Protocol):
-    """What replies to conversations."""
-
-    async def reply(self, key: str, messages: Sequence[Message], image: Path | None = None) -> Reply:
-        """The next turn; `image` goes with the last message. `key` names the request: one that is sent twice has one.
-
-        Raises Rejected where this one request is refused, Unanswered where nobody answered, UserError where none will
-        be.
-        """
 
 
 @dataclass
@@ -61,6 +50,11 @@ class Endpoint:
         self.openai = openai
 
     async def reply(self, key: str, messages: Sequence[Message], image: Path | None = None) -> Reply:
+        """The next turn; `image` goes with the last message. `key` names the request: one that is sent twice has one.
+
+        Raises Rejected where this one request is refused, Unanswered where nobody answered, UserError where none will
+        be.
+        """
         if self._client is None:  # inside the loop that uses it
             self._client = self.openai.AsyncOpenAI(
                 base_url=self.url, api_key=self.api_key, max_retries=0, timeout=self.timeout_s
@@ -138,7 +132,7 @@ def retry_after(headers: Any) -> float | None:
 
 
 class Local:
-    """A checkpoint in this process. Requests that come while it computes are answered together, next."""
+    """As `Endpoint`: a checkpoint in this process. Requests that come while it computes are answered together, next."""
 
     MOST = 64  # requests at once
 
@@ -185,3 +179,6 @@ class Local:
                     raise
                 for (_, future), answer in zip(todo, answers):
                     future.set_result(answer)
+
+
+Model = Endpoint | Local

@@ -92,17 +92,11 @@ def check(text: str) -> None:
 def sample(identity: str, scene: Scene, turns: list[tuple[str, str]]) -> dict[str, Any]:
     """LLaVA's JSON of a conversation; the picture is in front of the first question or behind it, by the id."""
     said = []
-    for number, (question, answer) in enumerate(turns):
-        if number == 0:
-            question = placed(identity, question)
+    for question, answer in turns:
         said += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    first = (MARKER, turns[0][0])
+    said[0]["value"] = "\n".join(first[::-1] if zlib.crc32(identity.encode()) % 2 else first)
     return {"id": identity, "image": scene.image, "conversations": said}
-
-
-def placed(identity: str, question: str) -> str:
-    """The question with the picture's marker."""
-    behind = zlib.crc32(identity.encode()) % 2
-    return f"{question}\n{MARKER}" if behind else f"{MARKER}\n{question}"
 
 
 def choice(text: str) -> int:
