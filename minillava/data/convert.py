@@ -136,12 +136,10 @@ def most(answers: Sequence[str]) -> str:
 
 
 def has(value: Any, *keys: str) -> bool:
-    """Whether a value is an object with these keys."""
     return isinstance(value, dict) and all(key in value for key in keys)
 
 
 def first(value: Any) -> Any:
-    """The first element of a list or object."""
     return next(iter(value.values() if isinstance(value, dict) else value), None) if value else None
 
 

@@ -80,7 +80,6 @@ class Zip(MediaStore):
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Raises UserError."""
     try:
         return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:

@@ -59,11 +59,9 @@ class Tally:
         )
 
     def state(self) -> dict[str, Any]:
-        """The counts as JSON, for a checkpoint."""
         return {**vars(self), "lost": {str(index): why for index, why in self.lost.items()}}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
         vars(self).update(state)
         self.lost = {int(index): why for index, why in state["lost"].items()}
 

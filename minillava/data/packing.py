@@ -89,7 +89,6 @@ class Order:
         return -(-self.batch_size // ((self.micro or self.batch_size) * self.ranks))
 
     def steps_in(self, epoch: int) -> int:
-        """Steps of an epoch."""
         if not self.row_tokens:
             return -(-self.count // self.batch_size)
         if epoch not in self._steps:

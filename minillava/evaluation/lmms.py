@@ -31,7 +31,6 @@ MAX_NEW_TOKENS = 1024  # where a task says nothing, as lmms-eval's own LLaVA
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval's registry wants to know."""
     return ModelManifest("minillava", f"{__name__}.MiniLLaVA")
 
 

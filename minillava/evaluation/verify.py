@@ -62,7 +62,6 @@ class Report:
 
     @property
     def first(self) -> Stage | None:
-        """The first stage that departs."""
         return next((stage for stage in self.stages if stage.departs), None)
 
     def add(self, name: str, error: float, allowed: float, note: str = "") -> None:
@@ -76,8 +75,9 @@ def verify(
 
     What comes behind the first stage that departs may be missing. Raises UserError for a prompt that cannot be made.
     """
-    dtype = subject.model.decoder.embed.weight.dtype
-    report = report or Report("", reference.name, str(dtype), str(subject.engine.device), None)
+    model, device = subject.model, subject.engine.device
+    dtype = model.decoder.embed.weight.dtype
+    report = report or Report("", reference.name, str(dtype), str(device), None)
     prompt = _prompt(subject, question, image)
     ids, pixels_NCHW = reference.read(prompt)
     if reference.reads:
@@ -88,7 +88,8 @@ def verify(
     exact = reference.run(high)
     plain = reference.run(dtype, fed=exact)
     try:
-        found = _fed(subject, prompt, pixels_NCHW, exact)
+        ids_T, spans = torch.tensor(prompt.example.ids, device=device), prompt.example.spans
+        found = record(our_stages(model), lambda: model(ids_T, pixels_NCHW.to(device), spans=spans), exact)
     except UserError as error:
         report.add("visual tokens", float("inf"), 0.0, str(error))
         return report
@@ -122,13 +123,6 @@ def _compare_inputs(report: Report, subject: LLaVA, prompt: Prompt, ids: Sequenc
     largest = pixels_NCHW.abs().max().item()
     error = (found - pixels_NCHW).abs().max().item() / largest
     report.add("pixels", error, PIXEL_STEPS * torch.finfo(torch.float32).eps, f"{tuple(found.shape)}")
-
-
-def _fed(subject: LLaVA, prompt: Prompt, pixels_NCHW: Tensor, exact: Trace) -> Trace:
-    """Our pass, from the reference's pixels on."""
-    model, device = subject.model, subject.engine.device
-    ids_T, spans = torch.tensor(prompt.example.ids, device=device), prompt.example.spans
-    return record(our_stages(model), lambda: model(ids_T, pixels_NCHW.to(device), spans=spans), exact)
 
 
 def _visual(subject: LLaVA, ids: Sequence[int]) -> Tensor:

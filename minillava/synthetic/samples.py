@@ -48,7 +48,6 @@ class Samples(MediaStore, Sequence[Sample]):
         return self.number
 
     def scenes(self, index: int) -> tuple[Scene, ...]:
-        """The pictures of a sample, or the frames of its clip."""
         return _scenes(self.kinds[index % len(self.kinds)], self.seed, index)
 
     def __getitem__(self, index):  # type: ignore[override]

@@ -223,7 +223,6 @@ def scenes(seed: int, split: str, start: int = 0) -> Iterator[Scene]:
 
 
 def at(cell: int) -> str:
-    """Where a square is, in words."""
     return "in the middle" if PLACES[cell] == "middle" else f"at the {PLACES[cell]}"
 
 
@@ -354,7 +353,6 @@ def conversation(scene: Scene, rng: random.Random, turns: int, opening: str) -> 
 
 
 def spoken(opening: str, pairs: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
-    """Questions and their answers as messages, behind an opening."""
     messages: list[Message] = []
     for text, answer in pairs:
         text = text if messages else f"{opening}\n{text}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillava.config import IGNORE
 from minillava.data.batch import Batch, blank_example, pack, rounded_up, with_row
-from minillava.data.check import PromptCheck
+from minillava.data.check import prompt_check
 from minillava.data.dataset import Dataset
 from minillava.data.llava_json import MARKER, Check, Sample
 from minillava.data.loader import Loader, Tally
@@ -77,7 +77,7 @@ class LLaVATask(Task):
             raise UserError(
                 f'stage \'{self.stage.name}\': no data; give data = [{{path = "x.json", images = "folder or zip"}}]'
             )
-        return split_data(self.stage, seed, self.checked(PromptCheck(self.config.chat, self.run.tokenizer)))
+        return split_data(self.stage, seed, self.checked(prompt_check(self.config.chat, self.run.tokenizer)))
 
     def checked(self, check: Check) -> Check:
         """What is asked of every sample before the run starts."""
@@ -185,15 +185,6 @@ class LLaVATask(Task):
     def save(self, folder: Path) -> None:
         """The checkpoint is the run's model: a stage's own chat and layout are how it was trained, no more."""
         export(self.run, folder)
-
-    def state(self) -> dict[str, Any]:
-        return self.tally.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.tally.load(state)
-
-    def summary(self) -> str:
-        return str(self.tally)
 
 
 def exact(call: Callable[..., Any], batch: Batch) -> list[bool]:

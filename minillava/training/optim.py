@@ -46,7 +46,6 @@ class Together:
         return _from_8bit(parameter, state) if "absmax1" in state or isinstance(state.get("step"), int) else state
 
     def load_moments(self, parameter: Tensor, values: dict[str, Tensor]) -> None:
-        """Take back what `moments` gave."""
         optimizer = self.optimizers[0]
         if hasattr(optimizer, "load_moments"):
             optimizer.load_moments(parameter, values)

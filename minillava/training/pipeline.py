@@ -62,14 +62,10 @@ def run_recipe(recipe: Recipe, resume: bool = False, only: str | None = None) ->
         except OSError as error:
             if error.filename is None:  # of what is printed
                 raise
-            raise UserError(f"{files.refused(error)}; {_saved(recipe)}") from error
-
-
-def _saved(recipe: Recipe) -> str:
-    """What is left of a run that had to stop."""
-    newest = [train_state.latest(recipe.folder / stage.name / "checkpoints") for stage in recipe.stage]
-    found = [path for path in newest if path]
-    return f"--resume goes on from {found[-1]}" if found else "no checkpoint was saved yet"
+            newest = [train_state.latest(recipe.folder / stage.name / "checkpoints") for stage in recipe.stage]
+            found = [path for path in newest if path]
+            left = f"--resume goes on from {found[-1]}" if found else "no checkpoint was saved yet"
+            raise UserError(f"{files.refused(error)}; {left}") from error
 
 
 def run_stages(
@@ -163,8 +159,9 @@ def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str,
         except torch.OutOfMemoryError:
             print("  no sample answers: the exported model does not fit beside the training")
     parallel.barrier()
-    summary = "; ".join(filter(None, (f"  {time.monotonic() - began_s:,.0f} s", task.summary())))
-    print(summary + (f"; {skipped} steps skipped" if skipped else ""), flush=True)
+    tally = f"; {task.tally}" if task.tally else ""
+    skips = f"; {skipped} steps skipped" if skipped else ""
+    print(f"  {time.monotonic() - began_s:,.0f} s{tally}{skips}", flush=True)
     return measured
 
 

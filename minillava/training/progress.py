@@ -159,7 +159,6 @@ class Bar:
         self.bar.update()
 
     def note(self, text: str) -> None:
-        """A line of text above the bar."""
         if not self.bar.disable:
             tqdm.write(text, file=sys.stderr)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minillava.chat.tokenizer import Tokenizer
 from minillava.checkpoints.checkpoint import Checkpoint
 from minillava.config import ModelConfig
+from minillava.data.loader import Tally
 from minillava.errors import UserError
 from minillava.llava import LLaVAModel
 from minillava.recipe import Recipe, StageConfig
@@ -55,9 +56,9 @@ class Task(ABC):
     model: nn.Module  # what `loss` calls; what of it is in no part is frozen
     parts: dict[str, nn.Module]  # by the name that `lr` has for them (`tasks.Kind.parts`); disjoint, all inside `model`
     stage: StageConfig
+    tally: Tally | None = None  # what the data cost, of tasks that read some; saved with the run, shown at its end
 
     def total_steps(self) -> int:
-        """Optimizer steps of the stage."""
         if not self.stage.steps:
             raise UserError(f"stage '{self.stage.name}': its data has no end; set steps instead of epochs")
         return self.stage.steps
@@ -90,18 +91,6 @@ class Task(ABC):
     def save(self, folder: Path) -> None:  # noqa: B027 a task whose result is no checkpoint writes none
         """Export the result into a folder that does not exist yet."""
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs beside weights, step and random state, as JSON."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 there is none
-        """Take back what `state` returned."""
-
-    def summary(self) -> str:
-        """A line for the end of the stage; empty for none."""
-        return ""
-
 
 def make_task(run: Run, stage: StageConfig) -> Task:
-    """The task of a stage."""
     return pkgutil.resolve_name(TASKS[stage.task].factory)(run, stage)

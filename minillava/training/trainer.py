@@ -295,7 +295,7 @@ class Trainer:
             self.log.sync()
         tensors, python = train_state.random_state()
         state = {"step": self.step, "skipped": self.skipped, "non_finite": self.non_finite, "random": python}
-        state["task"] = parallel.gathered(self.task.state())
+        state["task"] = parallel.gathered(self.task.tally.state() if self.task.tally else {})
         optimizer = train_state.optimizer_tensors(self.optimizer, self.trained)
         self.saver.save(self.step, self.trained, chain(optimizer, tensors.items()), state)
 
@@ -309,8 +309,8 @@ class Trainer:
             name = self.stage.name
             more = "give more epochs" if self.stage.epochs else f"give --set stage.{name}.steps={self.step} or more"
             raise UserError(f"stage '{name}': {path} is past its {self.steps:,} steps; {more}")
-        if parallel.rank() < len(state["task"]):
-            self.task.load_state(state["task"][parallel.rank()])
+        if self.task.tally and parallel.rank() < len(state["task"]):
+            self.task.tally.load(state["task"][parallel.rank()])
 
     def export(self) -> None:
         """Write what has been trained so far in Hugging Face layout, as folder model/ of the stage."""

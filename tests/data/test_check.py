@@ -7,7 +7,7 @@ import pytest
 from helpers import talk
 
 from minillava.config import ChatConfig
-from minillava.data.check import PromptCheck
+from minillava.data.check import prompt_check
 from minillava.data.mixture import read_data
 from minillava.errors import UserError
 from minillava.recipe import DataConfig
@@ -59,13 +59,13 @@ def read(tmp_path):
 
 
 def test_what_can_be_held_is_left_alone(read, tiny_tokenizer):
-    assert len(read(GOOD, PromptCheck(chat_of(tiny_tokenizer), tiny_tokenizer))) == 3
+    assert len(read(GOOD, prompt_check(chat_of(tiny_tokenizer), tiny_tokenizer))) == 3
 
 
 @pytest.mark.parametrize("case", list(WRONG))
 def test_what_cannot_is_named_wherever_it_stands(read, tiny_tokenizer, capsys, case):
     wrong, values, words = WRONG[case]
-    check = PromptCheck(chat_of(tiny_tokenizer, **values), tiny_tokenizer)
+    check = prompt_check(chat_of(tiny_tokenizer, **values), tiny_tokenizer)
     fine = row(*talk("<image>", "Red"), image="a.png") if values.get("template") == "plain" else row(*talk("Hi", "Red"))
     rows = [fine] * 999 + [wrong | {"id": "bad"}]
     with pytest.raises(UserError) as caught:

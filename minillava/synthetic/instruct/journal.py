@@ -53,7 +53,6 @@ class Journal:
         self.replies[key] = reply
 
     def tokens(self) -> tuple[int, int]:
-        """Prompt tokens and new ones of all replies."""
         replies = self.replies.values()
         return sum(reply.prompt_tokens for reply in replies), sum(reply.new_tokens for reply in replies)
 
