@@ -189,14 +189,7 @@ def open_arrow(path: str) -> tuple[Any, Decoder]:
 
 def decoder(schema: Any) -> Decoder:
     """What decodes the JSON in a row of this schema."""
-    columns = {field.name: undo for field in schema if (undo := undo_json(field.type)) is not None}
-
-    def decode(row: dict[str, Any]) -> dict[str, Any]:
-        for name, undo in columns.items():
-            row[name] = undo(row[name])
-        return row
-
-    return decode
+    return undo_json(arrow().struct(list(schema))) or (lambda row: row)
 
 
 def undo_json(kind: Any) -> Callable[[Any], Any] | None:

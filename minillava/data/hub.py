@@ -20,7 +20,7 @@ def filesystem(place: str) -> Any:
     """The hub as a file system, asked first whether the data set is there: a file system says less about why not."""
     from huggingface_hub import HfApi, HfFileSystem
 
-    repo, revision = repository(place)
+    repo, revision, _ = split_place(place)
     HfApi().dataset_info(repo, revision=revision)
     return HfFileSystem()
 
@@ -47,8 +47,8 @@ def open_hub(source: str, stream: bool) -> list[Rows]:
 
 def find(hub: Any, place: str) -> list[str]:
     """The data files at a place on the hub, in the order of their names."""
-    base, folder = split_place(place)
-    names = sorted(hub.find(base if "*" in folder else place))
+    _, _, folder = split_place(place)
+    names = sorted(hub.find(place.removesuffix(folder).rstrip("/") if "*" in folder else place))
     if "*" in folder:
         found = [name for name in names if fnmatch.fnmatch(name, place)]
     else:
@@ -62,23 +62,18 @@ def find(hub: Any, place: str) -> list[str]:
     return found
 
 
-def split_place(place: str) -> tuple[str, str]:
-    """datasets/OWNER/NAME[@REVISION] and what is behind it."""
-    parts = place.split("/")
+def split_place(place: str) -> tuple[str, str | None, str]:
+    """OWNER/NAME, the revision (None: none is named) and what is behind, of datasets/OWNER/NAME[@REVISION][/...]."""
+    parts = place.split("/", 3)
     if len(parts) < 3:
         raise UserError(f"hf://{place}: expected {HUB}OWNER/NAME")
-    return "/".join(parts[:3]), "/".join(parts[3:])
+    name, _, revision = parts[2].partition("@")
+    return f"{parts[1]}/{name}", revision.replace("%2F", "/") or None, "".join(parts[3:])
 
 
 def fetched(name: str) -> str:
     """Where a file of the hub lies on this machine, fetched if it is not there yet."""
     from huggingface_hub import hf_hub_download
 
-    repo, revision = repository(name)
-    return hf_hub_download(repo, split_place(name)[1], repo_type="dataset", revision=revision)
-
-
-def repository(place: str) -> tuple[str, str | None]:
-    """OWNER/NAME and the revision, None where none is named."""
-    repo, _, revision = split_place(place)[0].removeprefix("datasets/").partition("@")
-    return repo, revision.replace("%2F", "/") or None
+    repo, revision, path = split_place(name)
+    return hf_hub_download(repo, path, repo_type="dataset", revision=revision)

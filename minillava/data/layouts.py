@@ -27,11 +27,10 @@ Turn = tuple[str, str]  # role, text
 class Content:
     """What a row says. Markers may be missing where `front` is set: pictures then go in front of the first question."""
 
-    turns: list[Turn]
-    images: list[Any]  # in the order of their markers
-    videos: list[Any]
-    front: bool = False
-    given: dict[str, deque[Any]] = field(default_factory=dict)  # by marker: those of the columns that are not taken yet
+    given: dict[str, deque[Any]]  # pictures and videos by marker: those of the columns that are not taken yet
+    turns: list[Turn] = field(default_factory=list)
+    media: dict[str, list[Any]] = field(default_factory=lambda: {MARKER: [], VIDEO_MARKER: []})  # in their order
+    front: bool = True
 
 
 def present(raw: dict[str, Any], *keys: str) -> Any:
@@ -41,8 +40,7 @@ def present(raw: dict[str, Any], *keys: str) -> Any:
 
 def read_row(raw: dict[str, Any]) -> Content:
     """The turns of a row and what stands in its columns of pictures and videos. Raises UserError."""
-    columns = {MARKER: deque(media_in(raw, "image")), VIDEO_MARKER: deque(media_in(raw, "video"))}
-    found = Content([], [], [], given=columns)
+    found = Content({MARKER: deque(media_in(raw, "image")), VIDEO_MARKER: deque(media_in(raw, "video"))})
     turns = present(raw, "conversations", "messages", "conversation")
     if turns is not None:
         if not isinstance(turns, list):
@@ -50,19 +48,16 @@ def read_row(raw: dict[str, Any]) -> Content:
         found.front = any(isinstance(turn, dict) and turn.get("content") is not None for turn in turns)
         found.turns = [read_turn(turn, found) for turn in turns]
     elif isinstance(raw.get("texts"), list):
-        found.front = True
         found.turns = [turn for pair in raw["texts"] for turn in read_pair(pair, found)]
     elif raw.get("prompt") is not None and raw.get("completion") is not None:
-        found.front = True
         found.turns = read_completion(raw["prompt"], raw["completion"], found)
     else:
         found.turns = read_flat(raw, found)
-        found.front = True
     system = raw.get("system")
     if isinstance(system, str) and system and found.turns[:1] and found.turns[0][0] != "system":
         found.turns.insert(0, ("system", system))
-    found.images += found.given[MARKER]
-    found.videos += found.given[VIDEO_MARKER]
+    for marker, rest in found.given.items():
+        found.media[marker] += rest
     return found
 
 
@@ -167,13 +162,13 @@ def read_part(part: dict[str, Any], found: Content, last: bool) -> str:
     if value is None:
         take(marker, found)
     else:
-        (found.images if marker == MARKER else found.videos).append(value)
+        found.media[marker].append(value)
     return marker if last else f"{marker}\n"
 
 
 def take(text: str, found: Content) -> str:
     """The text, once the columns' next pictures have been taken for its markers; missing ones are found out later."""
-    for marker, values in ((MARKER, found.images), (VIDEO_MARKER, found.videos)):
+    for marker, values in found.media.items():
         for _ in range(min(text.count(marker), len(found.given[marker]))):
             values.append(found.given[marker].popleft())
     return text
@@ -182,22 +177,25 @@ def take(text: str, found: Content) -> str:
 # ---- preferences ----
 
 
-def as_conversations(raw: dict[str, Any], marker: str, media: int) -> tuple[Any, list[Any] | None]:
-    """The turns of a sample and, if it is a preference, those that end with the worse answer.
+def preference(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Of a preference, the row with the conversation that ends with the better answer, and with the worse one.
 
-    A prompt that is a string without markers gets `marker` for each of its `media` in front, a line each.
+    A prompt that is a string without markers gets them in front, a line each.
     """
-    turns = present(raw, "conversations", "messages")
     if raw.get("chosen") is None and raw.get("rejected") is None:
-        return turns, None
+        return None
+    images, videos = media_in(raw, "image"), media_in(raw, "video")
+    turns = present(raw, "conversations", "messages")
     prompt = present(raw, "prompt", "question") if turns is None else turns
     if isinstance(prompt, str):
-        front = f"{marker}\n" * media if marker not in prompt else ""
+        marker = MARKER if images else VIDEO_MARKER
+        front = f"{marker}\n" * len(images or videos) if marker not in prompt else ""
         prompt = [{"role": "user", "content": front + prompt}]
-    better, worse = (_answer(raw.get(key), key) for key in ("chosen", "rejected"))
+    answers = [_answer(raw.get(key), key) for key in ("chosen", "rejected")]
     if prompt is not None and not isinstance(prompt, list):
         raise UserError("'prompt' must be a string or a list of messages; correct it")
-    return [*(prompt or []), *better], [*(prompt or []), *worse]
+    better, worse = (raw | {"conversations": [*(prompt or []), *answer]} for answer in answers)
+    return better, worse
 
 
 def _answer(value: Any, key: str) -> list[Any]:

@@ -13,13 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from minillava.chat.messages import Message, check_roles, marker_of
+from minillava.chat.messages import Message, check_roles, marker_of, split_at_markers
+from minillava.chat.prompt import render
+from minillava.chat.templates import TEMPLATES
+from minillava.chat.tokenizer import Tokenizer
 from minillava.config import ChatConfig
-from minillava.data.layouts import MARKER, VIDEO_MARKER, Content, Counted, as_conversations, media_in, read_row
+from minillava.data.layouts import MARKER, VIDEO_MARKER, Content, Counted, preference, read_row
 from minillava.data.pictures import Places
 from minillava.errors import UserError
 from minillava.files import in_words
 from minillava.media.visual import Media
+from minillava.processor import markers_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +100,9 @@ def parse(raw: Any, number: int, path: str, places: Places, report: Report, chec
     if not isinstance(raw, dict):
         raise UserError(f"{where}: expected an object with 'conversations', got {in_words(raw)}; check the file")
     try:
-        images = len(media_in(raw, "image"))
-        turns, worse = as_conversations(raw, MARKER if images else VIDEO_MARKER, images or len(media_in(raw, "video")))
-        found, messages = conversation(raw if worse is None else raw | {"conversations": turns}, report)
-        rejected = None
-        if worse is not None:
-            rejected = worse_answer(conversation(raw | {"conversations": worse}, Report(""))[1], messages)
+        both = preference(raw)
+        found, messages = conversation(both[0] if both else raw, report)
+        rejected = worse_answer(conversation(both[1], Report(""))[1], messages) if both else None
         check_markers(found, messages)
         media = media_of(found, messages, places, str(identity))
         sample = Sample(str(identity), media, messages, report.path, rejected)
@@ -154,11 +155,11 @@ def in_turns(found: Content, report: Report) -> tuple[Message, ...]:
 
 def in_front(found: Content, messages: tuple[Message, ...], report: Report) -> tuple[Message, ...]:
     """Markers in front of the first question, for layouts that have none (FineVision, TRL beside texts)."""
-    marked = any(marker in message.text for message in messages for marker in (MARKER, VIDEO_MARKER))
-    if marked or not found.front or not (found.images or found.videos):
+    marked = any(marker in message.text for message in messages for marker in found.media)
+    lines = [marker for marker, values in found.media.items() for _ in values]
+    if marked or not found.front or not lines:
         return messages
     at = 1 if messages[0].role == "system" else 0
-    lines = [MARKER] * len(found.images) + [VIDEO_MARKER] * len(found.videos)
     text = "\n".join([*lines, messages[at].text] if messages[at].text else lines)
     report.counts["with pictures put in front"] += 1
     return (*messages[:at], Message("user", text), *messages[at + 1 :])
@@ -166,7 +167,7 @@ def in_front(found: Content, messages: tuple[Message, ...], report: Report) -> t
 
 def check_markers(found: Content, messages: tuple[Message, ...]) -> None:
     """Raises UserError unless there is a marker for each picture and video."""
-    for marker, values, what in ((MARKER, found.images, "image"), (VIDEO_MARKER, found.videos, "video")):
+    for (marker, values), what in zip(found.media.items(), ("image", "video")):
         count = sum(message.text.count(marker) for message in messages)
         if count != len(values) and (values or marker == MARKER):  # without videos <video> is a word
             add, many = f"add a {marker} for each {what}", f"add the {what}s or remove markers"
@@ -176,8 +177,9 @@ def check_markers(found: Content, messages: tuple[Message, ...]) -> None:
 
 def media_of(found: Content, messages: tuple[Message, ...], places: Places, identity: str) -> tuple[Media, ...]:
     """The pictures and videos in the order of their markers."""
-    following = {MARKER: iter(found.images), VIDEO_MARKER: iter(found.videos)}
-    order = [marker for message in messages for marker in markers(bool(found.videos)).findall(message.text)]
+    following = {marker: iter(values) for marker, values in found.media.items()}
+    pattern = markers(bool(found.media[VIDEO_MARKER]))
+    order = [marker for message in messages for marker in pattern.findall(message.text)]
     return tuple(
         places.media(next(following[marker]), marker == VIDEO_MARKER, f"{identity}#{number}")
         for number, marker in enumerate(order)
@@ -186,8 +188,48 @@ def media_of(found: Content, messages: tuple[Message, ...], places: Places, iden
 
 def mark_videos(messages: tuple[Message, ...], found: Content) -> tuple[Message, ...]:
     """Messages in which every <image> but those of pictures is a video's marker, where videos have no other."""
-    count = {marker: sum(m.text.count(marker) for m in messages) for marker in (MARKER, VIDEO_MARKER)}
-    if not found.videos or count[VIDEO_MARKER] or count[MARKER] != len(found.images) + len(found.videos):
+    images, videos = found.media.values()
+    count = {marker: sum(m.text.count(marker) for m in messages) for marker in found.media}
+    if not videos or count[VIDEO_MARKER] or count[MARKER] != len(images) + len(videos):
         return messages
-    following = itertools.chain([MARKER] * len(found.images), itertools.repeat(VIDEO_MARKER))
+    following = itertools.chain([MARKER] * len(images), itertools.repeat(VIDEO_MARKER))
     return tuple(Message(m.role, re.sub(MARKER, lambda _: next(following), m.text)) for m in messages)
+
+
+# ---- its prompt: texts alone, no picture is opened for it ----
+
+
+def prompt_check(chat: ChatConfig, tokenizer: Tokenizer) -> Check:
+    """What raises UserError for a sample whose prompt would not be the conversation: the template fails on it or leaves
+    a text out, a text spells out a special token or a marker, or nothing is left to learn."""
+    specials = {tokenizer.decode([id], skip_special=False) for id in tokenizer.special_ids} | set(chat.markers)
+    written = sorted(filter(str.strip, specials), key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, written)) or "(?!)")
+    template = TEMPLATES.get(chat.template)
+
+    def check(sample: Sample) -> None:
+        ours = markers(bool(sample.videos))
+        for message in sample.messages:
+            text = ours.sub("\0", message.text)
+            if found := special.search(text):
+                raise UserError(
+                    f"a text holds {found[0]!r}, which is a special token here and no text; write it otherwise, or "
+                    'leave such samples out with bad = "skip"'
+                )
+        messages = sample.written_for(chat)
+        pieces = render(chat, tokenizer, messages, generate=False)
+        prompt = "".join(text for text, _ in pieces)
+        if len(markers_in(chat, [prompt])) != len(sample.media):
+            raise UserError(f"the template leaves out pictures or videos of {len(sample.media)}; use a built-in one")
+        for number, message in enumerate(messages, 1):
+            if template is not None and template.one_turn and message.role == "user":
+                continue  # LLaVA's captions are learned without their question
+            for text in split_at_markers(chat, message.text)[::2]:
+                if text.strip() not in prompt:
+                    raise UserError(
+                        f"the template leaves out text of message {number}, {text.strip()[:40]!r}; use a built-in one"
+                    )
+        if not any(text.strip() for text, supervised in pieces if supervised):
+            raise UserError("has no token to learn; remove the sample")
+
+    return check

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from minillava.config import IGNORE
 from minillava.data.batch import Batch, blank_example, pack, rounded_up, with_row
-from minillava.data.check import prompt_check
 from minillava.data.dataset import Dataset
-from minillava.data.llava_json import MARKER, Check, Sample
+from minillava.data.llava_json import MARKER, Check, Sample, prompt_check
 from minillava.data.loader import Loader, Tally
 from minillava.data.mixture import split_data
 from minillava.data.packing import Order

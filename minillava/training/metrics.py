@@ -26,10 +26,10 @@ class Clock:
 
     def __init__(self, device: torch.device, vision: nn.Module | None = None):
         self.cuda = device.type == "cuda"
-        self.marks: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self.marks: list[tuple[str, Any, Any]] = []  # phase, began, ended
         self.hooks = []
         if vision is not None:  # the tower runs inside the forward pass
-            began: list[float | torch.cuda.Event] = []
+            began: list[Any] = []
             self.hooks = [
                 vision.register_forward_pre_hook(lambda *_: began.append(self.now())),
                 vision.register_forward_hook(lambda *_: self.marks.append(("vision", began.pop(), self.now()))),
@@ -57,12 +57,10 @@ class Clock:
         seconds: dict[str, float] = defaultdict(float)
         waiting = []
         for phase, began, ended in self.marks:
-            if isinstance(began, float) and isinstance(ended, float):
-                seconds[f"{phase}_s"] += ended - began
-            elif ended.query():  # type: ignore[union-attr]
-                seconds[f"{phase}_s"] += began.elapsed_time(ended) * 1e-3  # type: ignore[union-attr, arg-type]
-            else:
+            if self.cuda and not ended.query():
                 waiting.append((phase, began, ended))
+            else:
+                seconds[f"{phase}_s"] += began.elapsed_time(ended) * 1e-3 if self.cuda else ended - began
         self.marks = waiting
         if "forward_s" in seconds:
             seconds["forward_s"] -= seconds["vision_s"]

@@ -62,21 +62,18 @@ def make_optimizer(model: nn.Module, trained: dict[str, Tensor], stage: StageCon
         muon = stage.optimizer == "muon" and decays and parameter.ndim == 2 and not name.endswith("head.weight")
         groups.setdefault((name.split(".")[0], decays, muon), []).append(parameter)
 
-    def listed(wanted: bool) -> list[dict[str, Any]]:
-        return [
-            {"params": params, "part": part, "lr": stage.lr[part], "weight_decay": stage.weight_decay * decays}
-            for (part, decays, muon), params in groups.items()
-            if muon == wanted
-        ]
-
+    listed: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for (part, decays, muon), params in groups.items():
+        decay = stage.weight_decay * decays
+        listed[muon].append({"params": params, "part": part, "lr": stage.lr[part], "weight_decay": decay})
     optimizers: list[torch.optim.Optimizer] = []
     if stage.optimizer == "adamw8bit":
-        optimizers.append(_adamw_8bit(listed(False), stage))
-    elif listed(False):
+        optimizers.append(_adamw_8bit(listed[False], stage))
+    elif listed[False]:
         fused = next(iter(trained.values())).device.type in ("cpu", "cuda", "mps")
-        optimizers.append(torch.optim.AdamW(listed(False), betas=stage.betas, eps=stage.eps, fused=fused))
-    if listed(True):
-        optimizers.append(Muon(listed(True), adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.AdamW(listed[False], betas=stage.betas, eps=stage.eps, fused=fused))
+    if listed[True]:
+        optimizers.append(Muon(listed[True], adjust_lr_fn="match_rms_adamw"))
     return Together(*optimizers)
 
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import talk
 
 from minillava.config import ChatConfig
-from minillava.data.check import prompt_check
+from minillava.data.llava_json import prompt_check
 from minillava.data.mixture import read_data
 from minillava.errors import UserError
 from minillava.recipe import DataConfig
