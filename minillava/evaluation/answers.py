@@ -80,10 +80,7 @@ def agreement(answer: str, given: Sequence[str]) -> float:
 
 def vqa(answer: str, given: Sequence[str]) -> float:
     """VQA accuracy (VQAv2, OK-VQA, VizWiz). Where all people said the same, nothing is normalised, as there."""
-    answer, given = (
-        " ".join(re.split(r"[\n\t]", answer)).strip(),
-        [" ".join(re.split(r"[\n\t]", g)).strip() for g in given],
-    )
+    answer, *given = (re.sub(r"[\n\t]", " ", text).strip() for text in (answer, *given))
     if len(set(given)) > 1:
         answer, given = normalised(answer), [normalised(text) for text in given]
     return agreement(answer, given)

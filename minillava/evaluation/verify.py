@@ -191,10 +191,8 @@ def _compare_answer(
     gap_N = right_NV.amax(1) - right_NV.gather(1, chosen_N[:, None])[:, 0]
     allowed = 2 * TIMES * max((near_NV - right_NV).abs().max().item() for near_NV in draws)
     others = int((gap_N > 0).sum())
-    note = (
-        f"{len(ids)} tokens, {others} of them others that are as likely" if others else f"{len(ids)} tokens, the same"
-    )
-    report.add("answer", gap_N.max().item(), allowed, f"{note}: {answer.text!r}")
+    which = f"{others} of them others that are as likely" if others else "the same"
+    report.add("answer", gap_N.max().item(), allowed, f"{len(ids)} tokens, {which}: {answer.text!r}")
 
 
 # ---- weights in few bits ----

@@ -140,9 +140,8 @@ def write(folder: Path, number: int, seed: int = 0) -> dict[str, Path]:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     pictures.save(path)
                 row.setdefault("video" if medium.video else "image", []).append(path.name)
-            row["conversations"] = [
-                {"from": {"user": "human", "assistant": "gpt"}[m.role], "value": m.text} for m in sample.messages
-            ]
+            names = {"user": "human", "assistant": "gpt"}
+            row["conversations"] = [{"from": names[m.role], "value": m.text} for m in sample.messages]
             rows.append(row)
         files[kind] = folder / f"{kind}.json"
         files[kind].parent.mkdir(parents=True, exist_ok=True)

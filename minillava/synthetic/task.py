@@ -66,10 +66,8 @@ def ask(split: str, count: int, seed: int = 0) -> Asked:
     for number, scene in enumerate(itertools.islice(shapes.scenes(seed, split), count)):
         rng = random.Random(f"{split} questions {seed} {number}")
         found = [q for q in shapes.questions(scene, rng, 40) if q.about_held_out or split != "held_out"]
-        kinds = rng.sample(shapes.KINDS, PER_SCENE)
-        asked += [
-            (scene, next(q for q in found if q.kind == kind)) for kind in kinds if any(q.kind == kind for q in found)
-        ]
+        first = {question.kind: question for question in reversed(found)}
+        asked += [(scene, first[kind]) for kind in rng.sample(shapes.KINDS, PER_SCENE) if kind in first]
     return asked
 
 

@@ -228,14 +228,10 @@ def tower_config(source: str, select_layers: Any) -> dict[str, Any]:
     if family is not None:
         vision, merger = read_native_tower(tower.raw, where)
         image = ImageConfig(vision.patch_size, "native", max_pixels=family.max_pixels)
-        vision = dataclasses.replace(
-            vision, final_norm=False
-        )  # a tower's own head, and the norm before it, stay behind
-        return {"vision": vision, "image": image, "projector": merger}
-    vision, path = (
-        read_vision(tower.raw, where, select_layers or [-2], False),
-        tower.folder / "preprocessor_config.json",
-    )
+        # A tower's own head, and the norm before it, stay behind.
+        return {"vision": dataclasses.replace(vision, final_norm=False), "image": image, "projector": merger}
+    vision = read_vision(tower.raw, where, select_layers or [-2], False)
+    path = tower.folder / "preprocessor_config.json"
     return {"vision": vision, "image": read_image(read_json(path), str(path), vision)}
 
 

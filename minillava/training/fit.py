@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -46,11 +47,8 @@ def recipe_model(recipe: Recipe, find: Callable[[str], Recipe]) -> tuple[ModelCo
         return with_tables(checkpoint.config, wanted.tables, "model"), stored_dtype(checkpoint)
     named = {"vision_from": wanted.vision_from, "decoder_from": wanted.decoder_from}
     known = {key: KNOWN[name] for key, name in named.items() if name in KNOWN}
-    vocab = (
-        Checkpoint(NANO).config.decoder.vocab_size
-        if wanted.tokenizer in TOKENIZERS
-        else ModelConfig().decoder.vocab_size
-    )
+    usual = Checkpoint(NANO).config if wanted.tokenizer in TOKENIZERS else ModelConfig()
+    vocab = usual.decoder.vocab_size
     tokenizer: Any = SimpleNamespace(vocab_size=vocab, token_id=lambda _: None, bos_id=1, eos_id=2, pad_id=None)
     tables = {name: dict(table) for name, table in wanted.tables.items()}
     if "vision_from" in known:
@@ -97,14 +95,12 @@ def fit_training(
 ) -> Iterator[tuple[int, str, int, Plan | None]]:
     """For each of SIZES: (GB, settings, micro-batch, its plan): the first settings that fit, and the most samples at a
     time. Settings are "" where none fits."""
-    found: dict[tuple[str, int], Plan] = {}
     ways = list(settings(stage, quantize))
 
+    @functools.cache
     def planned(way: int, micro: int) -> Plan:
-        name, changed, bits = ways[way]
-        if (name, micro) not in found:
-            found[name, micro] = plan(replace(changed, micro_batch=micro), bits)
-        return found[name, micro]
+        _, changed, bits = ways[way]
+        return plan(replace(changed, micro_batch=micro), bits)
 
     for size in SIZES:
         room = Card("", size, 0, 0).usable

@@ -205,13 +205,10 @@ def shard(model: nn.Module, dtype: torch.dtype, ranks: int, offload: bool, devic
         mesh = init_device_mesh(device.type, (ranks,))
     else:
         mesh = init_device_mesh(device.type, (world() // ranks, ranks), mesh_dim_names=("replicate", "shard"))
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy(device.type == "cuda") if offload else OffloadPolicy(),
-    }
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offloads = CPUOffloadPolicy(device.type == "cuda") if offload else OffloadPolicy()
     for module in [*blocks_of(model), model]:
-        fully_shard(module, **options)
+        fully_shard(module, mesh=mesh, mp_policy=mixed, offload_policy=offloads)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # sums: the loss is divided once, by what all ranks learned
             module.set_gradient_divide_factor(1.0)

@@ -27,7 +27,6 @@ from minillava.schema import read_json
 from minillava.training import parallel, train_state
 from minillava.training.build import fresh, load_stage, make_run, read_config
 from minillava.training.export import export, export_adapters, write_answers
-from minillava.training.llava_task import LLaVATask
 from minillava.training.progress import Log, plot
 from minillava.training.task import Run, make_task
 from minillava.training.tasks import TASKS, check_task
@@ -147,12 +146,7 @@ def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str,
     if run.read_weights is None and stage is not run.recipe.stage[-1]:
         adapters = lora.detach(run.model)
         lora.merge(dict(run.model.named_parameters()), adapters, stage.lora)
-    if (
-        parallel.is_main()
-        and isinstance(task, LLaVATask)
-        and task.held_out is not None
-        and "template" not in stage.chat
-    ):
+    if parallel.is_main() and task.held_out is not None and "template" not in stage.chat:
         shown = [task.held_out.samples[i] for i in spread(len(task.held_out), ANSWERS)]
         try:
             write_answers(folder / "model", shown, folder / "answers.jsonl", run.device)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minillava.chat.tokenizer import Tokenizer
 from minillava.checkpoints.checkpoint import Checkpoint
 from minillava.config import ModelConfig
+from minillava.data.dataset import Dataset
 from minillava.data.loader import Tally
 from minillava.errors import UserError
 from minillava.llava import LLaVAModel
@@ -38,9 +39,7 @@ class Run:
     device: torch.device
     save_dtype: torch.dtype  # of exported checkpoints
     base: Checkpoint | None = None  # what the recipe starts from, where it does from a whole model
-    read_weights: Callable[[LLaVAModel], None] | None = (
-        None  # gives a model that is on meta its weights; None: it has them
-    )
+    read_weights: Callable[[LLaVAModel], None] | None = None  # of a model on meta; None: it has them
     finished: list[StageConfig] = field(default_factory=list)  # stages whose results the model has, or shall be given
 
     def __post_init__(self) -> None:
@@ -56,6 +55,7 @@ class Task(ABC):
     model: nn.Module  # what `loss` calls; what of it is in no part is frozen
     parts: dict[str, nn.Module]  # by the name that `lr` has for them (`tasks.Kind.parts`); disjoint, all inside `model`
     stage: StageConfig
+    held_out: Dataset | None = None  # samples that are not trained: evaluated, and some of them asked at the end
     tally: Tally | None = None  # what the data cost, of tasks that read some; saved with the run, shown at its end
 
     def total_steps(self) -> int:

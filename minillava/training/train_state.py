@@ -192,9 +192,8 @@ def load_optimizer(folder: Path, optimizer: Together, named: dict[str, Tensor]) 
     values: dict[str, dict[str, Tensor]] = {}
 
     def load_these() -> None:
-        load(
-            folder, {f"{moment}/{n}": t for n, moments in values.items() for moment, t in moments.items()}, strict=False
-        )
+        tensors = {f"{moment}/{n}": t for n, moments in values.items() for moment, t in moments.items()}
+        load(folder, tensors, strict=False)
         for name, moments in values.items():
             optimizer.load_moments(named[name], moments)
         values.clear()

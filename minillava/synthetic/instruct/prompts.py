@@ -24,10 +24,10 @@ FORM = "Write every question on a line that begins with 'Question:' and its answ
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of data: what is asked for, and examples of scenes with good replies."""
+    """One kind of data: what is asked for, with an example."""
 
     task: str
-    shots: tuple[tuple[str, str], ...]
+    shown: tuple[str, str]  # a scene and a good reply
     turns: tuple[int, int]  # fewest and most questions of a reply; (0, 0): it is an answer alone
 
 
@@ -57,14 +57,12 @@ KINDS = {
         "many, of which colour, where one thing is to another, what somebody does. Ask only what has a certain "
         "answer; the last questions may need some background knowledge. " + FORM,
         (
-            (
-                PARK,
-                "Question: What is the dog doing?\nAnswer: It is leaping off the ground to catch a red "
-                "frisbee.\n\nQuestion: How many people are watching?\nAnswer: Two children are standing on the left "
-                "and watching.\n\nQuestion: Where is the bench?\nAnswer: It stands on the right side, behind the "
-                "dog.\n\nQuestion: Why is a lawn a good place for this game?\nAnswer: The ground is soft and open, "
-                "so a dog can run and land without hurting itself, and the disc does not hit anything on its way.",
-            ),
+            PARK,
+            "Question: What is the dog doing?\nAnswer: It is leaping off the ground to catch a red "
+            "frisbee.\n\nQuestion: How many people are watching?\nAnswer: Two children are standing on the left "
+            "and watching.\n\nQuestion: Where is the bench?\nAnswer: It stands on the right side, behind the "
+            "dog.\n\nQuestion: Why is a lawn a good place for this game?\nAnswer: The ground is soft and open, "
+            "so a dog can run and land without hurting itself, and the disc does not hit anything on its way.",
         ),
         (2, 10),
     ),
@@ -73,14 +71,12 @@ KINDS = {
         + "Describe the picture in one rich paragraph of at least four sentences: the place, every thing of note, "
         "how many there are, where they stand to each other, what happens. Write the paragraph and nothing else.",
         (
-            (
-                KITCHEN,
-                "In a small kitchen a woman stands at a gas stove and stirs a pot of soup. Close to her on the "
-                "right, a boy sits on a stool and follows what she does. On the left beside the stove there is a "
-                "cutting board with two carrots and a knife, so the vegetables are probably about to go into the "
-                "pot. The stove takes up much of the lower left, and the two people fill the middle of the room, "
-                "which makes the scene look warm and a little crowded.",
-            ),
+            KITCHEN,
+            "In a small kitchen a woman stands at a gas stove and stirs a pot of soup. Close to her on the "
+            "right, a boy sits on a stool and follows what she does. On the left beside the stove there is a "
+            "cutting board with two carrots and a knife, so the vegetables are probably about to go into the "
+            "pot. The stove takes up much of the lower left, and the two people fill the middle of the room, "
+            "which makes the scene look warm and a little crowded.",
         ),
         (0, 0),
     ),
@@ -89,14 +85,12 @@ KINDS = {
         "what to take care of), without giving away in it what has to be seen, and an answer of several sentences "
         "that reasons step by step from what is in the picture. " + FORM,
         (
-            (
-                KITCHEN,
-                "Question: What should the adult take care of while the child is here?\nAnswer: The child is within "
-                "reach of a lit stove and a hot pot, so splashes and the flame come first: the pot's handle belongs "
-                "to the back, and the stool a little away. A knife lies on the board at the edge of the counter as "
-                "well; putting it out of reach once the carrots are cut avoids a second danger. Giving the child "
-                "something safe to do, such as washing vegetables, keeps curiosity away from both.",
-            ),
+            KITCHEN,
+            "Question: What should the adult take care of while the child is here?\nAnswer: The child is within "
+            "reach of a lit stove and a hot pot, so splashes and the flame come first: the pot's handle belongs "
+            "to the back, and the stool a little away. A knife lies on the board at the edge of the counter as "
+            "well; putting it out of reach once the carrots are cut avoids a second danger. Giving the child "
+            "something safe to do, such as washing vegetables, keeps curiosity away from both.",
         ),
         (1, 1),
     ),
@@ -121,9 +115,8 @@ JUDGE = (
 def messages_for(kind: str, scene: Scene) -> list[Message]:
     """The conversation that asks for data of a kind: the task, examples, the scene."""
     wanted = KINDS[kind]
-    shown = [
-        message for asked, reply in wanted.shots for message in (Message("user", asked), Message("assistant", reply))
-    ]
+    asked, reply = wanted.shown
+    shown = [Message("user", asked), Message("assistant", reply)]
     return [Message("system", wanted.task), *shown, Message("user", str(scene))]
 
 
