@@ -131,8 +131,7 @@ def columns_of(meta: Any) -> list[str]:
 
 
 def bytes_beside_paths(meta: Any) -> list[str]:
-    """Columns with the bytes of pictures, beside one with paths, where the statistics of all row groups say that there
-    is no null in it, nor an empty list around it."""
+    """Columns with the bytes of pictures, beside one with paths, that have no null by the statistics of all groups."""
     names = columns_of(meta)
 
     def all_there(column: int) -> bool:

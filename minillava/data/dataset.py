@@ -71,8 +71,7 @@ class Dataset:
         raise UserError(f"{MAX_TRIES} unusable samples in a row, the last: {lost[-1][1]}")
 
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
-        """The samples, or those in their places, as packed rows; the choice of these depends on `epoch`. Raises as
-        `draw` does."""
+        """The samples, or those in their places (by `epoch`), as packed rows. Raises as `draw` does."""
         examples, lost = [], []
         for index in indices:
             example, failures = self.draw(index, epoch)

@@ -90,8 +90,7 @@ Check = Callable[[Sample], None]  # raises UserError for a sample that cannot be
 
 
 def parse(raw: Any, number: int, path: str, places: Places, report: Report, check: Check | None = None) -> Sample:
-    """One checked sample of the row with this number in the file at `path`, counted in the report. Raises UserError
-    that names it."""
+    """The checked sample of row `number` of the file at `path`, counted in `report`. Raises UserError that names it."""
     identity = raw.get("id") if isinstance(raw, dict) else None
     identity = number if identity is None else identity
     where = f"{path}: sample {str(identity)!r} (number {number})"

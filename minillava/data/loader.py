@@ -88,8 +88,7 @@ class Loader:
     """Iterates over the batches of steps start to stop (exclusive), prepared ahead of their use.
 
     `workers` = 0 prepares them in one thread of this process: best on few cores and for small images, and nothing is
-    copied. With more, that many processes do. With `ahead` = 0 each is made when it is asked for. The batches are the
-    same.
+    copied. With more, that many processes do. With `ahead` = 0 each is made when it is asked for: the same batches.
     """
 
     def __init__(

@@ -136,8 +136,7 @@ class Order:
         return self._epoch[epoch]
 
     def _shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        """All samples in any order; of groups, in any order too, those of `window` are mixed at a time, so that no more
-        have to be in memory."""
+        """All samples in any order; of groups, in any order too, `window` are mixed, and in memory, at a time."""
         if self.groups is None:
             order = np.arange(self.count)
             rng.shuffle(order)

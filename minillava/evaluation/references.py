@@ -80,8 +80,7 @@ class Own:
             return record(our_stages(self.model), lambda: self.model(ids_T, self.pixels_NCHW, spans=spans), fed)
 
     def steps(self, dtype: torch.dtype, answer: Sequence[int], draw: int = 0) -> Tensor:
-        """Logits [N, V] that choose an answer of N ids, by decode steps; `draw` other than 0 rounds the pixels
-        otherwise."""
+        """Logits [N, V] that choose an answer of N ids, by decode steps; a `draw` but 0 rounds pixels otherwise."""
         with plain_in(self.model, dtype, self.rounds):
             return by_steps(self.model, self.example, rounded(self.pixels_NCHW, dtype, draw), answer)
 

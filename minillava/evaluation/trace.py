@@ -139,8 +139,7 @@ def in_bytes(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def plain_in(model: LLaVAModel, dtype: torch.dtype, rounds: bool) -> Iterator[None]:
-    """The model as plain PyTorch in a dtype: no code of ours for CPUs. One block at a time has its weights so; see
-    `in_dtype`."""
+    """The model as plain PyTorch in a dtype (see `in_dtype`), one block at a time: no code of ours for CPUs."""
     with contextlib.ExitStack() as stack:
         kept, library.library = library.library, lambda: None
         stack.callback(setattr, library, "library", kept)

@@ -1,5 +1,4 @@
-"""Samples of the built-in world in every form LLaVAs are trained on: captions, questions, text alone, several pictures,
-clips.
+"""Samples of the built-in world in every form that LLaVAs learn from: captions, questions, text, pictures, clips.
 
 python -m minillava.synthetic.samples FOLDER [NUMBER] writes NUMBER samples of each kind as LLaVA's JSON with pictures
 and folders of frames beside it, which any recipe trains on.

@@ -93,8 +93,7 @@ def settings(stage: StageConfig, quantize: str) -> Iterator[tuple[str, StageConf
 def fit_training(
     plan: Callable[[StageConfig, str], Plan], stage: StageConfig, quantize: str
 ) -> Iterator[tuple[int, str, int, Plan | None]]:
-    """For each of SIZES: (GB, settings, micro-batch, its plan): the first settings that fit, and the most samples at a
-    time. Settings are "" where none fits."""
+    """For each of SIZES (GB, settings, micro-batch, its plan): the first settings that fit, "" where none do."""
     ways = list(settings(stage, quantize))
 
     @functools.cache

@@ -235,8 +235,7 @@ def shared_out(work: Callable[[Tensor], Tensor], x_N: Tensor) -> Tensor:
 
 
 def passing_through(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Make a model on the host ready for one forward pass on the device: a block goes there when it is called, and is
-    gone afterwards."""
+    """Make a model on the host ready for one forward pass on the device: a block is there while it is called."""
 
     def bring(block: nn.Module, args: Any) -> None:
         block.to(device, dtype)

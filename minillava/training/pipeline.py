@@ -39,8 +39,7 @@ ANSWERS = 8  # to held-out samples, written at a stage's end
 def run_recipe(recipe: Recipe, resume: bool = False, only: str | None = None) -> dict[str, dict[str, float]]:
     """Train the stages of a recipe (or `only` one) and return what each one's last evaluation measured.
 
-    Raises UserError where the folder holds another run, or this one and `resume` is not set, or another process writes
-    there.
+    Raises UserError where the folder holds another run, or this one and not `resume`, or another process writes there.
     """
     chosen = recipe.stage if only is None else (recipe.stage[stage_index(recipe, only)],)
     for stage in chosen:

@@ -94,8 +94,7 @@ class Log:
         os.fsync(self.file.fileno())
 
     def rewind(self, stage: str, step: int, last: int) -> None:
-        """Forget what a killed run wrote behind its last checkpoint, and the evaluation after the `last` step: they
-        will be computed and written again."""
+        """Forget what a run will write again: all behind its last checkpoint, and the evaluation after `last`."""
 
         def again(row: dict[str, Any]) -> bool:
             return row["stage"] == stage and (row["step"] > step or (row["step"] == last and "eval" in row))

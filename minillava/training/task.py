@@ -72,8 +72,7 @@ class Task(ABC):
         """The SUM of the losses of a micro-batch and how many they are; `call` is `model` with the weights to use."""
 
     def prepare(self, weights: Callable[[], AbstractContextManager[Callable[..., Any]]]) -> None:  # noqa: B027 most need not
-        """Called once, before step 1 and before a checkpoint is taken up: the model is as the stage began. `weights()`
-        is a context that gives `call`."""
+        """Called once, before a checkpoint is taken up: the model is as the stage began. `weights()` gives `call`."""
 
     def measures(self) -> dict[str, Tensor]:
         """What the losses since the last call measured beside, in sums over the same; the log shows means."""

@@ -44,8 +44,7 @@ class Saver:
     def save(
         self, step: int, trained: dict[str, Tensor], optimizer: Iterable[tuple[str, Tensor]], state: dict[str, Any]
     ) -> None:
-        """Copy everything to the host's memory, one tensor after the other, and write it in the background, as
-        folder/step-N."""
+        """Copy all to the host's memory, one tensor after the other, and write folder/step-N in the background."""
         self.wait()
         target = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{target.name}.partial"

@@ -359,8 +359,7 @@ class Trainer:
 def schedule(stage: StageConfig, step: int, steps: int) -> float:
     """Factor of the peak rate in step `step` (from 0): a linear rise, then half a cosine towards the floor.
 
-    Linear: a line in place of the cosine. As in the HF Trainer, but for one step's shift: there the first step has a
-    rate of zero.
+    Linear: a line in place of the cosine. As in the HF Trainer, but for a step's shift: there the first has no rate.
     """
     warmup = math.ceil(stage.warmup * steps)
     if step < warmup:

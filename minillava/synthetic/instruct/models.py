@@ -52,8 +52,7 @@ class Endpoint:
     async def reply(self, key: str, messages: Sequence[Message], image: Path | None = None) -> Reply:
         """The next turn; `image` goes with the last message. `key` names the request: one that is sent twice has one.
 
-        Raises Rejected where this one request is refused, Unanswered where nobody answered, UserError where none will
-        be.
+        Raises Rejected where this one request is refused, Unanswered where nobody answers, UserError where none will.
         """
         if self._client is None:  # inside the loop that uses it
             self._client = self.openai.AsyncOpenAI(
