@@ -1,1 +1,0 @@
-"""Is a model what it should be: benchmarks' scorers, harnesses, proofs of a checkpoint."""

@@ -116,7 +116,7 @@ class LLaVATask(Task):
         return [self.filled_up(micro, bool(pictures)) for micro, pictures in zip(micros, seen)]
 
     def filled_up(self, micro: Batch | None, pictures: bool) -> Batch:
-        """The micro-batch; where there is none or it lacks pictures, with a row of one picture, or token, not learned."""
+        """The micro-batch; where there is none or it lacks pictures, with a row of one picture or token."""
         if micro is not None and (not pictures or micro.pixels_NCHW is not None):
             return micro
         blank = blank_example(self.config) if pictures else Example([self.config.chat.bos_id or 0], [IGNORE])

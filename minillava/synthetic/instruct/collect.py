@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,13 +20,53 @@ from typing import Any
 
 from minillava.chat.messages import Message
 from minillava.errors import UserError
-from minillava.files import claimed, misfit, parse_json, read_text, refused, write_whole
+from minillava.files import claimed, misfit, named, parse_json, read_text, refused, write_whole
 from minillava.schema import read_json
-from minillava.synthetic.instruct.journal import Journal, Reply
-from minillava.synthetic.instruct.models import Model, Unanswered
+from minillava.synthetic.instruct.models import Model, Reply, Unanswered
 from minillava.synthetic.instruct.prompts import judged, messages_for
 from minillava.synthetic.instruct.replies import MARKER, Rejected, choice, conversation_of, sample
 from minillava.synthetic.instruct.scenes import Scene
+
+
+class Journal:
+    """Every reply that was paid for, by key, in a file of JSON lines that only grows: on disk before anything is done
+    with it, so that a killed run asks for none again. A line that a kill cut off is dropped."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.replies: dict[str, Reply] = {}
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line) if line else None
+                if row is not None:
+                    key = row.pop("key")
+                    self.replies[key] = Reply(**row)
+            except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
+                if number < len(lines):
+                    raise UserError(f"{path}: line {number} is no reply in JSON; remove the line") from None
+                with path.open("r+b") as file:
+                    file.truncate(sum(len(kept) + 1 for kept in lines[:-1]))
+                break
+        self.file = path.open("ab")
+
+    def add(self, key: str, reply: Reply) -> None:
+        """Write a reply; it is on the disk when this returns."""
+        line = json.dumps({"key": key, **dataclasses.asdict(reply)}, ensure_ascii=False) + "\n"
+        with named(self.path):
+            self.file.write(line.encode(errors="backslashreplace"))
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.replies[key] = reply
+
+    def tokens(self) -> tuple[int, int]:
+        replies = self.replies.values()
+        return sum(reply.prompt_tokens for reply in replies), sum(reply.new_tokens for reply in replies)
+
+    def close(self) -> None:
+        with named(self.path):
+            self.file.close()
 
 
 @dataclass

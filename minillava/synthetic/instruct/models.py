@@ -16,11 +16,20 @@ from typing import Any
 
 from minillava.chat.messages import Message
 from minillava.errors import UserError
-from minillava.synthetic.instruct.journal import Reply
 from minillava.synthetic.instruct.replies import Rejected
 
 LONGEST_WAIT_S = 60.0  # of our own accord
 LONGEST_ASKED_S = 900.0  # by a server; who asks for more has no time today
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model wrote, and what it counted."""
+
+    text: str
+    cut: bool = False  # at the most tokens allowed
+    prompt_tokens: int = 0
+    new_tokens: int = 0
 
 
 class Unanswered(Exception):

@@ -20,7 +20,8 @@ from minillava.cli import run_command
 from minillava.data.table import scan
 from minillava.errors import UserError
 from minillava.synthetic.instruct import models
-from minillava.synthetic.instruct.journal import Journal, Reply
+from minillava.synthetic.instruct.collect import Journal
+from minillava.synthetic.instruct.models import Reply
 from minillava.synthetic.instruct.prompts import KINDS, messages_for
 from minillava.synthetic.instruct.replies import Rejected, check, choice, conversation_of
 from minillava.synthetic.instruct.scenes import Box, Scene, read_scenes
