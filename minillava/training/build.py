@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pkgutil
 from pathlib import Path
 from typing import Any
@@ -65,10 +64,7 @@ def make_run(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     for parameter in model.parameters():
         place = parameter.device if parameter.is_meta else device
         parameter.data = parameter.data.to(place, parameter.dtype if parameter.dtype == torch.float32 else half)
-    run = Run(recipe, folder, model.under(config), tokenizer, device, save_dtype, base)
-    if shared:
-        run.read_weights = functools.partial(read_weights, run)
-    return run
+    return Run(recipe, folder, model.under(config), tokenizer, device, save_dtype, base)
 
 
 def read_config(recipe: Recipe, folder: Path, base: Checkpoint | None) -> tuple[ModelConfig, Tokenizer]:
@@ -104,24 +100,24 @@ def load_base(wanted: ModelRecipe, base: Checkpoint, device: torch.device) -> LL
     return model.to(device) if scheme else model
 
 
-def fresh(run: Run) -> LLaVAModel:
-    """The run's model at the start of a stage that ranks share: on meta, or in 4 bits and whole on every rank."""
+def renew(run: Run) -> None:
+    """Give the run its model as a stage that ranks share begins: on meta, or in 4 bits and whole on every rank."""
     dtypes = {name: p.dtype for name, p in run.model.named_parameters()}
     quantized = run.base is not None and bool(run.recipe.model.quantize)
     if run.base is not None and quantized:
-        model = load_base(run.recipe.model, run.base, run.device).under(run.config)
+        run.model = load_base(run.recipe.model, run.base, run.device).under(run.config)
     else:
-        model = without_memory(run.config)
-    for name, parameter in model.named_parameters():
+        run.model = without_memory(run.config)
+    for name, parameter in run.model.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
     for stage in run.finished if quantized else ():
-        load_stage(run, model, stage)
-    return model
+        load_stage(run, stage)
 
 
-def read_weights(run: Run, model: LLaVAModel) -> None:
-    """Give a model on meta, split over the ranks or not, its weights: those it starts with, then those of the stages
-    that are finished. They pass through the host's memory one by one."""
+def read_weights(run: Run) -> None:
+    """Give the run's model, if it is on meta, split over the ranks or not, its weights: those it starts with, then
+    those of the stages that are finished. They pass through the host's memory one by one."""
+    model = run.model
     if not any(p.is_meta for p in model.parameters()):
         return
     offloaded = run.recipe.offload and any(hasattr(p, "device_mesh") for p in model.parameters())
@@ -140,30 +136,30 @@ def read_weights(run: Run, model: LLaVAModel) -> None:
             torch.manual_seed(run.recipe.seed)  # as at the start of a run in one process
             new_model(run.recipe.model, run.config, run.recipe.seed, put)
     for stage in run.finished:
-        load_stage(run, model, stage)
+        load_stage(run, stage)
 
 
-def load_stage(run: Run, model: LLaVAModel, stage: StageConfig) -> None:
-    """Give a model what a finished stage trained; parts of the stage's own (CLIP's text tower) are left out."""
+def load_stage(run: Run, stage: StageConfig) -> None:
+    """Give the run's model what a finished stage trained; parts of the stage's own (CLIP's text tower) are left out."""
     folder = run.folder / stage.name
     newest = train_state.latest(folder / "checkpoints")
     if newest is None:
         raise UserError(f"{folder}: is marked as finished but has no checkpoint; remove the folder to train it again")
     train_state.read_state(newest)  # which compares checksums
-    named, trained = dict(model.named_parameters()), newest / train_state.TRAINED
+    named, trained = dict(run.model.named_parameters()), newest / train_state.TRAINED
     found = train_state.shapes(trained)
     adapters = [name for name in found if "lora_" in name]
     ours = [name for name in found if name.split(".")[0] in ("vision", "projector", "decoder") and "lora_" not in name]
     if not named.keys() >= set(ours):
         raise UserError(f"{newest}: does not fit this recipe's model; use another folder")
-    if run.read_weights is None:
+    if parallel.world() == 1:
         for name in ours:
             named[name].data = named[name].data.float()
     train_state.load(trained, {name: named[name] for name in ours}, strict=False)
     values = train_state.read(trained, adapters) if adapters else {}
     if adapters and run.recipe.model.quantize:  # 4-bit weights cannot take them in
         for part, config in stage.lora.items():
-            for name, parameter in lora.attach(getattr(model, part), part, config).items():
+            for name, parameter in lora.attach(getattr(run.model, part), part, config).items():
                 parameter.data = values[name]
     else:
         lora.merge(named, values, stage.lora)

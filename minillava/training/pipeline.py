@@ -25,7 +25,7 @@ from minillava.layers import lora
 from minillava.recipe import Recipe, StageConfig, differences, may_change, read_recipe, stage_index, to_toml
 from minillava.schema import read_json
 from minillava.training import parallel, train_state
-from minillava.training.build import fresh, load_stage, make_run, read_config
+from minillava.training.build import load_stage, make_run, read_config, read_weights, renew
 from minillava.training.export import export, export_adapters, write_answers
 from minillava.training.progress import Log, plot
 from minillava.training.task import Run, make_task
@@ -109,8 +109,8 @@ def take_finished(run: Run, stage: StageConfig) -> dict[str, dict[str, float]]:
     if parallel.is_main():  # it may have been killed behind its last word
         train_state.keep_weights(folder / "checkpoints")
     run.finished.append(stage)
-    if run.read_weights is None:
-        load_stage(run, run.model, stage)
+    if parallel.world() == 1:
+        load_stage(run, stage)
     print(f"stage {stage.name}: finished before")
     done = folder / "done.json"
     measured = read_json(done).get("eval")
@@ -127,10 +127,10 @@ def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str,
     began_s = time.monotonic()
     folder = run.folder / stage.name
     # Where ranks share the work, each stage splits a model on meta and reads its shards; see `build.read_weights`.
-    if run.read_weights is not None:
-        run.model = fresh(run)
+    if parallel.world() > 1:
+        renew(run)
         if not shared:
-            run.read_weights(run.model)
+            read_weights(run)
     task = make_task(run, stage)
     trainer = Trainer(task, stage, run.device, folder, log, resume, run.recipe)
     if parallel.is_main():
@@ -142,7 +142,7 @@ def run_stage(run: Run, stage: StageConfig, log: Log, resume: bool) -> dict[str,
     skipped = trainer.skipped
     del trainer
     run.finished.append(stage)
-    if run.read_weights is None and stage is not run.recipe.stage[-1]:
+    if parallel.world() == 1 and stage is not run.recipe.stage[-1]:
         adapters = lora.detach(run.model)
         lora.merge(dict(run.model.named_parameters()), adapters, stage.lora)
     if parallel.is_main() and task.held_out is not None and "template" not in stage.chat:
@@ -196,7 +196,7 @@ def export_newest(folder: Path, only: str | None = None) -> Path:
         raise UserError(f"{folder}: stage {only or stages[0].name} has no checkpoint yet; wait for one (save_every)")
     run = make_run(recipe, folder, torch.device("cpu"))
     for stage in reached:
-        load_stage(run, run.model, stage)
+        load_stage(run, stage)
     newest = train_state.latest(folder / stage.name / "checkpoints")
     assert newest is not None
     target = folder / stage.name / f"model-{newest.name}"

@@ -34,12 +34,11 @@ class Run:
 
     recipe: Recipe
     folder: Path
-    model: LLaVAModel
+    model: LLaVAModel  # where ranks share the work on meta, see `build.read_weights`
     tokenizer: Tokenizer
     device: torch.device
     save_dtype: torch.dtype  # of exported checkpoints
     base: Checkpoint | None = None  # what the recipe starts from, where it does from a whole model
-    read_weights: Callable[[LLaVAModel], None] | None = None  # of a model on meta; None: it has them
     finished: list[StageConfig] = field(default_factory=list)  # stages whose results the model has, or shall be given
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ from minillava.errors import UserError
 from minillava.layers import lora, sharded
 from minillava.recipe import Recipe, StageConfig
 from minillava.training import parallel, train_state
+from minillava.training.build import read_weights
 from minillava.training.export import export_adapters
 from minillava.training.llava_task import LLaVATask
 from minillava.training.metrics import Clock
@@ -62,8 +63,7 @@ class Trainer:
         self.trained = self._choose_parameters()
         if self.shared:
             parallel.shard(task.model, self.dtype, self.recipe.shard, self.recipe.offload, device)
-            assert self.shared.run.read_weights is not None
-            self.shared.run.read_weights(task.model)  # type: ignore[arg-type]
+            read_weights(self.shared.run)
             named = {f"{part}.{n}": p for part, module in task.parts.items() for n, p in module.named_parameters()}
             self.trained = {name: named[name] for name in self.trained}  # sharding has put new ones in their place
         lora.initialise({n: p for n, p in self.trained.items() if "lora_" in n}, max(stage.seed, 0))
