@@ -74,7 +74,7 @@ _kept = PerProcess(GroupCache)  # shared by the files of a process
 
 
 class ParquetRows(Rows):
-    """A parquet file."""
+    """A parquet file, whose rows are read in groups."""
 
     def __init__(self, path: str, filesystem: Any = None):
         self.path, self._opened = path, PerProcess(partial(open_parquet, path, filesystem))
@@ -93,6 +93,7 @@ class ParquetRows(Rows):
         return int(self._starts[-1])
 
     def groups(self) -> np.ndarray:
+        """For each row the number of its group."""
         return np.repeat(np.arange(len(self._starts) - 1), np.diff(self._starts))
 
     def group_bytes(self) -> int:

@@ -116,10 +116,8 @@ class Places:
         """{bytes, path} as datasets writes it, or {url} as messages have it."""
         kind = "video" if video else "image"
         data, path = value.get("bytes"), value.get("path")
-        if isinstance(data, bytes | bytearray) and data:
-            return Media(bytes(data), video, str(path or name))
-        if isinstance(data, str) and data:
-            return Media(decoded(data, kind), video, str(path or name))
+        if isinstance(data, bytes | bytearray | str) and data:
+            return Media(decoded(data, kind) if isinstance(data, str) else bytes(data), video, str(path or name))
         if path and (self.store is None or not self.store.has(path)) and not os.path.exists(path):
             raise Counted(
                 "missing images",

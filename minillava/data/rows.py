@@ -51,14 +51,6 @@ class Rows(ABC):
             except UserError as error:
                 yield error
 
-    def groups(self) -> np.ndarray | None:
-        """For each row the number of its group, all of which is read at once; None where each is read by itself."""
-        return None
-
-    def group_bytes(self) -> int:
-        """What the largest group takes in memory."""
-        return 0
-
 
 class PerProcess(Generic[T]):
     """What each process opens for itself when it first needs it: a file's offset, a map, a lock must not be shared."""

@@ -24,8 +24,7 @@ class Survey:
 
     max_tokens: int
     failures: list[str] = field(default_factory=list)  # why a sample cannot be used, "nothing to learn" among it
-    files: dict[str, Counter[str]] = field(default_factory=dict)  # samples, tokens, trained, cut, empty, pictures,
-    # visual
+    files: dict[str, Counter[str]] = field(default_factory=dict)  # of each, what `survey` counts
     trained_text: str = ""  # of one sample
 
     @property

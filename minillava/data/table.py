@@ -139,16 +139,16 @@ def walk(sources: Sequence[Source], check: Check | None, report: Report) -> Iter
 def order_of_groups(samples: Sequence[Sample]) -> dict[str, Any]:
     """What an Order needs to know of samples that are read in groups: for each the number of its group, all of which is
     read at once, and how many groups fit into memory. Samples beside groups share one with others by chance."""
-    sources = samples.sources if isinstance(samples, Table) else []
-    in_groups = [source.rows for source in sources if source.rows.groups() is not None]
-    if not isinstance(samples, Table) or not in_groups:
+    if not isinstance(samples, Table):
+        return {}
+    in_groups = [source.rows for source in samples.sources if isinstance(source.rows, columns.ParquetRows)]
+    if not in_groups:
         return {}
     rng, groups, count = np.random.default_rng(0), np.empty(len(samples), dtype=np.int64), 0
-    for number, source in enumerate(sources):
-        mine = samples.place_N["source"] == number
-        of_rows = source.rows.groups()
-        if of_rows is None:
-            of_rows = rng.integers(max(1, len(source.rows) // SCATTERED), size=len(source.rows))
+    for number, source in enumerate(samples.sources):
+        mine, rows = samples.place_N["source"] == number, source.rows
+        beside = max(1, len(rows) // SCATTERED)
+        of_rows = rows.groups() if isinstance(rows, columns.ParquetRows) else rng.integers(beside, size=len(rows))
         groups[mine] = of_rows[samples.place_N["row"][mine]] + count
         count += int(of_rows.max(initial=0)) + 1
     largest = max(1, *(rows.group_bytes() for rows in in_groups[:: -(-len(in_groups) // MEASURED)]))
