@@ -43,7 +43,8 @@ def vqa(files: Sequence[Any], rng: random.Random) -> Iterator[Turn]:
     """VQAv2's and OK-VQA's questions and annotations; the answer is the one that most annotators gave."""
     asked = {q["question_id"]: q for file in files for q in file.get("questions", ())}
     for given in (a for file in files for a in file.get("annotations", ())):
-        answer = given.get("multiple_choice_answer") or most([a["answer"] for a in given["answers"]])
+        answer = given.get("multiple_choice_answer")
+        answer = answer or Counter(a["answer"] for a in given["answers"]).most_common(1)[0][0]  # of several the first
         question = asked.get(given["question_id"])
         if question is None:
             raise UserError(f"an annotation of question {given['question_id']}, which is in no file; give its file too")
@@ -128,11 +129,6 @@ def region(image: str, phrase: str, box: str, rng: random.Random) -> Turn:
     """What is at a place, or where something is, by chance."""
     asked, answer, form = (box, phrase, DESCRIBE) if rng.random() < 0.5 else (phrase, box, LOCATE)
     return Turn(image, f"{form}\n{asked}", answer)
-
-
-def most(answers: Sequence[str]) -> str:
-    """The most frequent; of several the first."""
-    return Counter(answers).most_common(1)[0][0]
 
 
 def has(value: Any, *keys: str) -> bool:

@@ -78,7 +78,11 @@ def verify(
     model, device = subject.model, subject.engine.device
     dtype = model.decoder.embed.weight.dtype
     report = report or Report("", reference.name, str(dtype), str(device), None)
-    prompt = _prompt(subject, question, image)
+    given = media([image])
+    message = user_message(subject.config.chat, question, given)
+    pieces = render(subject.config.chat, subject.tokenizer, [message], generate=True)
+    example = subject.engine.processor([message], given, generate=True)
+    prompt = Prompt("".join(text for text, _ in pieces), image, example)
     ids, pixels_NCHW = reference.read(prompt)
     if reference.reads:
         _compare_inputs(report, subject, prompt, ids, pixels_NCHW)
@@ -101,13 +105,6 @@ def verify(
     if report.first is None:
         _compare_answer(report, subject, reference, prompt, high, tokens)
     return report
-
-
-def _prompt(subject: LLaVA, question: str, image: Any) -> Prompt:
-    given = media([image])
-    message = user_message(subject.config.chat, question, given)
-    pieces = render(subject.config.chat, subject.tokenizer, [message], generate=True)
-    return Prompt("".join(text for text, _ in pieces), image, subject.engine.processor([message], given, generate=True))
 
 
 def _compare_inputs(report: Report, subject: LLaVA, prompt: Prompt, ids: Sequence[int], pixels_NCHW: Tensor) -> None:

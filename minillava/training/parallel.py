@@ -29,11 +29,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from minillava.errors import UserError
 
 
-def launched() -> bool:
-    """Whether torchrun started this process (as one of one or more)."""
-    return dist.is_available() and dist.is_torchelastic_launched()
-
-
 def restarted() -> bool:
     """Whether torchrun started it again after one of the ranks had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -57,7 +52,8 @@ def start(device: torch.device, timeout_minutes: float) -> torch.device:
 
     A collective that waits longer than `timeout_minutes` fails: some rank is dead or stands somewhere else.
     """
-    if not launched() or dist.is_initialized():
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    if not launched or dist.is_initialized():
         return device
     threading.Thread(target=end_with, args=(os.getppid(), timeout_minutes * 60), daemon=True).start()
     if device.type == "cuda":
@@ -107,8 +103,7 @@ def leave() -> None:
 
 
 def barrier() -> None:
-    if world() > 1:
-        agree([0])
+    agree([0])
 
 
 @contextlib.contextmanager
