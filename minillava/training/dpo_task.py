@@ -104,12 +104,13 @@ class DPOTask(LLaVATask):
         """Log-probabilities [N, 2] of all samples' answers, from a file or computed; NaN for what is unusable."""
         if path.is_file():
             return np.load(path)
-        table_N2 = torch.full((len(dataset), 2), torch.nan, dtype=torch.float64)
+        table_N2 = torch.zeros(len(dataset), 2, dtype=torch.float64)
         micro, ranks = self.stage.micro, parallel.world()
         self.model.eval()
         with weights() as call, torch.no_grad():
             for first in range(0, len(dataset), micro * ranks):
                 begin = first + parallel.rank() * micro
+                table_N2[begin : begin + micro] = torch.nan
                 usable, pairs = [], []
                 for index in range(begin, min(begin + micro, len(dataset))):
                     try:
@@ -121,9 +122,7 @@ class DPOTask(LLaVATask):
                 logp_P2 = self.log_probs(call, batch.to(self.run.device))
                 table_N2[usable] = logp_P2[: len(usable)].cpu().double()
         self.model.train()
-        found = parallel.gathered(table_N2.tolist())
-        table_N2 = torch.tensor(found, dtype=torch.float64).nan_to_num(nan=-torch.inf).amax(0)
-        table_N2[table_N2.isinf()] = torch.nan
+        parallel.summed(table_N2)  # of each row one rank has more than zeros
         if parallel.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}")
