@@ -100,7 +100,7 @@ class Ours:
         self.spec = Spec(config, self.stage, scheme)
         log = Log(bench.folder / "log.jsonl")
         self.trainer = Trainer(self.task(), self.stage, bench.device, bench.folder, log, False, recipe)
-        self.optimizer, self.undo = self.trainer.optimizer, lambda: None
+        self.model, self.undo = model, lambda: None
         model.train()
 
     def task(self, **changes: Any) -> LLaVATask:
@@ -200,7 +200,7 @@ def rows_of(bench: Bench, engine: Ours | Peer, head: dict[str, str], feeds: Iter
             row |= timed(bench, engine, steps())
         except torch.OutOfMemoryError:
             row["failed"] = "out of memory"
-            engine.optimizer.zero_grad(set_to_none=True)
+            engine.model.zero_grad()
         bench.clean()
         bench.result["speed"].append(row)
         print("  " + line(row), flush=True)

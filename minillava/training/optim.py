@@ -36,10 +36,6 @@ class Together:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """A parameter's state in tensors that any number of ranks can take: of its shape, or of none."""
         state = self.state.get(parameter, {})

@@ -203,10 +203,6 @@ class Moments:
             else:
                 self.state += [torch.empty_like(p), torch.empty_like(p)]
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for p in [p for group in self.param_groups for p in group["params"]]:
-            p.grad = None
-
 
 def plan_training(
     config: ModelConfig,

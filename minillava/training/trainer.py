@@ -181,7 +181,7 @@ class Trainer:
                 self.optimizer.step()
         else:
             self._skip(values)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.task.model.zero_grad()
         return values
 
     def _skip(self, values: dict[str, Any]) -> None:
