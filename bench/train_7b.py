@@ -166,9 +166,8 @@ Step = tuple[list[Batch], tuple[float, ...]]  # and its samples, supervised toke
 
 def counted(task: LLaVATask, steps: int) -> Iterator[Step]:
     for micros in task.batches(0, steps):
-        samples = sum(len(micro.cu_seqlens) - 1 for micro in micros)
-        supervised = sum(micro.supervised for micro in micros)
-        yield micros, (samples, supervised, sum(map(task.tokens, micros)), sum(map(task.flops, micros)))
+        counts, supervised = task.counts(micros), sum(micro.supervised for micro in micros)
+        yield micros, (counts["samples"], supervised, counts["tokens"], counts["flops"])
 
 
 def timed(bench: Bench, engine: Ours | Peer, steps: Iterable[Step]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from minillava.data.llava_json import Check, Report
 from minillava.data.survey import spread
-from minillava.data.table import Table, joined, scan
+from minillava.data.table import PLACE, Table, scan
 from minillava.errors import UserError
 from minillava.recipe import DataConfig, StageConfig
 
@@ -20,7 +20,7 @@ def read_data(files: Sequence[DataConfig], seed: int = 0, check: Check | None = 
 
     Raises a UserError about the first that is unusable, or once more than `max_bad` of a file are that skips them.
     """
-    tables = []
+    table = Table([], np.empty(0, PLACE))
     for file in files:
         found, report = scan(file.path, file.images or None, check, file.fetch, file.stream, seed)
         print(f"  {report}")
@@ -28,8 +28,10 @@ def read_data(files: Sequence[DataConfig], seed: int = 0, check: Check | None = 
         chosen = choose(len(found), file.take, f"{seed} {file.path} {file.take}")
         if len(chosen) < len(found):
             print(f"    {len(chosen):,} of them are taken ({file.take})")
-        tables.append(found.pick(np.array(chosen, dtype=np.int64)))
-    return joined(tables)
+        place_N = found.place_N[np.array(chosen, dtype=np.int64)]
+        place_N["source"] += len(table.sources)
+        table = Table([*table.sources, *found.sources], np.concatenate([table.place_N, place_N]))
+    return table
 
 
 def refuse(file: DataConfig, report: Report) -> None:

@@ -86,17 +86,6 @@ MEASURED = 8  # files whose largest group is read to know its size
 SCATTERED = 256  # samples in a group of those that are read one by one
 
 
-def joined(tables: Sequence[Table]) -> Table:
-    """All their samples, one table behind the other."""
-    sources: list[Source] = []
-    places = [np.empty(0, PLACE)]
-    for table in tables:
-        places.append(table.place_N.copy())
-        places[-1]["source"] += len(sources)
-        sources += table.sources
-    return Table(sources, np.concatenate(places))
-
-
 def scan(
     path: Path | str, image_root: Path | str | None, check: Check | None = None,
     fetch: str = "", stream: bool = False, seed: int = 0,
