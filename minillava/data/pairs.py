@@ -57,7 +57,17 @@ class PairDataset(Dataset):
         return super().count(sample) + super().count(sample.worse)
 
     def pack(self, examples: Sequence[Pair]) -> PairBatch:
-        return pack_pairs(examples)
+        rows: list[Example] = []
+        shown: list[int] = []
+        seen = 0
+        for pair in examples:
+            assert pair.rejected is not None
+            rows += [pair, pair.rejected]
+            shown += [*range(seen, seen + len(pair.visuals))] * 2
+            seen += len(pair.visuals)
+        starts = [pair.start for pair in examples if pair.start is not None]
+        start_P2 = torch.tensor(starts, dtype=torch.float32) if starts else None
+        return PairBatch(**vars(pack(rows)), shown=tuple(shown), pairs=len(examples), start_P2=start_P2)
 
 
 def encode_pair(sample: Sample, processor: Processor, max_tokens: int) -> Pair:
@@ -79,18 +89,3 @@ def encode_pair(sample: Sample, processor: Processor, max_tokens: int) -> Pair:
     chosen, rejected = both
     cut = chosen.cut + rejected.cut
     return Pair(chosen.ids, chosen.labels, chosen.visuals, cut, Example(rejected.ids, rejected.labels))
-
-
-def pack_pairs(pairs: Sequence[Pair]) -> PairBatch:
-    """Pairs end to end, without padding."""
-    rows: list[Example] = []
-    shown: list[int] = []
-    seen = 0
-    for pair in pairs:
-        assert pair.rejected is not None
-        rows += [pair, pair.rejected]
-        shown += [*range(seen, seen + len(pair.visuals))] * 2
-        seen += len(pair.visuals)
-    starts = [pair.start for pair in pairs if pair.start is not None]
-    start_P2 = torch.tensor(starts, dtype=torch.float32) if starts else None
-    return PairBatch(**vars(pack(rows)), shown=tuple(shown), pairs=len(pairs), start_P2=start_P2)

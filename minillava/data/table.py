@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -101,17 +101,6 @@ def scan(
     report = Report(str(path))
     sources = [Source(rows, places, str(path)) for rows in open_rows(str(path), stream)]
     kept: list[tuple[int, int, int, bool, int]] = []
-    for number, row, sample in walk(sources, check, report):
-        names = " ".join(picture.name for picture in sample.images) or sample.id
-        digest = hashlib.sha256(f"{seed} {names}".encode()).digest()
-        kept.append((number, row, -1, bool(sample.media), int.from_bytes(digest[:8], "big")))
-    if not kept and not report.problems:
-        raise UserError(f"{path}: no samples in it; expected a list of conversations")
-    return Table(sources, np.array(kept, PLACE)), report
-
-
-def walk(sources: Sequence[Source], check: Check | None, report: Report) -> Iterator[tuple[int, int, Sample]]:
-    """(source, row, sample) of every usable sample, counted; what cannot be used goes into the report."""
     for number, source in enumerate(sources):
         for row, raw in enumerate(source.rows.walk()):
             try:
@@ -122,7 +111,12 @@ def walk(sources: Sequence[Source], check: Check | None, report: Report) -> Iter
             images, videos = len(sample.images), len(sample.videos)
             report.counts.update({"samples": 1, "text only": not sample.media, "images": images, "videos": videos})
             report.counts.update({"several images": images > 1, "turns": len(sample.messages)})
-            yield number, row, sample
+            names = " ".join(picture.name for picture in sample.images) or sample.id
+            digest = hashlib.sha256(f"{seed} {names}".encode()).digest()
+            kept.append((number, row, -1, bool(sample.media), int.from_bytes(digest[:8], "big")))
+    if not kept and not report.problems:
+        raise UserError(f"{path}: no samples in it; expected a list of conversations")
+    return Table(sources, np.array(kept, PLACE)), report
 
 
 def order_of_groups(samples: Sequence[Sample]) -> dict[str, Any]:

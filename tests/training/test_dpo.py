@@ -17,7 +17,7 @@ from minillava.chat.tokenizer import load_tokenizer
 from minillava.checkpoints.adapters import save_peft
 from minillava.checkpoints.save import save_model
 from minillava.config import DecoderConfig
-from minillava.data.pairs import encode_pair, pack_pairs
+from minillava.data.pairs import encode_pair
 from minillava.data.table import scan
 from minillava.errors import UserError
 from minillava.llava import LLaVAModel
@@ -203,7 +203,7 @@ def test_the_start_in_every_way_is_one(world, tmp_path):
 def test_a_picture_is_seen_once_for_both_answers(world, tmp_path):
     task = trainer_of(world, tmp_path).task
     pairs = [task.dataset[number] for number in range(6)]
-    batch, model = pack_pairs(pairs), task.model
+    batch, model = task.dataset.pack(pairs), task.model
     assert len(batch.pixels_NCHW) == sum(len(pair.visuals) for pair in pairs) == 4  # 0 and 5 are text alone
     views = []
     model.vision.register_forward_hook(lambda module, args, output: views.append(len(args[0])))
