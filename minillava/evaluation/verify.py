@@ -100,8 +100,14 @@ def verify(
     theirs_T, ours_T = _visual(subject, ids), _visual(subject, prompt.example.ids)
     near, ours = _values(plain, theirs_T), _values(found, ours_T)
     for name, right in _values(exact, theirs_T).items():
-        if right is not None and ours.get(name) is not None:
-            report.stages.append(_judge(name, right, near[name], ours[name], dtype))
+        made = ours.get(name)
+        if right is None or made is None:
+            continue
+        if right.shape != made.shape:
+            report.add(name, float("inf"), 0.0, f"{tuple(made.shape)}, there {tuple(right.shape)}")
+            continue
+        allowed = max(TIMES * distance(near[name], right), torch.finfo(dtype).eps / 2)
+        report.add(name, distance(made, right), allowed, f"{tuple(made.shape)}")
     if report.first is None:
         _compare_answer(report, subject, reference, prompt, high, tokens)
     return report
@@ -145,13 +151,6 @@ def _values(trace: Trace, visual_T: Tensor) -> dict[str, Any]:
         **{name: made(name) for name in spoken},
         "logits": trace.logits,
     }
-
-
-def _judge(name: str, right: Tensor, near: Tensor, found: Tensor, dtype: torch.dtype) -> Stage:
-    if right.shape != found.shape:
-        return Stage(name, float("inf"), 0.0, f"{tuple(found.shape)}, there {tuple(right.shape)}")
-    allowed = max(TIMES * distance(near, right), torch.finfo(dtype).eps / 2)
-    return Stage(name, distance(found, right), allowed, f"{tuple(found.shape)}")
 
 
 def distance(found_TD: Tensor, right_TD: Tensor) -> float:

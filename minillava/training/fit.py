@@ -44,7 +44,10 @@ def recipe_model(recipe: Recipe, find: Callable[[str], Recipe]) -> tuple[ModelCo
         if not Path(wanted.base).is_dir() and parts[:1] == ("runs",):
             return recipe_model(find(parts[1]), find)[0], torch.bfloat16
         checkpoint = Checkpoint(resolve(wanted.base, weights=False))
-        return with_tables(checkpoint.config, wanted.tables, "model"), stored_dtype(checkpoint)
+        raws = (checkpoint.raw, checkpoint.raw.get("text_config") or {})
+        name = next((raw[key] for raw in raws for key in ("dtype", "torch_dtype") if raw.get(key)), "")
+        held = torch.float32 if name == "float32" else torch.bfloat16  # also for one in other 16 bits
+        return with_tables(checkpoint.config, wanted.tables, "model"), held
     named = {"vision_from": wanted.vision_from, "decoder_from": wanted.decoder_from}
     known = {key: KNOWN[name] for key, name in named.items() if name in KNOWN}
     usual = Checkpoint(NANO).config if wanted.tokenizer in TOKENIZERS else ModelConfig()
@@ -60,13 +63,6 @@ def recipe_model(recipe: Recipe, find: Callable[[str], Recipe]) -> tuple[ModelCo
         resolve(name, weights=False)
     rest = replace(wanted, **tables, **dict.fromkeys(known, ""))  # type: ignore[arg-type]
     return new_config(rest, tokenizer), torch.bfloat16 if any(named.values()) else torch.float32
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What a checkpoint is held in: float32, or bf16 for one in 16 bits."""
-    text = checkpoint.raw.get("text_config") or {}
-    name = next((raw[key] for raw in (checkpoint.raw, text) for key in ("dtype", "torch_dtype") if raw.get(key)), "")
-    return torch.float32 if name == "float32" else torch.bfloat16
 
 
 # ---- what fits ----

@@ -227,7 +227,7 @@ def plan_training(
     with counted(on_cpu, [visual, batch.supervised] if visual else [batch.supervised], patches) as count:
         model = make_model(config, held, Scheme.parse(quantize) if quantize else None, on_cpu)
         with count.labelled("activations"):
-            batch = _without_values(batch, device)
+            batch = batch._each(lambda t: torch.empty_like(t, device=device))  # without values
         trainer = Trainer(PlannedTask(model, stage, device), stage, device, Path("."), None, False)  # type: ignore[arg-type]
         _watch(trainer, count)
         undo = parallel.wrap_blocks(model, stage.checkpointing, False)
@@ -240,10 +240,6 @@ def plan_training(
         undo()
         flops = trainer.task.counts([batch])["flops"] * len(micros) * (4 / 3 if stage.checkpointing == "full" else 1)
     return Plan(count.peak, flops)
-
-
-def _without_values(batch: Batch, device: torch.device) -> Batch:
-    return batch._each(lambda t: torch.empty_like(t, device=device))
 
 
 def _watch(trainer: Trainer, count: LiveBytes) -> None:
@@ -320,7 +316,7 @@ def plan_answer(
     with counted(on_cpu, [visual * rows], views) as count, torch.no_grad():
         model = make_model(config, dtype, scheme, on_cpu).eval()
         with count.labelled("activations"):
-            batch = _without_values(batch, device)
+            batch = batch._each(lambda t: torch.empty_like(t, device=device))  # without values
         capacity = min(batch.cu_seqlens[1] + new, config.decoder.max_positions)
         with count.labelled("cache"):
             cache = KVCache(config.decoder, rows, capacity, device, dtype)
