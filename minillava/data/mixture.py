@@ -73,11 +73,11 @@ def split_data(stage: StageConfig, seed: int, check: Check | None = None) -> tup
             raise UserError(
                 f"stage '{stage.name}': eval_samples leaves nothing of {len(samples)} samples to train on; set fewer"
             )
-        samples = samples.pick(np.argsort(samples.place_N["order"], kind="stable"))
+        samples = samples[np.argsort(samples.place_N["order"], kind="stable")]
         samples, held_out = samples[stage.eval_samples :], samples[: stage.eval_samples]
     # What is held out is chosen before turns are split: no picture is on both sides.
     if stage.split_turns:
         samples = samples.split_turns()
     if stage.eval_samples:
-        held_out = held_out.pick(np.array(spread(len(held_out), stage.eval_samples), dtype=np.int64))  # of every file
+        held_out = held_out[np.array(spread(len(held_out), stage.eval_samples), dtype=np.int64)]  # of every file
     return samples, held_out

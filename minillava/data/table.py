@@ -62,22 +62,18 @@ class Table(Sequence[Sample]):
     @overload
     def __getitem__(self, index: int) -> Sample: ...
     @overload
-    def __getitem__(self, index: slice) -> Table: ...
-    def __getitem__(self, index: int | slice) -> Sample | Table:
-        if isinstance(index, slice):
+    def __getitem__(self, index: slice | np.ndarray) -> Table: ...
+    def __getitem__(self, index: int | slice | np.ndarray) -> Sample | Table:
+        if isinstance(index, slice | np.ndarray):
             return Table(self.sources, self.place_N[index])
         source, row, turn, _, _ = self.place_N[index].item()
         sample = self.sources[source].sample(row)
         return sample if turn < 0 else turns_of(sample)[turn]
 
-    def pick(self, indices: np.ndarray) -> Table:
-        """Those of these numbers, in their order."""
-        return Table(self.sources, self.place_N[indices])
-
     def split_turns(self) -> Table:
         """With each turn as a sample of its own."""
         turns = [range(len(turns_of(sample))) for sample in self]
-        table = self.pick(np.repeat(np.arange(len(self)), [*map(len, turns)]))
+        table = self[np.repeat(np.arange(len(self)), [*map(len, turns)])]
         table.place_N["turn"] = [*itertools.chain(*turns)]
         return table
 

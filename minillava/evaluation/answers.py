@@ -56,15 +56,11 @@ def without_punctuation(text: str) -> str:
     return PERIOD.sub("", found, count=PERIODS)
 
 
-def plain_words(text: str) -> str:
-    """Lower case, digits for number words, no articles, contractions with their apostrophes."""
+def normalised(text: str) -> str:
+    """An answer as VQA compares it: lower case, digits for number words, no articles, contractions with apostrophes."""
+    text = without_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
-
-
-def normalised(text: str) -> str:
-    """An answer as VQA compares it."""
-    return plain_words(without_punctuation(text.replace("\n", " ").replace("\t", " ").strip()))
 
 
 def textvqa_normalised(text: str) -> str:

@@ -153,7 +153,7 @@ class Captions:
 
     def __init__(self, stage: StageConfig, seed: int):
         samples, self.held_out = split_data(stage, seed)
-        self.samples = samples.pick(np.array([i for i, sample in enumerate(samples) if sample.images], dtype=int))
+        self.samples = samples[np.array([i for i, sample in enumerate(samples) if sample.images], dtype=int)]
         self.phrases = sorted({sample.messages[-1].text for sample in (*samples, *self.held_out)})
         self.number = {phrase: j for j, phrase in enumerate(self.phrases)}
 

@@ -92,9 +92,8 @@ def run_stages(
     finally:
         log.close()
     print(f"done in {time.monotonic() - began_s:,.0f} s; {curves}")
-    for stage in chosen[-1:]:
-        if (folder / stage.name / "model").is_dir():
-            print(f"ask it: minillava ask --model {folder / stage.name / 'model'} --image FILE --prompt TEXT")
+    if (model := folder / chosen[-1].name / "model").is_dir():
+        print(f"ask it: minillava ask --model {model} --image FILE --prompt TEXT")
     return results
 
 
