@@ -172,8 +172,7 @@ def convert(paths: Sequence[Path], folder: str = "", turns: int = 10, seed: int 
 
 
 def merged(found: Iterable[Turn], source: str, folder: str, most_turns: int) -> Iterator[dict[str, Any]]:
-    """Turns about one picture as conversations, pictures in the order of their first questions. What says how to answer
-    all of a conversation stands behind its first question."""
+    """Turns about one picture as conversations, by first questions, behind which the form of all answers stands."""
     by_image: dict[tuple[str, str, int], list[Turn]] = {}
     for turn in found:
         by_image.setdefault((turn.image, turn.form, turn.copy), []).append(turn)

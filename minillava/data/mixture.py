@@ -64,8 +64,7 @@ def choose(count: int, which: str, seed: str) -> Sequence[int]:
 def split_data(stage: StageConfig, seed: int, check: Check | None = None) -> tuple[Table, Table]:
     """Samples to train on and samples to evaluate on. Raises UserError if any of them cannot be used.
 
-    What `eval_samples` holds out is chosen by the names of a sample's pictures, so that all stages over the same
-    pictures hold out the same ones.
+    `eval_samples` are chosen by the names of their pictures: all stages over the same pictures hold out the same ones.
     """
     samples, held_out = read_data(stage.data, seed, check), read_data(stage.eval_data, seed, check)
     if stage.eval_samples and not len(held_out):

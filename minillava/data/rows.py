@@ -43,8 +43,7 @@ class Rows(ABC):
         """A row as plain Python."""
 
     def walk(self) -> Iterator[Any]:
-        """All rows in order, to be checked: bytes of pictures may be UNREAD where the file says that they are there.
-        A row that cannot be read is a UserError, as a value."""
+        """All rows in order, to be checked: bytes of pictures that are there may be UNREAD, errors are values."""
         for number in range(len(self)):
             try:
                 yield self[number]

@@ -43,8 +43,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def record(stages: Mapping[str, nn.Module], run: Callable[[], Tensor], fed: Trace | None = None) -> Trace:
-    """One pass, `run`, which returns logits. With `fed`, stages take what they took there, and a pass ends where a
-    stage takes something of another shape."""
+    """One pass, `run`, to logits. With `fed`, stages take what they took there; it ends where the shapes differ."""
     trace = Trace()
 
     def before(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -1,7 +1,6 @@
 """Samples of the built-in world in every form that LLaVAs learn from: captions, questions, text, pictures, clips.
 
-python -m minillava.synthetic.samples FOLDER [NUMBER] writes NUMBER samples of each kind as LLaVA's JSON with pictures
-and folders of frames beside it, which any recipe trains on.
+python -m minillava.synthetic.samples FOLDER [NUMBER] writes so many of each kind, JSON and media, for any recipe.
 """
 
 from __future__ import annotations
@@ -72,8 +71,7 @@ class Samples(MediaStore, Sequence[Sample]):
         return name.split("-")[0].isdigit() and int(name.split("-")[0]) < self.number
 
     def get(self, name: str) -> Any:
-        """A picture, or the list of a clip's frames. Of several pictures some are wide and some are high, so that tiles
-        and padding have something to do."""
+        """A picture, or a clip's frames. Of several pictures some are wide or high, so that tiles have work."""
         index, number = map(int, name.split("-"))
         scenes = self.scenes(index)
         kind = self.kinds[index % len(self.kinds)]

@@ -226,8 +226,7 @@ def run(
 ) -> Outcome:  # fmt: skip
     """Make all samples and write `name` and rejects.jsonl into the folder; goes on with what is there.
 
-    Raises UserError where the folder was begun with other settings or another process writes there, where an id comes
-    twice, and where the run has to stop before its end.
+    Raises UserError where the folder has other settings or another process, an id comes twice, or the run has to stop.
     """
     twice = [key for key, number in Counter(item.key for item in items).items() if number > 1]
     if twice:

@@ -6,7 +6,6 @@ our own: the authors never released theirs in full.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -118,11 +117,6 @@ def messages_for(kind: str, scene: Scene) -> list[Message]:
     asked, reply = wanted.shown
     shown = [Message("user", asked), Message("assistant", reply)]
     return [Message("system", wanted.task), *shown, Message("user", str(scene))]
-
-
-def opening(scene: Scene) -> str:
-    """A request for a description, one of several by the picture's id."""
-    return DESCRIBE[zlib.crc32(scene.id.encode()) % len(DESCRIBE)]
 
 
 def judged(known: str, question: str, answers: Sequence[str]) -> list[Message]:
