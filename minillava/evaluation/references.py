@@ -6,6 +6,7 @@ model that is judged, which says what that dtype allows. Letters: N views, S sid
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ class Transformers:
         self.name, self.folder, self.config = f"transformers {transformers.__version__}", folder, config
         self.library: Any = transformers
         transformers.utils.logging.disable_progress_bar()
-        self.models: dict[torch.dtype, Any] = {}
+        self.model = functools.cache(self._model)
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self.images = transformers.AutoImageProcessor.from_pretrained(
@@ -112,16 +113,13 @@ class Transformers:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"{folder}: transformers cannot load it ({reason}); leave --against out") from None
 
-    def model(self, dtype: torch.dtype) -> Any:
-        """Its model in a dtype; of two the one used before is kept."""
-        if dtype not in self.models:
-            load = self.library.AutoModelForImageTextToText.from_pretrained
-            self.models = dict([*self.models.items()][-1:])
-            how: dict[str, Any] = {"attn_implementation": "eager", "trust_remote_code": False}
-            self.models[dtype] = load(self.folder, dtype=dtype, **how).eval()
-            if self.config.decoder.num_experts:
-                self.models[dtype].set_experts_implementation("eager")  # the grouped one has no float64
-        return self.models[dtype]
+    def _model(self, dtype: torch.dtype) -> Any:
+        """Its model in a dtype; no more than two are asked for: the exact one and that of the model that is judged."""
+        load = self.library.AutoModelForImageTextToText.from_pretrained
+        model = load(self.folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False).eval()
+        if self.config.decoder.num_experts:
+            model.set_experts_implementation("eager")  # the grouped one has no float64
+        return model
 
     def read(self, prompt: Prompt) -> tuple[list[int], Tensor]:
         self.inputs = dict(self.images(images=[prompt.image], return_tensors="pt"))

@@ -138,15 +138,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 class Bar:
     """The moving line: loss, supervised tokens a second, share of time spent waiting for data, time left."""
 
-    WINDOW = 50  # steps that the shown means are of
-
     def __init__(self, stage: str, start: int, steps: int):
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
             desc=stage, initial=start, total=steps, unit="step", dynamic_ncols=True,
             mininterval=0.2 if terminal else 30, file=sys.stderr, smoothing=0.05, disable=not parallel.is_main(),
         )  # fmt: skip
-        self.recent: deque[tuple[float, int, float, float]] = deque(maxlen=self.WINDOW)
+        self.recent: deque[tuple[float, int, float, float]] = deque(maxlen=50)  # steps that the shown means are of
 
     def step(self, loss: float, tokens: int, data_s: float, step_s: float, skipped: int) -> None:
         """One step is done: `tokens` are the supervised ones."""
