@@ -57,10 +57,13 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """What each token saw, [T, H * K], before the output product."""
+        return attend(*self.before(x_TD, rotary)).flatten(1)
+
+    def before(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, K], keys and values [T, G, K]; training compiles it, and `after`, by name."""
         qkv = self.qkv(x_TD) if self.qkv else (self.q(x_TD), self.k(x_TD), self.v(x_TD))
         q_THK, k_TGK, v_TGK = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
-        q_THK, k_TGK = rotate(self.q_norm(q_THK), *rotary), rotate(self.k_norm(k_TGK), *rotary)
-        return attend(q_THK, k_TGK, v_TGK).flatten(1)
+        return rotate(self.q_norm(q_THK), *rotary), rotate(self.k_norm(k_TGK), *rotary), v_TGK
 
 
 class MLP(nn.Module):
@@ -122,7 +125,10 @@ class Block(nn.Module):
         self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, keep_S: Tensor | None = None
     ) -> Tensor:
         """[T, D] -> [T, D], or [S, D] at positions `keep_S`."""
-        seen_TD = self.attn(self.attn_norm(x_TD), rotary, attend)
+        return self.after(x_TD, self.attn(self.attn_norm(x_TD), rotary, attend), keep_S)
+
+    def after(self, x_TD: Tensor, seen_TD: Tensor, keep_S: Tensor | None) -> Tensor:
+        """The block behind its attention."""
         if keep_S is not None:
             x_TD, seen_TD = x_TD.index_select(0, keep_S), seen_TD.index_select(0, keep_S)
         x_TD = x_TD + self.attn.out(seen_TD)

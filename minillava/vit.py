@@ -79,7 +79,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_NTD: Tensor, context: Context | None = None) -> Tensor:
-        x_NTD = x_NTD + self.attn(self.norm1(x_NTD), context)
+        return self.after(x_NTD, self.attn(self.norm1(x_NTD), context))
+
+    def after(self, x_NTD: Tensor, seen_NTD: Tensor) -> Tensor:
+        """The block behind its attention; training compiles it by name."""
+        x_NTD = x_NTD + seen_NTD
         return x_NTD + self.mlp(self.norm2(x_NTD))
 
 

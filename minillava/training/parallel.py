@@ -266,6 +266,8 @@ def wrap_blocks(model: nn.Module, checkpointing: str, compiled: bool) -> Callabl
         for module in block.modules() if compiled else ():
             for name in {"before", "after"} & set(dir(module)):
                 put(module, name, torch.compile(getattr(module, name), dynamic=True))
+        if compiled and not changed:
+            raise RuntimeError("nothing in these blocks has the names of what is compiled, before and after")
         if checkpointing != "off":
             selective = partial(create_selective_checkpoint_contexts, _keep)
             context: dict[str, Any] = {"context_fn": selective} if checkpointing == "selective" else {}
