@@ -32,7 +32,6 @@ class Batch:
     cut_rows: int = 0  # samples that were longer than allowed
     cut_tokens: int = 0  # what they lost
     lost: tuple[tuple[int, str], ...] = ()  # (index, why) of samples that could not be used and were replaced
-    epoch: int = 0
     spans: tuple[Span, ...] = ()  # which of the views make one picture or clip
     rows: int = 0  # of a token budget, that the samples were packed into (minillava.data.packing)
 

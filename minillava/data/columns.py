@@ -161,30 +161,25 @@ class ArrowRows(Rows):
     """An Arrow file or stream, mapped into memory."""
 
     def __init__(self, path: str):
-        self.path, self._opened = path, PerProcess(partial(open_arrow, path))
-        self._count = self._opened()[0].num_rows
+        self.path, pa = path, arrow()
+        mapped = pa.memory_map(path)
+        is_file = mapped.read(6) == b"ARROW1"
+        mapped.seek(0)
+        self._table = (pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)).read_all()
+        self._decode = decoder(self._table.schema)
+
+    def __reduce__(self) -> Any:
+        return ArrowRows, (self.path,)
 
     def __len__(self) -> int:
-        return self._count
+        return self._table.num_rows
 
     def __getitem__(self, number: int) -> Any:
-        table, decode = self._opened()
-        return decode(table.slice(number, 1).to_pylist()[0])
+        return self._decode(self._table.slice(number, 1).to_pylist()[0])
 
     def walk(self) -> Iterator[Any]:
-        table, decode = self._opened()
-        for batch in table.to_batches(64):
-            yield from map(decode, batch.to_pylist())
-
-
-def open_arrow(path: str) -> tuple[Any, Decoder]:
-    """The table, and what decodes its rows."""
-    pa = arrow()
-    mapped = pa.memory_map(path)
-    is_file = mapped.read(6) == b"ARROW1"
-    mapped.seek(0)
-    table = (pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)).read_all()
-    return table, decoder(table.schema)
+        for batch in self._table.to_batches(64):
+            yield from map(self._decode, batch.to_pylist())
 
 
 def decoder(schema: Any) -> Decoder:

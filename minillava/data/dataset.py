@@ -78,7 +78,7 @@ class Dataset:
             examples.append(example)
             lost += failures
         batch = self.pack(examples)
-        batch.lost, batch.epoch = tuple(lost), epoch
+        batch.lost = tuple(lost)
         return batch
 
     def pack(self, examples: Sequence[Any]) -> Batch:
