@@ -71,23 +71,24 @@ INLINE void two_outputs(const int M, const enum kind kind, const enum form form,
     EACH(m, M) sums[r][m][0] = sums[r][m][1] = V(setzero_ps)();
   }
   const char *x = in->prepared;
-  for (long k = 0; k < K; k += step, x += wide)
+#define BY(r) kind < CODES ? 0 : scales[r] + ((at[r] + k) >> shift)
+#define ADD(some, by) \
+  if (form == FLOATS) add_floats(M, kind, t, some, by, shift, x, in->next, sums[r]); \
+  else if (form == WORDS) add_words(M, kind, t, some, by, shift, x, in->next, sums[r]); \
+  else add_bytes(M, kind, t, some, by, shift, x, in->next, sums[r]);
+  long k = 0, bytes = address(kind, w, step) - address(kind, w, 0);
+  for (; k + step <= K; k += step, x += wide)
     EACH(r, 2) {
       const uint8_t *some = address(kind, w, at[r] + k);
-      const float *by = kind < CODES ? 0 : scales[r] + ((at[r] + k) >> shift);
-      uint8_t rest[128];
-      float few[2] = {0};
-      if (form != FLOATS && K - k < step) { // a row's end, and maybe the memory's
-        memset(rest, 0, sizeof rest);
-        memcpy(rest, some, address(kind, w, K - k) - address(kind, w, 0));
-        few[0] = kind >= CODES ? *by : 0;
-        some = rest, by = few;
-      } else
-        for (int i = 0; i < address(kind, w, step) - address(kind, w, 0); i += 64)
-          _mm_prefetch((const char *)some + i + AHEAD, _MM_HINT_T0);
-      if (form == FLOATS) add_floats(M, kind, t, some, by, shift, x, in->next, sums[r]);
-      else if (form == WORDS) add_words(M, kind, t, some, by, shift, x, in->next, sums[r]);
-      else add_bytes(M, kind, t, some, by, shift, x, in->next, sums[r]);
+      for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)some + i + AHEAD, _MM_HINT_T0);
+      ADD(some, BY(r))
+    }
+  EACH(r, 2)
+    if (k < K) { // a row's end, and maybe the memory's
+      uint8_t rest[128] = {0};
+      float few[2] = {kind < CODES ? 0 : *(BY(r))};
+      memcpy(rest, address(kind, w, at[r] + k), address(kind, w, K - k) - address(kind, w, 0));
+      ADD(rest, few)
     }
   EACH(r, 2)
     EACH(m, M) {

@@ -41,13 +41,13 @@ INLINE void in_lanes(const int R, const enum form form, const matrix *w, const u
     long some = K - k < step ? K - k : step;
     if (M < R || some < step) memset(to, 0, size * step / SPAN);
     for (long r = 0; r < M; r++) {
-      float values[SPAN];
       int8_t group[GROUP];
       if (form == WORDS) to_lanes(R, half + r * next + k, some / 2, r, to);
       else if (form == SPANS) {
         round_row(w->kind == ROUNDED, half + r * next + k, group, some);
         group_to_lanes(R, group, r, to);
       } else {
+        float values[SPAN];
         if (x) even_floats(x + r * next + k, values, some);
         else if (w) evens_first(half + r * next + k, values, some);
         else load_all(values, half + r * next + k, some);
@@ -103,11 +103,9 @@ INLINE void decode_bytes(const enum kind kind, const matrix *w, ints table, long
                          float *scales) {
   const float *of = w->scales;
   long e = n * w->K + k;
-  for (long i = 0; i < up_to(depth, 2 * SIZE); i += SPAN, scales++) {
+  for (long i = 0; i < up_to(depth, 2 * SIZE); i += SPAN, scales++)
     if (kind == BYTES) *scales = of[n];
-    else if (i >= depth) *scales = 0;
-    else *scales = w->nested ? scale(w, n, e + i) : of[(e + i) >> w->shift];
-  }
+    else *scales = i >= depth ? 0 : w->nested ? scale(w, n, e + i) : of[(e + i) >> w->shift];
   for (long i = 0; i < depth; i += 2 * SIZE, to += 2 * SIZE) {
     uint8_t rest[2 * SIZE] = {0};
     const uint8_t *at = address(kind, w, e + i);
@@ -145,7 +143,7 @@ INLINE void outputs_of(const int R, const enum form form, const matrix *w, long 
 }
 
 // Sums [rows] of output n, to be set to y [M, step], or added.
-static void put(const matrix *w, const float *sums, long n, long M, float *y, long step, int add) {
+INLINE void put(const matrix *w, const float *sums, long n, long M, float *y, long step, int add) {
   for (long m = 0; m < M; m++) {
     float value = sums[m] + (w->bias ? whole(w->bias[n]) : 0), *of = y + m * step + n;
     *of = add ? *of + value : value;
