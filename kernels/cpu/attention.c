@@ -38,12 +38,11 @@ static void put_keys(const queries *a, const uint16_t *k, long S, cell *to) {
 
 // Values of a head, by COLUMNS outputs [S / PAIR, COLUMNS, PAIR].
 static void put_values(const queries *a, const uint16_t *v, long S, cell *to) {
-  for (long i = 0; i < up_to(a->K, 32); i += COLUMNS)
+  for (long i = 0; i < up_to(a->K, 32); i += COLUMNS, to += COLUMNS * up_to(S, 32))
     for (long s = 0; s < up_to(S, 32); s++) {
       cell row[COLUMNS] = {0};
       if (s < S && i < a->K) put_cells(row, v + s * a->v_next + i, a->K - i < COLUMNS ? a->K - i : COLUMNS);
-      for (long j = 0; j < COLUMNS; j++) to[s / PAIR * COLUMNS * PAIR + j * PAIR + s % PAIR] = row[j];
-      if (s + 1 == up_to(S, 32)) to += COLUMNS * (s + 1);
+      for (long j = 0; j < COLUMNS; j++) to[(s / PAIR * COLUMNS + j) * PAIR + s % PAIR] = row[j];
     }
 }
 

@@ -47,7 +47,8 @@ class Weight:
         """How the C code multiplies it."""
         if self.codes is None:
             return HALVES if self.scales is None else BYTES
-        whole = self.shape[1] % 64 == 0 and self.codes[-1] >= 64  # one scale for 64 inputs, which are rounded together
+        # A group of 128 inputs is whole blocks or within one; what is rounded together, 64, has one scale.
+        whole = self.shape[1] % min(self.codes[-1], 128) == 0 and self.codes[-1] >= 64
         return ROUNDED if self.rounded and whole else CODES
 
     def fits(self) -> bool:

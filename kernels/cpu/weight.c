@@ -1,7 +1,7 @@
 // What a linear layer's weight may be, and its values: bf16, bytes with a scale for each output, or 4-bit codes
 // (nf4_dequantize.py has the format).
 
-enum kind { HALVES, BYTES, CODES, ROUNDED }; // ROUNDED: codes as bytes, K and blocks in whole 64s; inputs as of BYTES
+enum kind { HALVES, BYTES, CODES, ROUNDED }; // ROUNDED: codes as bytes, see product.py; inputs as of BYTES
 
 typedef struct {
   long N, K;

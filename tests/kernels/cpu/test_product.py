@@ -18,6 +18,8 @@ SIZES = (  # M, N, K, block size, nested scales
     (5, 37, 320, 64, True),  # a row ends in half a group of 128 inputs
     (16, 48, 256, 128, False),
     (8, 53, 192, 64, True),
+    (2, 37, 320, 128, False),  # every other row begins in the middle of a block
+    (9, 37, 192, 128, True),
     (11, 70, 576, 64, False),
     (33, 1104, 1024, 128, True),
     (70, 40, 96, 64, False),
