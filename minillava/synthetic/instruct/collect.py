@@ -201,7 +201,7 @@ async def collect(items: Sequence[Item], asker: Asker, concurrency: int, note: C
             try:
                 found[item.key] = await item.work(asker)
             except (Rejected, Unanswered) as why:
-                found[item.key] = why
+                found[item.key] = type(why)(str(why))  # without where it was raised: its picture stands there
             except OSError as error:
                 stopped.append(UserError(refused(error)))
             except UserError as error:

@@ -1,5 +1,6 @@
 """Instruction data: made once however often a run is killed or an endpoint fails; what is no use is refused."""
 
+import gc
 import itertools
 import json
 import random
@@ -20,7 +21,7 @@ from minillava.cli import run_command
 from minillava.data.table import scan
 from minillava.errors import UserError
 from minillava.synthetic.instruct import models
-from minillava.synthetic.instruct.collect import Journal
+from minillava.synthetic.instruct.collect import Journal, run, scene_items
 from minillava.synthetic.instruct.models import Reply
 from minillava.synthetic.instruct.prompts import KINDS, messages_for
 from minillava.synthetic.instruct.replies import Rejected, check, choice, conversation_of
@@ -222,6 +223,21 @@ def test_the_output_trains_as_it_is(scenes, tmp_path, quick):
     assert {sample.messages[-1].text for sample in samples} == {"One.", DETAIL, REASON.partition("Answer: ")[2]}
     markers = {sample.messages[0].text.startswith("<image>\n") for sample in samples}
     assert markers == {True, False}  # in front and behind
+
+
+def test_a_refused_request_is_let_go_of(scenes, tmp_path, quick):
+    """Reasons are kept until the end, and not what was asked, with the picture in it."""
+    openai, alive = pytest.importorskip("openai"), []
+    model, rows = models.Endpoint("", "m"), read_scenes([scenes])
+
+    def note(done):
+        gc.collect()
+        alive.append(sum(issubclass(type(found), openai.APIStatusError) for found in gc.get_objects()))
+
+    with Server(lambda number, messages: ("status", 422, None)) as server:
+        model.url = server.url
+        outcome = run(tmp_path / "out", "x.json", [*scene_items(model, rows, ["detail"], 1)], {}, 1, note=note)
+    assert len(outcome.rejects) == len(alive) == 10 and alive == [0] * 10
 
 
 def test_a_wait_that_the_server_asks_for_holds_for_all(scenes, tmp_path, quick):
