@@ -106,12 +106,13 @@ def claimed(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed_file(path: Path) -> Iterator[None]:
-    """Have a file to oneself, which need not be there, by a lock beside it that goes at the end.
+    """Have a file to oneself, which need not be there, by a lock beside it (not beside a link) that goes at the end.
 
     Raises UserError where another process has it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}{LOCK}")
+    real = path.resolve()
+    lock = real.with_name(f".{real.name}{LOCK}")
     while True:
         with lock.open("a+", encoding="utf-8") as file:
             _lock(file, path, "another file")

@@ -56,8 +56,10 @@ def test_a_folder_is_one_processs_until_that_ends(tmp_path, holder):
 def test_a_file_is_one_processs_until_that_ends(tmp_path, holder):
     out = tmp_path / "a" / "out.jsonl"
     other, _ = holder(out)
-    with pytest.raises(UserError, match=rf"process {other.pid} of .*another file$"), files.claimed_file(out):
-        pass
+    (tmp_path / "link.jsonl").symlink_to(out)
+    for name in (out, tmp_path / "link.jsonl"):
+        with pytest.raises(UserError, match=rf"process {other.pid} of .*another file$"), files.claimed_file(name):
+            pass
     other.send_signal(signal.SIGKILL)
     other.wait()
     with files.claimed_file(out), files.claimed_file(out.with_name("other.jsonl")):
