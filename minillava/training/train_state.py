@@ -237,7 +237,8 @@ def _dcp() -> Any:
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+    found = folder.iterdir() if folder.is_dir() else ()  # glob finds nothing where a folder cannot be read
+    return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))
 
 
 def _remedy(path: Path) -> str:

@@ -711,6 +711,19 @@ def test_checkpoints_are_whole_and_the_last_few(tmp_path):
         train_state.read(newest / "trained")
 
 
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    """A run that is resumed there must not begin again."""
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    assert train_state.latest(tmp_path) is None
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(PermissionError):
+        train_state.latest(tmp_path)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
 def test_a_checkpoint_holds_all_of_the_optimizer(world, tmp_path, optimizer, monkeypatch):
     """And is written and read some parameters at a time, as 8-bit moments are four times as large in it."""
