@@ -206,16 +206,27 @@ def test_who_may_ask_and_how(own):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_dropped_client_frees_its_slot(own, engine, monkeypatch, stream):
+    """The only one, long before its answer would have ended; the next client gets it."""
     monkeypatch.setattr(engine, "eos_ids", frozenset())
     server = own(limits=Limits(slots=1, chunk=24, prefix_bytes=0))
-    step, running = server.running.scheduler.step, server.running
-    running.scheduler.step = lambda: (time.sleep(0.01), step())[1]
+    running, scheduler = server.running, server.running.scheduler
+    step = scheduler.step
+    scheduler.step = lambda: (time.sleep(0.05), step())[1]  # 190 tokens take ten seconds
     body = json.dumps({"messages": turn("what?"), "max_tokens": 190, "stream": stream}).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        server.until(lambda: running.scheduler.live)
-    server.until(lambda: running.totals["cancelled"] == 1 and not running.scheduler.busy and running.open == 0)
+        server.until(lambda: scheduler.live)
+        (row,) = scheduler.live
+    server.until(lambda: row not in scheduler.live and running.open == 0)
+    assert row.finish_reason == "cancelled" and len(row.token_ids) < 190
+    assert not scheduler.busy and not scheduler.slots.cache.live_B.any()
+    metrics = server.call("GET", "/metrics")[1].splitlines()
+    for expected in ("requests_cancelled_total 1", "requests_running 0", "requests_open 0", "generated_tokens_total 0"):
+        assert f"minillava_{expected}" in metrics
+    how = dict(model="tiny", messages=turn("why?"), temperature=0, max_tokens=4)
+    found = server.client().chat.completions.create(**how)
+    assert found.choices[0].message.content == alone(engine, "why?", max_new_tokens=4).text
 
 
 def test_a_crowd_is_answered_or_sent_away(own, engine):
