@@ -263,11 +263,12 @@ def wrap_blocks(model: nn.Module, checkpointing: str, compiled: bool) -> Callabl
         changed.append((module, name))
 
     for block in blocks_of(model):
+        others = len(changed)
         for module in block.modules() if compiled else ():
             for name in {"before", "after"} & set(dir(module)):
                 put(module, name, torch.compile(getattr(module, name), dynamic=True))
-        if compiled and not changed:
-            raise RuntimeError("nothing in these blocks has the names of what is compiled, before and after")
+        if compiled and len(changed) == others:
+            raise RuntimeError(f"{type(block).__name__}: nothing has the names of what is compiled, before and after")
         if checkpointing != "off":
             selective = partial(create_selective_checkpoint_contexts, _keep)
             context: dict[str, Any] = {"context_fn": selective} if checkpointing == "selective" else {}

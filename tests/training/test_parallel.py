@@ -23,6 +23,7 @@ from minillava.errors import UserError
 from minillava.llava import LLaVAModel
 from minillava.recipe import read_recipe
 from minillava.synthetic.train_tokenizer import train_small_tokenizer
+from minillava.training import parallel
 from minillava.training.llava_task import LLaVATask
 from minillava.training.pipeline import export_newest, make_run, run_recipe
 from minillava.training.progress import Log, read_log
@@ -290,6 +291,14 @@ def test_memory_and_time_are_saved_without_a_change(world, losses):
         assert (torch.tensor(losses[way], dtype=torch.float64) - full).abs().max() < 1e-5, way
     graphs = json.loads((world / "compiled-2" / "graphs.json").read_text())
     assert 3 <= graphs["graphs"] <= 16 and not graphs["given_up"], graphs  # few serve all lengths; torch gave none up
+
+
+def test_every_block_has_something_to_compile(world):
+    """compile = true never leaves one part plain without a word: here the decoder, behind a tower that is compiled."""
+    model = load_model(world / "base")
+    model.decoder.blocks[1] = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="Sequential: nothing has the names of what is compiled"):
+        parallel.wrap_blocks(model, "off", compiled=True)
 
 
 @pytest.mark.slow
