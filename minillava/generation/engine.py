@@ -68,7 +68,8 @@ class Engine:
     def stream(self, rows: Sequence[Row], own: Slots | None = None) -> Iterator[tuple[Row, str]]:
         """Yields (row, text) as text comes, until all rows have ended.
 
-        own: slots that the caller keeps. None: those of the last batch where they do, else new ones.
+        own: slots that the caller keeps; ValueError if a row does not fit one. None: those of the last batch where they
+        do, else new ones.
         """
         slots = own
         if slots is None:
@@ -79,6 +80,8 @@ class Engine:
             if slots is None or slots.key != key or slots.rows < count or slots.capacity < capacity:
                 slots = None  # before the new ones, which have some room to spare for the next batch
                 slots = self.new_slots(count, min(-(-capacity // 256) * 256, self.config.decoder.max_positions))
+        elif any(len(row.ids) + row.limit > slots.capacity for row in rows):
+            raise ValueError(f"a row does not fit a slot of {slots.capacity} tokens")
         slots.pending.clear()  # of a run that was interrupted
         scheduler = Scheduler(self, slots, PREFILL_TOKENS)
         scheduler.waiting.extend(rows)

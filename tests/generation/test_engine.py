@@ -406,6 +406,14 @@ def test_slots_are_used_again(engine):
     stream.close()
 
 
+def test_a_row_that_does_not_fit_the_callers_slots_is_refused(engine):
+    """Its tokens would go on in the next slot."""
+    rows = [engine.row(i, request(max_new_tokens=limit), {}) for i, limit in enumerate((30, 3))]
+    own = engine.new_slots(2, len(rows[1].ids) + 3)
+    with pytest.raises(ValueError, match=f"does not fit a slot of {own.capacity} tokens"):
+        next(engine.stream(rows, own))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph: needs a GPU")
 def test_captured_steps_give_the_same_tokens(tiny_model, tiny_tokenizer):
     """On a GPU, float32: graphs replayed with tokens read a step late, and the same steps run plainly."""
