@@ -414,6 +414,45 @@ def test_a_row_that_does_not_fit_the_callers_slots_is_refused(engine):
         next(engine.stream(rows, own))
 
 
+@pytest.mark.parametrize("needs", ["a penalty", "a grammar"])
+def test_steps_captured_without_a_mask_are_captured_again(engine, needs):
+    """A graph has the tensors that were there when it was captured, as these stand-ins do; plain steps look them up."""
+
+    class Odd:
+        """Every other token."""
+
+        def allowed(self):
+            return torch.arange(engine.config.decoder.vocab_size) % 2 == 1
+
+        def advance(self, id):
+            pass
+
+    def capture(n, kinds):
+        then = {name: getattr(slots, name) for name in ("allowed_BV", "seen_BV")}
+
+        def replay():
+            now = {name: getattr(slots, name) for name in then}
+            vars(slots).update(then)
+            slots.step(n, kinds)
+            vars(slots).update(now)
+
+        slots.graphs[n, kinds] = SimpleNamespace(replay=replay), None
+        return slots.graphs[n, kinds]
+
+    plain, bound = request(max_new_tokens=12), request("is it red?", max_new_tokens=12)
+    if needs == "a penalty":
+        bound = dataclasses.replace(bound, sampling=Sampling(repetition_penalty=3.0))
+    else:
+        bound = dataclasses.replace(bound, grammar=Odd())
+    expected = [a.token_ids for a in engine.generate([plain, bound])]
+    assert expected[1] != engine.generate([plain, request("is it red?", max_new_tokens=12)])[1].token_ids
+    engine._idle, slots = None, engine.new_slots(2, 256)
+    slots.captured, slots._capture, engine._idle = True, capture, slots
+    engine.generate([plain, plain])
+    assert slots.graphs and [a.token_ids for a in engine.generate([plain, bound])] == expected
+    assert engine._idle is slots
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph: needs a GPU")
 def test_captured_steps_give_the_same_tokens(tiny_model, tiny_tokenizer):
     """On a GPU, float32: graphs replayed with tokens read a step late, and the same steps run plainly."""
