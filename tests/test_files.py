@@ -97,9 +97,10 @@ def test_a_worker_that_outlives_a_killed_process_holds_nothing(tmp_path, holder)
     try:
         os.kill(worker, 0)  # it is there
         with files.claimed(tmp_path):
-            pass
+            os.kill(worker, 0)
     finally:
         os.kill(worker, signal.SIGKILL)
+    assert (tmp_path / files.LOCK).read_text().startswith(f"process {os.getpid()} of ")  # it was this one's
 
 
 def test_without_locks_a_line_says_so(tmp_path, monkeypatch, capsys):
