@@ -92,8 +92,11 @@ def _driver(arch: str) -> Any:
     """Triton's driver as far as compiling asks it. Binders are kept by device: one a card."""
     digits = arch.removeprefix("sm_").removeprefix("gfx")
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(digits), 32)
-    answers = {"target": lambda: target, "device": lambda: int(digits, 16), "stream": lambda device: 0}
-    return SimpleNamespace(**{f"get_current_{what}": answer for what, answer in answers.items()})
+    return SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: int(digits, 16),
+        get_current_stream=lambda device: 0,
+    )
 
 
 @contextlib.contextmanager
