@@ -63,7 +63,7 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
         culprit = re.search(r"Unsupported (?:global|operand|class)[^.]*?[:\s](\S+\.\S+)|GLOBAL (\S+)", str(error))
         found = f"something other than tensors ({next(g for g in culprit.groups() if g)})" if culprit else reason
         raise UserError(f"{path}: not loaded, it holds {found}; get the checkpoint as safetensors") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 what torch.load raises of a damaged file has no common class
         raise UserError(
             f"{path}: truncated or no PyTorch file ({[*str(error).splitlines(), ''][0]}); get it again"
         ) from None

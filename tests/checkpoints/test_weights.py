@@ -656,6 +656,19 @@ def test_truncated_files_are_named(checkpoint, tmp_path, cut):
         file.unlink()
 
 
+@pytest.mark.parametrize("damage", [
+    lambda whole: b"junk",
+    lambda whole: re.sub(rb"\d{9,}", lambda key: key[0][::-1], whole, count=1),  # a storage that is not in the file
+    lambda whole: whole.replace(b"_rebuild_tensor_v2", b"_rebuild_parameter"),
+], ids=["four letters", "storage", "function"])  # fmt: skip
+def test_whatever_torch_says_of_a_damaged_file_is_a_line(tmp_path, damage):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: truncated or no PyTorch file .*; get it again$"):
+        inspect_folder(tmp_path)
+
+
 class _Call:
     """Pickles as a call of a function, as a hostile file does."""
 
