@@ -2,7 +2,7 @@
 
 The step itself runs, the trainer's own, on tensors that have shapes and no values: "meta" tensors stand for a GPU
 (whose code paths they take), fake ones for a CPU. Every storage is counted from where it is made to where it is freed.
-What is not PyTorch's (the CUDA context, cuBLAS' workspaces, fragments) is not in it.
+What is not PyTorch's (the CUDA context, cuBLAS' workspaces, fragments) is not in it, nor what C code for CPUs keeps.
 Letters: N outputs, K inputs.
 """
 
@@ -142,12 +142,15 @@ class Ones(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def counted(on_cpu: bool, found: Sequence[int], patches: int) -> Iterator[LiveBytes]:
-    """Tensors without values for as long as this lasts; on a CPU without code of ours in C."""
+def counted(on_cpu: bool, found: Sequence[int], patches: int, answers: bool = False) -> Iterator[LiveBytes]:
+    """Tensors without values for as long as this lasts; on a CPU without code of ours in C. Where that would compute
+    `answers`, it holds what PyTorch does on CPUs that multiply bf16."""
     with contextlib.ExitStack() as stack:
         if on_cpu:
-            kept, library.library = library.library, lambda: None
-            stack.callback(setattr, library, "library", kept)
+            told = {"library": None} | ({"multiplies_bf16": True} if answers and library.library() else {})
+            for name, value in told.items():
+                stack.callback(setattr, library, name, getattr(library, name))
+                setattr(library, name, lambda value=value: value)
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(Ones())
         yield stack.enter_context(LiveBytes(found, patches))
@@ -313,7 +316,7 @@ def plan_answer(
     device = torch.device("cpu" if on_cpu else "meta")
     scheme = Scheme.parse(quantize) if quantize else None
     views = sum(span.views for span in batch.spans)
-    with counted(on_cpu, [visual * rows], views) as count, torch.no_grad():
+    with counted(on_cpu, [visual * rows], views, answers=True) as count, torch.no_grad():
         model = make_model(config, dtype, scheme, on_cpu).eval()
         with count.labelled("activations"):
             batch = batch._each(lambda t: torch.empty_like(t, device=device))  # without values

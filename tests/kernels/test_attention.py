@@ -364,15 +364,19 @@ def test_similar_lengths_share_a_block(monkeypatch):
 
 
 def test_short_rows_train_through_the_formula(monkeypatch):
-    """It holds all scores, so it stays with short rows; groups are not repeated either."""
+    """It holds all scores, so it stays with short rows; groups are not repeated either. CPUs that do not multiply bf16
+    compute it in float32."""
     calls, formula_ = [], blocks.formula
     monkeypatch.setattr(blocks, "formula", lambda *a: calls.append(1) or formula_(*a))
-    for lengths, dtype, G, expected in (
-        ((SHORT[2], 3), torch.bfloat16, 4, 2),  # a block each
-        ((SHORT[2] + 1,), torch.bfloat16, 4, 0),
-        ((SHORT[4] + 1,), torch.float32, 4, 0),
-        ((5,), torch.bfloat16, 2, 0),
+    for in_bf16, lengths, dtype, G, expected in (
+        (True, (SHORT[2], 3), torch.bfloat16, 4, 2),  # a block each
+        (True, (SHORT[2] + 1,), torch.bfloat16, 4, 0),
+        (False, (SHORT[2], 3), torch.bfloat16, 4, 0),
+        (False, (SHORT[4], 3), torch.bfloat16, 4, 2),
+        (True, (SHORT[4] + 1,), torch.float32, 4, 0),
+        (True, (5,), torch.bfloat16, 2, 0),
     ):
+        monkeypatch.setattr(blocks.cpu, "multiplies_bf16", lambda told=in_bf16: told)
         *tensors, dy = inputs(lengths, G=G, dtype=dtype)
         gradients(lambda *t, n=lengths: attention(*t, boundaries(n), True), *tensors, dy)
         assert len(calls) == expected
