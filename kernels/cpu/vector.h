@@ -193,18 +193,19 @@ INLINE ints dot_bytes(ints acc, ints w, ints x) { SUMMED("vpdpbusd") }
 #define OFFSET 128
 INLINE ints dot_bytes(ints acc, ints w, ints x) { SUMMED("%{vex%} vpdpbusd") }
 #else
-#define OFFSET 0
-INLINE ints dot_bytes(ints acc, ints w, ints x) { // both in -127 to 127, so that two products fit 16 bits
+#define OFFSET 0 // both in -127 to 127, so that two products fit 16 bits
+INLINE ints dot_bytes(ints acc, ints w, ints x) {
+  ints two, size = V(abs_epi8)(x), ones = V(set1_epi16)(1); // of x, which is multiplied by many w
 #ifdef __AVX512F__
-  x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), BITS(setzero)(), x);
+  w = _mm512_mask_sub_epi8(w, _mm512_movepi8_mask(x), BITS(setzero)(), w);
 #else
-  x = _mm256_sign_epi8(x, w);
+  w = _mm256_sign_epi8(w, x);
 #endif
-  ints two = V(maddubs_epi16)(V(abs_epi8)(w), x);
-  return V(add_epi32)(acc, V(madd_epi16)(two, V(set1_epi16)(1)));
+  __asm__("vpmaddubsw %3, %2, %1\n vpmaddwd %4, %1, %1\n vpaddd %1, %0, %0"
+          : "+v"(acc), "=&v"(two) : "v"(size), "v"(w), "vm"(ones));
+  return acc;
 }
 #endif
-
 // What OFFSET adds in sums of n registers of x, less than nothing.
 INLINE ints offset_of(const void *x, int n, long apart) {
   ints all = BITS(setzero)();

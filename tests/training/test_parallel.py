@@ -43,7 +43,7 @@ data = [{{path = "{root}/data.json", images = "{root}/images"}}, {{path = "{root
 lr = {{projector = 1e-2}}
 steps = 20
 batch_size = 8
-micro_batch = 1
+micro_batch = 2
 dtype = "float32"
 save_every = 0
 """
