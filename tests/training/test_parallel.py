@@ -55,13 +55,14 @@ MODES = {
     "lora": ["stage.a.lr={projector = 1e-3, decoder = 1e-2}", LORA],
 }
 FULL = MODES["full"]
+ALONE = "stage.a.micro_batch=1"  # so that four ranks add up micro-batches too
 MIXED = ["stage.a.batch_size=2", "stage.a.steps=8"]  # a sample a rank: one may have text while the other has a picture
 HAS_CXX = shutil.which("g++") is not None
 ALL = bool(os.environ.get("MINILLAVA_FULL"))  # also four ranks, and ways that others imply: minutes more
 MANY = (2, 4) if ALL else (2,)
 WAYS = {  # to train the whole model: on how many ranks, and what is set
-    "four": ([4], FULL),
-    "hsdp": ([4], [*FULL, "shard=2"]),  # two groups of two ranks, each with all of the model
+    "four": ([4], [*FULL, ALONE]),
+    "hsdp": ([4], [*FULL, ALONE, "shard=2"]),  # two groups of two ranks, each with all of the model
     "offload": ([2], [*FULL, "offload=true"]),
     "selective": ([2], [*FULL, "stage.a.checkpointing=selective"]),
     "compiled": ([2], [*FULL, "stage.a.compile=true"]),
