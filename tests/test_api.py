@@ -55,10 +55,15 @@ def test_messages_as_openais_as_hugging_faces_and_our_own(model, picture):
         ([{"type": "image", "image": picture["image"]}, text], ()),
         ([{"type": "image", "path": str(picture["file"])}, text], ()),
         ([{"type": "image"}, text], picture["file"]),
+        ([{"type": "image", "text": None}, text | {"image": None}], picture["file"]),  # as a table's rows have them
         ([text], picture["file"]),
     ):
         for prompt in ([{"role": "user", "content": parts}], {"role": "user", "content": parts}):
             assert same(model.generate(prompt, images, 6), wanted), parts
+    arrays = [{"type": "image", "image": picture["array"][:, ::step]} for step in (1, -1)]  # which do not compare
+    there = {"role": "user", "content": [arrays[0], text, arrays[1]]}
+    beside = [part["image"] for part in arrays]
+    assert same(model.generate(there), model.generate(f"<image>\n{TEXT}<image>", beside))
     turns = [{"role": "user", "content": f"<image>\n{TEXT}"}, {"role": "assistant", "content": "red"},
              {"role": "user", "content": "Sure?"}]  # fmt: skip
     ours = [Message(turn["role"], turn["content"]) for turn in turns]

@@ -32,8 +32,8 @@ def render_jinja(
     Where a template writes an earlier answer otherwise than after its generation prompt (Qwen3 drops thoughts) there
     are no such pieces: the model answers, with the whole prompt as one piece, but cannot be trained.
     """
-    lists = _takes_lists(chat.jinja)
     names = {**special_tokens, "tools": None, "documents": None}
+    lists = _takes_lists(chat.jinja, tuple(names.items()))
 
     def render(count: int, prompt: bool) -> str:
         content = (_content(m.text, chat) if lists else m.text for m in messages[:count])
@@ -80,10 +80,11 @@ def _content(text: str, chat: ChatConfig) -> list[dict[str, str]]:
 
 
 @functools.lru_cache(maxsize=8)
-def _takes_lists(template: str) -> bool:
+def _takes_lists(template: str, names: tuple[tuple[str, Any], ...]) -> bool:
     """Whether a template reads content as a list of parts: tried on a message, for templates do not say."""
     probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
-    text = _renderer(os.getpid()).ask(template, messages=probe, add_generation_prompt=False).get("text", "")
+    answer = _renderer(os.getpid()).ask(template, **dict(names), messages=probe, add_generation_prompt=False)
+    text = answer.get("text", "")
     return "probe" in text and "'type'" not in text and '"type"' not in text
 
 
@@ -97,7 +98,7 @@ class Renderer:
     def ask(self, template: str, **names: Any) -> dict[str, str]:
         """The "text" or the "error" of a template with these names. Raises UserError where it takes too much."""
         with self.lock:
-            if self.process is None:
+            if self.process is None or self.process.poll() is not None:  # the system may have stopped it
                 self._start()
             late = threading.Timer(RENDER_S, self.process.kill)
             late.start()

@@ -87,7 +87,7 @@ def _message(chat: ChatConfig, entry: Any) -> tuple[Message, list[Source]]:
     if len(split_at_markers(chat, "".join(texts))) > 1:
         return Message(role, "".join(texts)), sources
     written = "".join(part if isinstance(part, str) else f"{marker_of(chat, part[0])}\n" for part in parts)
-    return Message(role, written.removesuffix("\n") if sources and parts[-1] in sources else written), sources
+    return Message(role, written if isinstance(parts[-1], str) else written.removesuffix("\n")), sources
 
 
 def _part(part: Any) -> str | Source:
@@ -104,7 +104,7 @@ def _part(part: Any) -> str | Source:
         for key in (kind, "url", "path"):
             if (source := part.get(key)) is not None:
                 return kind == "video", source
-        if part.keys() == {"type"}:  # Hugging Face's: the pictures come beside the messages
+        if not any(value is not None for key, value in part.items() if key != "type"):  # they come beside the messages
             return kind == "video", None
     raise UserError(
         f"a part of type {shown(kind)} is unknown or lacks its content (known: text, image_url, image, video)"

@@ -50,6 +50,7 @@ CHATML = (
     "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+ADDED = "{{ bos_token + ('' if tools is none else tools | length) }}" + LLAVA_HF  # fails where these are not there
 STRINGS = (  # wants strings, names BOS, and uses what transformers puts into a template's hands
     "{{ bos_token }}{% for m in messages %}{% if loop.index > 40 %}{% break %}{% endif %}"
     "{% if m.role == 'system' and not m.content %}{{ raise_exception('empty system') }}{% endif %}"
@@ -360,8 +361,8 @@ def as_lists(messages):
 
 
 @pytest.mark.parametrize("messages", CHATS)
-@pytest.mark.parametrize("jinja, lists", [(LLAVA_HF, True), (CHATML, True), (STRINGS, False)])
-def test_prompts_equal_transformers_chatguess_template(folder, tokenizer, messages, jinja, lists):
+@pytest.mark.parametrize("jinja, lists", [(LLAVA_HF, True), (ADDED, True), (CHATML, True), (STRINGS, False)])
+def test_prompts_equal_transformers(folder, tokenizer, messages, jinja, lists):
     theirs = AutoTokenizer.from_pretrained(folder)
     chat = ChatConfig(template="jinja", jinja=jinja, split_at_image=False, image_token_id=tokenizer.token_id("<image>"))
     count = sum(message.text.count("<image>") for message in messages)
@@ -494,6 +495,9 @@ def test_a_forked_worker_and_threads_have_answers_of_their_own(bounds):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     jinja._renderer(os.getpid()).end()  # as one that took too long
     assert ask(3)
+    jinja._renderer(os.getpid()).process.kill()  # as the system does where memory is short
+    jinja._renderer(os.getpid()).process.wait()
+    assert ask(4)
 
 
 def test_a_template_that_rewrites_earlier_answers_can_be_asked_but_not_trained(tokenizer):
