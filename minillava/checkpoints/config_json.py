@@ -64,8 +64,7 @@ def format_for(config: ModelConfig, name: str = "") -> Format:
 def read_config(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig:
     """The ModelConfig of a checkpoint folder whose config.json holds `raw`; UserError for what is unsupported."""
     quantization = Fields(raw, str(folder / "config.json")).table("quantization_config").values
-    ours = quantization.get("quant_method") == "bitsandbytes"
-    if quantization and not (ours and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit"))):
+    if quantization and not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         kind = quantization.get("quant_method")
         raise UserError(
             f"{folder / 'config.json'}: quantization_config: weights quantised by {shown(kind)} are not "

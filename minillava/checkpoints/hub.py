@@ -41,7 +41,8 @@ def resolve(source: Path | str, weights: bool = True) -> Path:
 
 
 def _fetched(fetch: Callable[..., str], weights: bool) -> Path:
-    small = ["*.json", "*.jinja", "*.model", "*.txt"]
+    # The last two are original LLaVA's, which stand beside adapters in either format.
+    small = ["*.json", "*.jinja", "*.model", "*.txt", *["non_lora_trainables.bin", "mm_projector.bin"] * weights]
     found = Path(fetch(allow_patterns=[*small, *["*.safetensors"] * weights]))
     if weights and not any(found.glob("*.safetensors")):  # older checkpoints
         found = Path(fetch(allow_patterns=[*small, "*.bin"]))

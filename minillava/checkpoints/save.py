@@ -39,15 +39,16 @@ def save_model(
         raise UserError(f"{folder}: is a file; choose a folder to save to")
     if folder.is_dir() and any(folder.iterdir()) and "minillava" not in optional_json(folder / "config.json"):
         raise UserError(f"{folder}: holds something else than an earlier save; choose another folder")
-    temporary = folder.absolute().with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    real = folder.resolve()  # a link stays, and what it leads to is replaced
+    temporary = real.with_name(f".{real.name}-{secrets.token_hex(4)}")
     try:
         with named(folder):
             temporary.mkdir(parents=True)
             _write_files(model, temporary, tokenizer, shard_bytes, str(folder), form)
             old = temporary.with_name(temporary.name + "-old")
-            if folder.is_dir():
-                os.rename(folder, old)
-            os.rename(temporary, folder)
+            if real.is_dir():
+                os.rename(real, old)
+            os.rename(temporary, real)
             if old.exists():
                 shutil.rmtree(old)
     finally:

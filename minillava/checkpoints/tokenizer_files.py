@@ -55,7 +55,7 @@ def _add_tokens(path: Path, tokens: dict[int, str]) -> None:
     values = optional_json(path)
     added = {str(id): flags | {"content": token, "special": True} for id, token in tokens.items()}
     values |= {"added_tokens_decoder": (values.get("added_tokens_decoder") or {}) | added}
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_tokenizer_json(folder: Path) -> None:

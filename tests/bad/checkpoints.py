@@ -85,7 +85,7 @@ CONFIG_VALUES: dict[str, tuple[Any, ...]] = {
         [1],
         {"quant_method": "gptq"},
         {"quant_method": "awq"},
-        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"},
+        {"quant_method": "bitsandbytes"},
     ),
 }
 PIXEL_VALUES: dict[str, tuple[Any, ...]] = {

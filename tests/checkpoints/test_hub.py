@@ -10,10 +10,11 @@ import threading
 import time
 
 import huggingface_hub.constants
+import huggingface_hub.utils
 import pytest
 
 from minillava import files
-from minillava.checkpoints.hub import resolve
+from minillava.checkpoints.hub import _fetched, resolve
 from minillava.data.hub import open_hub
 from minillava.errors import UserError
 
@@ -37,6 +38,35 @@ def test_hub_ids_offline_say_what_is_missing(tmp_path):
         assert (
             out.startswith("llava-hf/llava-1.5-7b-hf: no such folder") and "hf download" in out and out.count("\n") == 1
         )
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted"),
+    [
+        ("model.safetensors pytorch_model.bin onnx/model.onnx", "model.safetensors"),
+        ("pytorch_model.bin training_args.bin", "pytorch_model.bin training_args.bin"),
+        (
+            "adapter_model.safetensors non_lora_trainables.bin optimizer.bin",
+            "adapter_model.safetensors non_lora_trainables.bin",
+        ),
+        ("adapter_model.bin non_lora_trainables.bin", "adapter_model.bin non_lora_trainables.bin"),
+        ("mm_projector.bin", "mm_projector.bin"),
+    ],
+)
+def test_weights_are_fetched_once_and_whole(tmp_path, held, wanted):
+    """In one format, and in either what original LLaVA keeps beside its adapters."""
+    names = [*held.split(), "config.json"]
+
+    def fetch(allow_patterns):
+        for name in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    for weights in (False, True):
+        found = _fetched(fetch, weights)
+        fetched = {path.relative_to(found).as_posix() for path in found.rglob("*.*")}
+        assert fetched == {"config.json", *wanted.split() * weights}
 
 
 @pytest.mark.parametrize(

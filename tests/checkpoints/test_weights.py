@@ -792,7 +792,7 @@ UNSUPPORTED = {
          "spatial_pool_mode 'conv' is not supported"),
         ({"minillava": {"layout": {"merge": "best"}}}, r"layout: merge is 'best' \(known: flat, spatial"),
         ({"minillava": {"layout": {"newline": 1}}}, "unknown key 'newline'"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantised"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised by 'awq'"),
         ({"text_config": {"model_type": "gpt2"}}, "text_config: model_type 'gpt2' is not supported .*llama"),
         ({"text_config": {"rope_scaling": {"type": "yarn", "factor": 2.5}}}, "rope_type 'yarn'"),
         ({"text_config": {"attention_bias": True}}, "attention_bias true"),
@@ -853,7 +853,10 @@ def test_save_replaces_only_what_it_wrote(checkpoint, tmp_path):
     save_model(model, tmp_path / "out", shard_bytes=40_000)
     save_model(model, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    save_model(model, tmp_path / "link", shard_bytes=40_000)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "out/model.safetensors.index.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "mine", "out"]
 
 
 def test_failed_save_leaves_the_old_one(checkpoint, tmp_path, monkeypatch):
