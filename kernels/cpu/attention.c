@@ -4,50 +4,67 @@
 
 #define WIDEST 128 // numbers of a head
 #define QUERIES (4 * TILE(ROWS_AT_ONCE))
-
-#ifdef __AVX512BF16__
-typedef uint16_t cell;
-#define CELLS WORDS
-#else
-typedef float cell;
-#define CELLS FLOATS
-#endif
+#define CELLS (sizeof(number) == 2 ? WORDS : FLOATS)
 #define COLUMNS ROWS_AT_ONCE
-#define PAIR (4 / (int)sizeof(cell)) // cells of a lane
+#define PAIR (4 / (int)sizeof(number)) // of a lane
+
+#ifdef __AMX_BF16__ // tiles: eight of 16 rows of 64 bytes for each thread
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define TILES_READ_AND_WRITE __asm__ volatile("" ::: "memory") // which gcc does not know
+
+// Whether the system lets this process use them (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+int tiles_allowed(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+static void take_tiles(void) {
+  struct {
+    uint8_t palette, start, none[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } shape = {.palette = 1};
+  for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+  _tile_loadconfig(&shape);
+}
+#else
+#define TILES_READ_AND_WRITE
+#define take_tiles()
+#define _tile_release()
+#endif
 
 typedef struct {
   const uint16_t *q, *k, *v;               // [T, H, K], [T, G, K] twice, heads end to end
   uint16_t *o;                             // [T, H, K]
-  cell *room;                              // [G, 2 K] for each token, tokens and K in whole 32s
+  number *room;                            // [G, 2 K] for each token, tokens and K in whole 32s
   const long *starts;                      // [B + 1]
   long B, H, G, K, q_next, k_next, v_next; // numbers from a token to the next
   float scale;
   int causal;
 } queries;
 
-static void put_cells(cell *to, const uint16_t *x, long n) {
-  if (sizeof(cell) == 2) memcpy(to, x, n * 2);
+static void put_numbers(number *to, const uint16_t *x, long n) {
+  if (sizeof(number) == 2) memcpy(to, x, n * 2);
   else load_all((float *)to, x, n);
 }
 
 // Keys of a head, by COLUMNS tokens [K / PAIR, COLUMNS, PAIR].
-static void put_keys(const queries *a, const uint16_t *k, long S, cell *to) {
+static void put_keys(const queries *a, const uint16_t *k, long S, number *to) {
   for (long s = 0; s < up_to(S, 32); s += COLUMNS, to += COLUMNS * up_to(a->K, 32))
     in_lanes(COLUMNS, CELLS, 0, k + s * a->k_next, 0, a->k_next, S - s < COLUMNS ? S - s : COLUMNS, a->K, (char *)to);
 }
 
 // Values of a head, by COLUMNS outputs [S / PAIR, COLUMNS, PAIR].
-static void put_values(const queries *a, const uint16_t *v, long S, cell *to) {
+static void put_values(const queries *a, const uint16_t *v, long S, number *to) {
   for (long i = 0; i < up_to(a->K, 32); i += COLUMNS, to += COLUMNS * up_to(S, 32))
     for (long s = 0; s < up_to(S, 32); s++) {
-      cell row[COLUMNS] = {0};
-      if (s < S && i < a->K) put_cells(row, v + s * a->v_next + i, a->K - i < COLUMNS ? a->K - i : COLUMNS);
+      number row[COLUMNS] = {0};
+      if (s < S && i < a->K) put_numbers(row, v + s * a->v_next + i, a->K - i < COLUMNS ? a->K - i : COLUMNS);
       for (long j = 0; j < COLUMNS; j++) to[(s / PAIR * COLUMNS + j) * PAIR + s % PAIR] = row[j];
     }
 }
 
 // c [QUERIES, COLUMNS] = a [QUERIES, depth] b.
-static void square(const cell *a, long a_next, const cell *b, long depth, float *c, long c_next) {
+static void square(const number *a, long a_next, const number *b, long depth, float *c, long c_next) {
 #ifdef __AMX_BF16__
   _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   for (long i = 0; i < depth; i += 32, b += 1024) {
@@ -71,13 +88,13 @@ static void square(const cell *a, long a_next, const cell *b, long depth, float 
 }
 
 // QUERIES or fewer of a head from t on, of a sequence of S tokens.
-static void some_queries(const queries *a, const uint16_t *q, uint16_t *o, const cell *keys, const cell *values, long t,
-                         long S, cell *rows, float *scores, cell *p) {
+static void some_queries(const queries *a, const uint16_t *q, uint16_t *o, const number *keys, const number *values, long t,
+                         long S, number *rows, float *scores, number *p) {
   long K = a->K, wide = up_to(K, 32), number = S - t < QUERIES ? S - t : QUERIES, seen = a->causal ? t + 1 : S;
   long needed = up_to(a->causal ? t + number : S, 32);
   float sums[QUERIES], out[QUERIES][WIDEST];
   memset(rows, 0, QUERIES * wide * sizeof *rows);
-  for (long r = 0; r < number; r++) put_cells(rows + r * wide, q + r * a->q_next, K);
+  for (long r = 0; r < number; r++) put_numbers(rows + r * wide, q + r * a->q_next, K);
   TILES_READ_AND_WRITE;
   for (long s = 0; s < needed; s += COLUMNS) square(rows, wide, keys + s * wide, wide, scores + s, needed);
   TILES_READ_AND_WRITE;
@@ -85,7 +102,7 @@ static void some_queries(const queries *a, const uint16_t *q, uint16_t *o, const
     float *of = scores + r * needed;
     for (long s = seen; s < needed; s++) of[s] = -INFINITY;
     sums[r] = exponentials(of, needed, a->scale);
-    if (sizeof(cell) == 2) store_all((uint16_t *)p + r * needed, of, needed);
+    if (sizeof(number) == 2) store_all((uint16_t *)p + r * needed, of, needed);
   }
   TILES_READ_AND_WRITE;
   for (long i = 0; i < wide; i += COLUMNS) square(p, needed, values + i * up_to(S, 32), needed, out[0] + i, WIDEST);
@@ -97,7 +114,7 @@ static void some_queries(const queries *a, const uint16_t *q, uint16_t *o, const
 }
 
 static long tokens_of(const queries *a, long b) { return a->starts[b + 1] - a->starts[b]; }
-static cell *room_of(const queries *a, long b, long g) { // for keys of a group's head in sequence b; then for values
+static number *room_of(const queries *a, long b, long g) { // for keys of a group's head in sequence b; then for values
   long before = g * up_to(tokens_of(a, b), 32);
   for (long i = 0; i < b; i++) before += a->G * up_to(tokens_of(a, i), 32);
   return a->room + before * 2 * up_to(a->K, 32);
@@ -111,7 +128,7 @@ void packed_attention(const queries *a, int threads) {
   {
     take_tiles();
     float *scores = aligned_alloc(64, QUERIES * (keys * 6 + wide * 4));
-    cell *p = (cell *)(sizeof(cell) == 2 ? scores + QUERIES * keys : scores), *rows = p + QUERIES * keys;
+    number *p = (number *)(sizeof(number) == 2 ? scores + QUERIES * keys : scores), *rows = p + QUERIES * keys;
 #pragma omp for schedule(static)
     for (long task = 0; task < a->B * a->G; task++) {
       long b = task / a->G, g = task % a->G, first = a->starts[b], S = tokens_of(a, b);
@@ -121,7 +138,7 @@ void packed_attention(const queries *a, int threads) {
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < a->B * a->H; task++) { // a head's queries together: its keys stay cached
       long b = task / a->H, h = task % a->H, S = tokens_of(a, b);
-      const cell *k = room_of(a, b, h * a->G / a->H);
+      const number *k = room_of(a, b, h * a->G / a->H);
       for (long t = 0, at = a->starts[b]; t < S; t += QUERIES, at += QUERIES) {
         const uint16_t *q = a->q + at * a->q_next + h * K;
         some_queries(a, q, a->o + (at * a->H + h) * K, k, k + up_to(S, 32) * wide, t, S, rows, scores, p);

@@ -100,21 +100,19 @@ def by_rows(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
     return y_MN.add_(bias_N) if fp32 and bias_N is not None else y_MN
 
 
-def multiply_all(x: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor | None:
-    """`multiply` over the last dimension; None where gradients are wanted or the C code does not take it."""
+def multiply(x: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor | None:
+    """x weight^T + bias over the last dimension, x in bf16 or fp32, by the code that is fastest for so many rows; None
+    where gradients are wanted or the C code does not take it."""
     if cpu.inference(x, *([] if bias_N is None else [bias_N]), types=TYPES) is None or not weight.fits():
         return None
-    return multiply(x.reshape(-1, x.shape[-1]), weight, bias_N).view(*x.shape[:-1], weight.shape[0])
-
-
-def multiply(x_MK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
-    """x weight^T + bias, x in bf16 or fp32, of a weight that `fits`, by the code that is fastest for so many rows."""
-    M, code, half = len(x_MK), cpu.library(), x_MK.dtype == torch.bfloat16
+    x_MK, code, half = x.reshape(-1, x.shape[-1]), cpu.library(), x.dtype == torch.bfloat16
     exact = weight.kind in (HALVES, CODES)  # what PyTorch multiplies as fast, once it is in x's type
-    best = half and not (code.bf16 and exact) and not (code.tiles and M > MANY)
-    if M <= cpu.FEW or best:
-        return by_rows(x_MK, weight, bias_N)
-    return _by_onednn(x_MK, values(weight, cpu.workspace("values", weight.shape, x_MK.dtype)), bias_N)
+    best = half and not (code.bf16 and exact) and not (code.tiles and len(x_MK) > MANY)
+    if len(x_MK) <= cpu.FEW or best:
+        y_MN = by_rows(x_MK, weight, bias_N)
+    else:
+        y_MN = _by_onednn(x_MK, values(weight, cpu.workspace("values", weight.shape, x.dtype)), bias_N)
+    return y_MN.view(*x.shape[:-1], weight.shape[0])
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 // Products of more rows. Lanes of a register are rows of x, which lies in memory in that order: of R rows at once each
 // has a lane, or two where that fills a register. Weights are decoded for some outputs at a time and broadcast, four
-// bytes to a lane: one in fp32, two in bf16 or four bytes, where the CPU adds up their products in one instruction.
+// bytes to a lane: one in fp32, two in bf16, or bytes: four, or two in 16 bits where that takes an instruction less
+// (no VNNI) and pays for decoding them (more than 8 rows).
 
 #ifdef __AVX512F__
 #define SUMS 16 // registers of sums
@@ -13,9 +14,10 @@
 #define DECODED 48                    // outputs decoded together
 #define DEPTH 512                     // inputs of them
 #define ROOM(lanes) (DECODED * ((lanes) + DEPTH / SPAN + DEPTH)) // floats for sums, scales and weights
-#define EACH_OF(form) ((form) == SPANS ? 4 : (form) == WORDS ? 2 : 1) // inputs in four bytes
-// Bytes of a span of R rows: inputs, factors, what OFFSET adds.
-#define SPAN_BYTES(form, R) (SPAN * (R) * 4 / EACH_OF(form) + ((form) == SPANS ? 8 * LANES(R) : 0))
+#define SHORTS(R) (!OFFSET && (R) > 8)
+#define EACH_OF(form, R) ((form) == SPANS && !SHORTS(R) ? 4 : (form) == FLOATS ? 1 : 2) // inputs in four bytes
+#define INPUTS(form, R) (SPAN * (R) * 4 / EACH_OF(form, R)) // bytes of a span of R rows; behind them SPANS have
+#define SPAN_BYTES(form, R) (INPUTS(form, R) + ((form) == SPANS ? 8 * LANES(R) : 0)) // factors, what OFFSET adds
 
 // Four bytes at a time of row r, of R, to its lanes.
 INLINE void to_lanes(const int R, const void *row, long words, long r, char *to) {
@@ -23,11 +25,19 @@ INLINE void to_lanes(const int R, const void *row, long words, long r, char *to)
   for (long i = 0; i < words; i += each) memcpy(to + (i * R + r * each) * 4, (const char *)row + 4 * i, 4 * each);
 }
 
+INLINE void put_bytes(const int shorts, const int8_t *from, int n, char *to) {
+  for (int i = 0; i < n; i++)
+    if (shorts) ((int16_t *)to)[i] = from[i];
+    else to[i] = from[i];
+}
+
 // Rows of bytes, a GROUP, to their spans.
 INLINE void group_to_lanes(const int R, const int8_t *row, long r, char *to) {
   for (int s = 0; s < SIZE; s += SPAN / 2, to += SPAN_BYTES(SPANS, R)) {
-    float *factors = (float *)(to + SPAN * R);
-    EACH(i, 2) to_lanes(R, row + i * SIZE + s, SPAN / 8, r, to + i * SPAN / 2 * R);
+    float *factors = (float *)(to + INPUTS(SPANS, R));
+    char span[2 * SPAN];
+    EACH(i, 2) put_bytes(SHORTS(R), row + i * SIZE + s, SPAN / 2, span + i * (SHORTS(R) ? SPAN : SPAN / 2));
+    to_lanes(R, span, SPAN / EACH_OF(SPANS, R), r, to);
     EACH(i, LANES(R) / R) factors[r * LANES(R) / R + i] = ((float *)(row + 2 * SIZE))[s / 4] / 127;
   }
 }
@@ -57,22 +67,24 @@ INLINE void in_lanes(const int R, const enum form form, const matrix *w, const u
     for (long s = 0; form == SPANS && s < step; s += SPAN)
       EACH(v, LANES(R) / W) {
         char *of = to + s / SPAN * size;
-        store(of + SPAN * R + 4 * LANES(R) + v * SIZE, offset_of(of + v * SIZE, SPAN * R / 4 / LANES(R), 4 * LANES(R)));
+        ints added = offset_of(of + v * SIZE, SPAN * R / 4 / LANES(R), 4 * LANES(R));
+        store(of + INPUTS(SPANS, R) + 4 * LANES(R) + v * SIZE, added);
       }
   }
 }
 
-INLINE ints times(const enum form form, ints acc, ints w, ints x) {
-  return form == SPANS ? dot_bytes(acc, w, x) : form == WORDS ? dot_words(acc, w, x) : add_product(acc, w, x);
+INLINE ints times(const int R, const enum form form, ints acc, ints w, ints x) {
+  if (form == SPANS) return SHORTS(R) ? dot_shorts(acc, w, x) : dot_bytes(acc, w, x);
+  return form == WORDS ? dot_words(acc, w, x) : add_product(acc, w, x);
 }
 
 // y [TILE, next] += x [K, LANES]^T w^T; w's rows are `apart`, `scales` [TILE, DEPTH / SPAN] those of the weight; a
 // span's products are summed apart: less rounding. Meanwhile TILE rows of `each` bytes, `far` apart, are fetched.
 INLINE void tile(const int R, const enum form form, const char *x, const char *w, long apart, const float *scales,
                  long K, float *y, long next, const char *fetched, long each, long far) {
-  const int words = SPAN / EACH_OF(form), both = LANES(R) > R, T = TILE(R), registers = LANES(R) / W;
+  const int words = SPAN / EACH_OF(form, R), both = LANES(R) > R, T = TILE(R), registers = LANES(R) / W;
   for (long k = 0; k < K; k += SPAN, w += words * 4, scales++) {
-    const char *factors = x + SPAN * R;
+    const char *factors = x + INPUTS(form, R);
     ints sums[SUMS], of[2];
     EACH(i, SUMS) sums[i] = form == SPANS ? load(factors + (registers + i % registers) * SIZE) : BITS(setzero)();
     int some = form == SPANS || K - k >= SPAN ? words : words / 2;
@@ -81,7 +93,7 @@ INLINE void tile(const int R, const enum form form, const char *x, const char *w
       EACH(n, T) {
         const char *at = w + n * apart + 4 * q;
         ints all = both ? bytes8(at) : (ints)all_of(*(const float *)at);
-        EACH(v, registers) sums[n * registers + v] = times(form, sums[n * registers + v], all, of[v]);
+        EACH(v, registers) sums[n * registers + v] = times(R, form, sums[n * registers + v], all, of[v]);
       }
     }
     EACH(i, SUMS) {
@@ -99,19 +111,21 @@ INLINE void tile(const int R, const enum form form, const char *x, const char *w
 }
 
 // Inputs k to k + depth of output n as bytes in the order of `round_row`, with a scale for each span.
-INLINE void decode_bytes(const enum kind kind, const matrix *w, ints table, long n, long k, long depth, char *to,
-                         float *scales) {
+INLINE void decode_bytes(const enum kind kind, const int shorts, const matrix *w, ints table, long n, long k,
+                         long depth, char *to, float *scales) {
   const float *of = w->scales;
   long e = n * w->K + k;
   for (long i = 0; i < up_to(depth, 2 * SIZE); i += SPAN, scales++)
     if (kind == BYTES) *scales = of[n];
     else *scales = i >= depth ? 0 : w->nested ? scale(w, n, e + i) : of[(e + i) >> w->shift];
-  for (long i = 0; i < depth; i += 2 * SIZE, to += 2 * SIZE) {
+  for (long i = 0; i < depth; i += 2 * SIZE, to += 2 * SIZE * (shorts ? 2 : 1)) {
     uint8_t rest[2 * SIZE] = {0};
     const uint8_t *at = address(kind, w, e + i);
     if (depth - i < 2 * SIZE) at = memcpy(rest, at, address(kind, w, e + depth) - at); // the row's end
     two is = kind == ROUNDED ? rounded_codes(table, at) : (two){signed_bytes(at), signed_bytes(at + SIZE)};
-    store_spans(to, is.even, is.odd);
+    int8_t plain[2 * SIZE];
+    store_spans(shorts ? (char *)plain : to, is.even, is.odd);
+    if (shorts) put_bytes(1, plain, 2 * SIZE, to);
   }
 }
 
@@ -119,7 +133,7 @@ INLINE void decode_bytes(const enum kind kind, const matrix *w, ints table, long
 // decoded weights and scales. As many outputs behind them are fetched.
 INLINE void outputs_of(const int R, const enum form form, const matrix *w, long n, long some, const char *x,
                        long groups, long each, float *sums, long next, char *room) {
-  const long apart = DEPTH * 4 / EACH_OF(form), bytes = address(w->kind, w, SPAN) - address(w->kind, w, 0);
+  const long apart = DEPTH * 4 / EACH_OF(form, R), bytes = address(w->kind, w, SPAN) - address(w->kind, w, 0);
   float *scales = (float *)(room + DECODED * apart);
   ints table = w->kind == ROUNDED ? rounded_table(w) : BITS(setzero)();
   memset(sums, 0, up_to(some, TILE(R)) * next * 4);
@@ -127,8 +141,10 @@ INLINE void outputs_of(const int R, const enum form form, const matrix *w, long 
     long depth = w->K - k < DEPTH ? w->K - k : DEPTH, all = form == SPANS ? up_to(depth, 2 * SIZE) : depth;
     for (long i = 0; i < some; i++) {
       long e = (n + i) * w->K + k;
-      if (w->kind >= CODES) _mm_prefetch(scale_at(w, e + some * w->K), _MM_HINT_T0);
-#define BYTES_OF(kind) decode_bytes(kind, w, table, n + i, k, depth, room + i * apart, scales + i * (DEPTH / SPAN))
+      long block = (e + some * w->K) >> w->shift;
+      if (w->kind >= CODES) _mm_prefetch((const char *)w->scales + block * (w->nested ? 1 : 4), _MM_HINT_T0);
+#define BYTES_OF(kind) \
+  decode_bytes(kind, SHORTS(R), w, table, n + i, k, depth, room + i * apart, scales + i * (DEPTH / SPAN))
       if (form == SPANS) w->kind == ROUNDED ? BYTES_OF(ROUNDED) : BYTES_OF(BYTES);
       else if (form == WORDS) memcpy(room + i * apart, address(HALVES, w, e), 2 * depth);
       else decode(w, n + i, k, depth, EVENS_FIRST, room + i * apart);
@@ -188,11 +204,9 @@ static void product_in_lanes(long M, const matrix *w, const inputs *in, int fp32
 // Sums [DECODED, next] of some outputs to rows of y, from output n on, with the bias.
 static void put_rows(const matrix *w, const float *sums, long next, long n, long M, uint16_t *y) {
   long some = w->N - n < DECODED ? w->N - n : DECODED;
-  ints lanes = lanes_times(next);
   for (long m = 0; m < M; m++) {
     float row[DECODED];
-    for (long i = 0; i < DECODED; i += W) V(storeu_ps)(row + i, gather(sums + i * next + m, lanes));
-    for (long i = 0; i < some && w->bias; i++) row[i] += whole(w->bias[n + i]);
+    for (long i = 0; i < some; i++) row[i] = sums[i * next + m] + (w->bias ? whole(w->bias[n + i]) : 0);
     store_all(y + m * w->N + n, row, some);
   }
 }
@@ -201,7 +215,7 @@ static void put_rows(const matrix *w, const float *sums, long next, long n, long
 void many_rows(const uint16_t *x, const matrix *w, uint16_t *y, char *room, long M, int threads) {
   long N = w->N, K = w->K, groups = up_to(M, ROWS_AT_ONCE) / ROWS_AT_ONCE, next = groups * ROWS_AT_ONCE + W;
   long each = ROWS_AT_ONCE * up_to(K, 128) * 4;
-  int bytes = OFFSET && form_of(w, 0) == SPANS;
+  int bytes = form_of(w, 0) == SPANS;
 #pragma omp parallel num_threads(threads)
   {
     float *sums = aligned_alloc(64, ROOM(next) * 4);

@@ -7,7 +7,6 @@
 #include "inputs.c"
 #include "rows.c"
 #include "product.c"
-#include "tiles.c"
 #include "attention.c"
 
 typedef struct {

@@ -22,7 +22,6 @@ typedef __m512d doubles;
 INLINE ints words_of_bytes(const void *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
 INLINE ints words_of_halves(const void *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
 INLINE void store_halves(void *p, ints words) { _mm256_storeu_si256(p, _mm512_cvtepi32_epi16(words)); }
-INLINE floats nearest(floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE float sum(floats v) { return _mm512_reduce_add_ps(v); }
 INLINE float largest(floats v) { return _mm512_reduce_max_ps(v); }
 INLINE floats half_each(float a, float b) { return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(a), _mm512_set1_ps(b)); }
@@ -30,7 +29,6 @@ typedef struct { floats low, high; } table; // of 16 floats: all in the first re
 INLINE floats look_up(table t, ints i) { return _mm512_permutexvar_ps(i, t.low); } // by the low four bits
 INLINE ints bytes8(const void *p) { return _mm512_set1_epi64(*(const long long *)p); }
 INLINE ints bytes16(const void *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(p)); }
-INLINE floats gather(const float *p, ints at) { return _mm512_i32gather_ps(at, p, 4); }
 INLINE void store_spans(char *p, ints a, ints b) { // 32 bytes of each, and again
   _mm512_storeu_si512(p, _mm512_shuffle_i64x2(a, b, 0x44));
   _mm512_storeu_si512(p + 64, _mm512_shuffle_i64x2(a, b, 0xee));
@@ -49,7 +47,6 @@ INLINE ints words_of_halves(const void *p) { return _mm256_cvtepu16_epi32(_mm_lo
 INLINE void store_halves(void *p, ints words) { // of 16 bits
   _mm_storeu_si128(p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08)));
 }
-INLINE floats nearest(floats v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #define HALVED(op, v) \
   __m128 four = op(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); \
   four = op(four, _mm_movehl_ps(four, four)); \
@@ -64,7 +61,6 @@ INLINE floats look_up(table t, ints i) { // by the low three bits, and bit 3 shi
 }
 INLINE ints bytes8(const void *p) { return _mm256_set1_epi64x(*(const long long *)p); }
 INLINE ints bytes16(const void *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(p)); }
-INLINE floats gather(const float *p, ints at) { return _mm256_i32gather_ps(p, at, 4); }
 INLINE void store_spans(char *p, ints a, ints b) {
   _mm256_storeu_si256((ints *)p, a);
   _mm256_storeu_si256((ints *)(p + 32), b);
@@ -95,11 +91,6 @@ INLINE ints load(const void *p) {
 }
 INLINE void store(void *p, ints v) { memcpy(p, &v, SIZE); }
 INLINE floats all_of(float value) { return V(set1_ps)(value); }
-INLINE ints lanes_times(long step) { // lane i: i * step
-  int at[W];
-  for (int i = 0; i < W; i++) at[i] = i * step;
-  return load(at);
-}
 
 // ---- bf16: what is in memory; numbers are what it is multiplied by ----
 
@@ -206,6 +197,11 @@ INLINE ints dot_bytes(ints acc, ints w, ints x) {
   return acc;
 }
 #endif
+INLINE ints dot_shorts(ints acc, ints w, ints x) { // of pairs in 16 bits
+  ints two;
+  __asm__("vpmaddwd %3, %2, %1\n vpaddd %1, %0, %0" : "+v"(acc), "=&v"(two) : "v"(w), "vm"(x));
+  return acc;
+}
 // What OFFSET adds in sums of n registers of x, less than nothing.
 INLINE ints offset_of(const void *x, int n, long apart) {
   ints all = BITS(setzero)();
@@ -230,13 +226,13 @@ INLINE float magnitude(const float *x, long n) {
 // e^x to 2e-7 of itself, 0 below -88 and infinite above 88.7: 2^n times a polynomial of what is left.
 INLINE floats exponential(floats x) {
   x = V(min_ps)(all_of(88.8f), V(max_ps)(all_of(-88.f), x)); // of two, what is no number is kept where it is second
-  floats n = nearest(V(mul_ps)(x, all_of(1.44269504f)));
+  ints power = V(cvtps_epi32)(V(mul_ps)(x, all_of(1.44269504f))); // the nearest
+  floats n = V(cvtepi32_ps)(power);
   floats r = V(fnmadd_ps)(n, all_of(1.42860677e-6f), V(fnmadd_ps)(n, all_of(0.693145752f), x));
   floats p = all_of(1.f / 720);
   const float more[] = {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1, 1};
   EACH(i, 6) p = V(fmadd_ps)(p, r, all_of(more[i]));
-  ints power = V(slli_epi32)(V(add_epi32)(V(cvtps_epi32)(n), V(set1_epi32)(127)), 23);
-  return V(mul_ps)(p, (floats)(power));
+  return V(mul_ps)(p, (floats)V(slli_epi32)(V(add_epi32)(power, V(set1_epi32)(127)), 23));
 }
 
 // Numbers x [n] become e^(scale x), each as a share of the largest; returns their sum. n in whole Ws.

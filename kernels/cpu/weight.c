@@ -29,10 +29,6 @@ static inline float scale(const matrix *w, long n, long e) {
   return w->dynamic[((const uint8_t *)w->scales)[block]] * w->nested[group] + w->nested[w->groups + group];
 }
 
-INLINE const char *scale_at(const matrix *w, long e) { // of codes
-  return (const char *)w->scales + (e >> w->shift) * (w->nested ? 1 : 4);
-}
-
 // Scales of the blocks that output n is in, as if block 0 of the weight were there: where they are, or in `room`.
 static const float *scales_of(const matrix *w, long n, float *room) {
   long first = n * w->K >> w->shift, last = ((n + 1) * w->K - 1) >> w->shift, size = w->nested ? 1 : 4;

@@ -82,7 +82,7 @@ class Linear8bit(FewBits):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = cpu.multiply_all(x, self.for_cpu(), bias)
+        y = cpu.multiply(x, self.for_cpu(), bias)
         return F.linear(x, self.dequantize(x.dtype), bias) if y is None else y
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -180,7 +180,7 @@ class Linear4bit(FewBits):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if x.is_cpu and x.dtype == torch.bfloat16 and (y := cpu.multiply_all(x, self.for_cpu(), bias)) is not None:
+        if x.is_cpu and x.dtype == torch.bfloat16 and (y := cpu.multiply(x, self.for_cpu(), bias)) is not None:
             return y
         parts = self.weight, self.absmax, self.nested, self.dynamic
         return nf4_matmul(x, *parts, bias, self.out_features, self.quant_type, self.blocksize)
