@@ -29,6 +29,7 @@ from minillava.media.sources import OwnSources
 IDS = ("id", "question_id", "custom_id")
 PROMPTS = ("messages", "prompt", "text", "question")
 LENGTHS = ("max_new_tokens", "max_completion_tokens", "max_tokens")
+LENGTH = "the length"  # one of them
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 AHEAD = 4  # rows for each slot that are prepared, or wait for an earlier one's answer
 
@@ -141,19 +142,21 @@ def asked(engine: Engine, given: Any, number: int, how: Request, sources: OwnSou
     prompt = next((body[key] for key in PROMPTS if body.get(key) is not None), None)
     if not isinstance(prompt, str | list) or not prompt:
         raise UserError(f"no question; give {', '.join(PROMPTS)}")
-    own = {key: body[key] for key in SAMPLED if body.get(key) is not None}
-    length = next((body[key] for key in LENGTHS if body.get(key) is not None), how.max_new_tokens)
+    numbers = {key: body[key] for key in SAMPLED if body.get(key) is not None}
+    numbers[LENGTH] = next((body[key] for key in LENGTHS if body.get(key) is not None), how.max_new_tokens)
     stop = body.get("stop") or how.stop
     stop = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
         raise UserError(f"stop is {stop!r:.40}; use a text or a list of texts")
-    for key, value in {**own, "the length": length}.items():
+    for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{key} is {value!r:.40}; use a number")
-        if key in ("seed", "top_k", "the length") and value != value // 1:
-            raise UserError(f"{key} is {value}; use a whole number")
+        if key in ("seed", "top_k", LENGTH):
+            if value != value // 1:
+                raise UserError(f"{key} is {value}; use a whole number")
+            numbers[key] = int(value)
     sampling = replace(how.sampling, seed=how.sampling.seed + number)
-    how = replace(how, max_new_tokens=int(length), sampling=replace(sampling, **own), stop=tuple(stop))
+    how = replace(how, max_new_tokens=numbers.pop(LENGTH), sampling=replace(sampling, **numbers), stop=tuple(stop))
     images, videos = ([*_several(body, f"{kind}s"), *_several(body, kind)] for kind in ("image", "video"))
     return request_of(engine.config.chat, prompt, images, videos, sources, how)
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from minillava.errors import UserError
 
+TINY = 1e-30  # a temperature below makes of logits what float32 cannot hold; here sampling is greedy already
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -31,11 +33,11 @@ class Sampling:
         """Raises UserError for a value out of its range."""
         penalty = 1 if self.repetition_penalty is None else self.repetition_penalty
         for name, fits, use in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("temperature", 0 <= self.temperature <= 1 / TINY, f"0 (greedy) to {1 / TINY:g}"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (no bound) or more"),
+            ("top_k", 0 <= self.top_k < 2**63, "0 (no bound) or more, in 64 bits"),
             ("min_p", 0 <= self.min_p <= 1, "0 (no bound) to 1"),
-            ("repetition_penalty", 0 < penalty < float("inf"), "1 (none), or more than 0"),
+            ("repetition_penalty", TINY <= penalty <= 1 / TINY, f"1 (none), or {TINY:g} to {1 / TINY:g}"),
             ("seed", -(2**63) <= self.seed < 2**64, "a number that fits 64 bits"),  # what torch.Generator takes
         ):
             if not fits:
@@ -68,13 +70,14 @@ class Sampler:
             generator = torch.Generator().manual_seed(sampling.seed)
             self.draws_BN[slot, :steps] = torch.empty(steps).uniform_(generator=generator).to(self.draws_BN.device)
         cuts = (sampling.top_p, sampling.top_k or 2**31, sampling.min_p)
-        values = (0, kind, sampling.temperature or 1.0, *cuts)
+        values = (0, kind, max(sampling.temperature or 1.0, TINY), *cuts)
         for state_B, value in zip(self.state[1:], values):
             state_B[slot] = value
         return kind
 
-    def __call__(self, logits_BV: Tensor, rows: slice, kinds: Set[int]) -> Tensor:
-        """Tokens [B] for the slots `rows`, among which no other kinds than these are; every call is the next step."""
+    def __call__(self, logits_BV: Tensor, rows: slice, kinds: Set[int], live_B: Tensor | int = 1) -> Tensor:
+        """Tokens [B] for the slots `rows`, among which no other kinds than these are; every call is the next step of
+        those that are live."""
         tokens_B = logits_BV.argmax(-1)
         if not kinds - {ARGMAX}:
             return tokens_B
@@ -93,7 +96,7 @@ class Sampler:
             p_BV = p_BV.masked_fill(p_BV < self.min_p_B[rows, None] * p_BV[:, :1], 0.0)
             drawn_B = order_BV.gather(1, _invert(p_BV, draw_B1)[:, None]).squeeze(1)
             tokens_B = torch.where(kind_B == CUT, drawn_B, tokens_B)
-        used_B += 1
+        used_B += live_B
         return tokens_B
 
     def move(self, to: int, slot: int) -> None:

@@ -58,13 +58,14 @@ class Slots:
         self.penalty_B[slot] = 1.0
 
     def allow(self, slot: int, allowed_V: Tensor) -> None:
-        """Only these tokens may come next in `slot`, and none behind the last that `allowed_V` tells of."""
+        """Only these tokens may come next in `slot`, and none behind the last that `allowed_V` tells of; it may tell of
+        more than the model has."""
+        size = self.model.config.decoder.vocab_size
         if self.allowed_BV is None:
-            size = self.model.config.decoder.vocab_size
             self.allowed_BV = torch.ones(self.rows, size, dtype=torch.bool, device=self.device)
             self.graphs.clear()  # captured without a mask
         self.allowed_BV[slot] = False
-        self.allowed_BV[slot, : len(allowed_V)] = allowed_V.to(self.device)
+        self.allowed_BV[slot, : len(allowed_V)] = allowed_V[:size].to(self.device)
 
     def penalise(self, slot: int, ids: Sequence[int], penalty: float) -> None:
         """Tokens of the prompt `ids`, and those that come in `slot`, are made less likely."""
@@ -100,7 +101,7 @@ class Slots:
             logits_BV = penalised(logits_BV, self.seen_BV[rows], self.penalty_B[rows])
         if self.allowed_BV is not None:
             logits_BV = logits_BV.masked_fill(~self.allowed_BV[rows], float("-inf"))
-        new_B = self.sampler(logits_BV, rows, kinds)
+        new_B = self.sampler(logits_BV, rows, kinds, live_B)
         tokens_B.copy_(torch.where(live_B, new_B, tokens_B))
         if self.seen_BV is not None:
             seen_BV, where_B1 = self.seen_BV[rows], tokens_B[:, None]

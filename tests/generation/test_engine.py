@@ -213,14 +213,23 @@ def test_sampling_draws_from_the_distribution():
 
 
 def test_temperature_near_zero_is_greedy(engine):
-    cold = request(max_new_tokens=12, sampling=Sampling(temperature=1e-5))
-    first, second = engine.generate([request(max_new_tokens=12), cold])
-    assert first.token_ids == second.token_ids
+    cold = [request(max_new_tokens=12, sampling=Sampling(temperature=t)) for t in (1e-5, 1e-38, 1e-46, 1e-100)]
+    first, *others = engine.generate([request(max_new_tokens=12), *cold])
+    assert all(first.token_ids == other.token_ids for other in others)
 
 
 @pytest.mark.parametrize(
     "options",
-    [dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_p=0.0), dict(top_p=1.5), dict(top_k=-1)],
+    [
+        dict(temperature=-1.0),
+        dict(temperature=float("nan")),
+        dict(temperature=1e39),
+        dict(top_p=0.0),
+        dict(top_p=1.5),
+        dict(top_k=-1),
+        dict(top_k=2**63),
+        dict(repetition_penalty=1e39),
+    ],
 )
 def test_sampling_out_of_range_is_refused(engine, options):
     with pytest.raises(UserError, match=next(iter(options))):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -61,12 +62,15 @@ def test_every_form_is_answered_as_alone_and_mistakes_stay_in_place(world, capsy
         {"id": "8", "prompt": text, "temperature": "hot"},
         {"custom_id": "nine", "body": {"messages": "?", "n": 3}},
         {"id": "10", "prompt": "why " * 5000},
-        {"id": "11", "images": ["0.png", "1.png"], "prompt": "What is different?", "temperature": 1.0, "seed": 3},
+        {"id": "11", "images": ["0.png", "1.png"], "prompt": "What is different?", "temperature": 1.0, "seed": 3.0},
+        *({"id": "12", "prompt": text, "seed": 1, "temperature": 1.0, **wrong} for wrong in
+          ({"temperature": 1e39}, {"temperature": 10**400}, {"top_k": 1e30}, {"seed": 1e20},
+           {"repetition_penalty": 1e39})),
     ]  # fmt: skip
     out = world / "forms.out.jsonl"
     assert jobs(write(world / "forms.jsonl", rows), out, "--slots", 3, "--max-new-tokens", 20) == 1
     found, printed = read(out), capsys.readouterr().out
-    assert "5 answered, 6 with an error" in printed and len(found) == len(rows)
+    assert "5 answered, 11 with an error" in printed and len(found) == len(rows)
     model = LLaVA.from_pretrained("nano", dtype="float32")
     alone = model.generate(text, str(world / "0.png"), 20)
     assert [row["text"] for row in found[:3]] == [alone.text] * 3 and [row["id"] for row in found[:3]] == [
@@ -82,6 +86,7 @@ def test_every_form_is_answered_as_alone_and_mistakes_stay_in_place(world, capsy
         assert words in row["error"] and "text" not in row
     assert found[8]["response"] is None and "one answer" in found[8]["error"]["message"]
     assert "context" in found[9]["error"]
+    assert all(re.search("^(temperature|top_k|seed|repetition_penalty) is .*; use", r["error"]) for r in found[11:])
     shown = [str(world / "0.png"), str(world / "1.png")]
     assert found[10]["text"] == model.generate("What is different?", shown, 20, temperature=1.0, seed=3).text
 

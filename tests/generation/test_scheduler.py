@@ -12,6 +12,7 @@ from minillava.generation.engine import Engine, Request
 from minillava.generation.memory import BLOCK, Memory
 from minillava.generation.sampling import Sampling
 from minillava.generation.scheduler import Scheduler
+from minillava.generation.slots import Slots
 from minillava.layers.quantize import Linear4bit
 from minillava.layers.scheme import Scheme
 from minillava.media.visual import media
@@ -171,6 +172,38 @@ def test_blocks_leave_from_the_end_of_what_was_used_least(engine):
     assert again.reused == BLOCK and again.token_ids == row.token_ids
 
 
+def test_of_equal_requests_the_one_that_is_cancelled_leaves(engine):
+    """They are compared as what they are, not by what they hold: pictures have no truth value."""
+    scheduler = scheduler_of(engine, rows=1)
+    rows = [submit(scheduler, ask("what?", [pixels(1)], max_new_tokens=9)) for _ in range(4)]
+    scheduler.step()
+    scheduler.cancel(rows[2])
+    assert [id(row) for row in scheduler.waiting] == [id(rows[1]), id(rows[3])]
+
+
+def test_slots_that_a_graph_takes_along_keep_their_random_numbers(engine, monkeypatch):
+    """On a GPU three rows take a step of four slots: the fourth, where nobody is or a prompt enters by parts, does not
+    move on. Without a GPU the same step runs plainly."""
+
+    def launch(slots, n):
+        slots.step(min(1 << (n - 1).bit_length(), slots.rows), frozenset(slots.kinds[:n]))
+        slots.pending.append((slots.tokens_B[:n].clone(), None))
+
+    asked = [ask(text, max_new_tokens=40, sampling=Sampling(1.0, seed=i)) for i, text in enumerate(("a", "b", "c"))]
+    late = ask(LONG, max_new_tokens=9, sampling=Sampling(1.0, seed=7))
+    alone = [engine.generate([request])[0].token_ids for request in (*asked, late)]
+    monkeypatch.setattr(Slots, "launch", launch)
+    scheduler = scheduler_of(engine, chunk=1000, capacity=120)
+    for _ in range(4):  # more steps than there are numbers for a row
+        assert [row.token_ids for row in finish(scheduler, *asked)] == alone[:3]
+    rows = [submit(scheduler, request) for request in asked]
+    scheduler.step()
+    scheduler.chunk = 5
+    rows.append(submit(scheduler, late))
+    finish(scheduler)
+    assert [row.token_ids for row in rows] == alone
+
+
 def test_what_can_never_fit_is_refused(engine):
     with pytest.raises(ValueError, match="do not fit a slot of 20"):
         submit(scheduler_of(engine, capacity=20), ask(LONG))
@@ -192,13 +225,13 @@ def test_logprobs_are_those_of_the_whole_model(engine):
 
 
 class Counting:
-    """A grammar: 20, 21, 22, ... and nothing else."""
+    """A grammar: 20, 21, 22, ... and nothing else; it tells of so many tokens, or of those up to the next."""
 
-    def __init__(self):
-        self.next = 20
+    def __init__(self, size=0):
+        self.next, self.size = 20, size
 
     def allowed(self):
-        return torch.arange(self.next + 1) == self.next
+        return torch.arange(self.size or self.next + 1) == self.next
 
     def advance(self, id):
         assert id == self.next
@@ -208,10 +241,12 @@ class Counting:
 def test_a_grammar_bounds_its_own_row_alone(engine):
     plain = [ask("what?", max_new_tokens=8), ask("red", max_new_tokens=5, sampling=Sampling(1.0, seed=3))]
     alone = [engine.generate([request])[0].token_ids for request in plain]
-    bound = ask("what?", max_new_tokens=7, grammar=Counting(), sampling=Sampling(1.0, top_p=0.5))
-    rows = finish(scheduler_of(engine), plain[0], bound, plain[1])
-    assert [rows[0].token_ids, rows[2].token_ids] == alone
-    assert rows[1].token_ids == list(range(20, 27))
+    words = engine.config.decoder.vocab_size
+    for size in (0, words - 3, words, words + 3):  # a tokenizer may have more tokens than the model, or fewer
+        bound = ask("what?", max_new_tokens=7, grammar=Counting(size), sampling=Sampling(1.0, top_p=0.5))
+        rows = finish(scheduler_of(engine), plain[0], bound, plain[1])
+        assert [rows[0].token_ids, rows[2].token_ids] == alone
+        assert rows[1].token_ids == list(range(20, 27))
 
 
 def test_stop_strings_of_one_request_are_its_own(engine):
