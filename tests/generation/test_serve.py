@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -25,7 +26,7 @@ from serving import PICTURES, Served, alone, servers, turn  # noqa: E402
 
 from minillava.generation.serve import app as http_side  # noqa: E402
 from minillava.generation.serve.app import Access  # noqa: E402
-from minillava.generation.serve.running import Limits  # noqa: E402
+from minillava.generation.serve.running import Failed, Limits, Running  # noqa: E402
 from minillava.media.sources import Sources, decode_data_url, public_address  # noqa: E402
 
 
@@ -265,6 +266,59 @@ def test_a_failing_model_fails_its_requests_and_goes_on(own, engine):
         server.client().chat.completions.create(model="tiny", messages=turn("what?"))
     found = server.client().chat.completions.create(model="tiny", messages=turn("why?"), temperature=0, max_tokens=8)
     assert found.choices[0].message.content == alone(engine, "why?", max_new_tokens=8).text
+
+
+def test_a_call_that_fails_or_is_given_up_costs_the_server_nothing(served):
+    """Whatever it raises: its own client hears of it. One whose client has gone is not begun."""
+
+    async def calls():
+        running, begun, gate = served.running, [], threading.Event()
+        waiting = asyncio.create_task(running.call(gate.wait))
+        given_up = asyncio.create_task(running.call(lambda: begun.append(1)))
+        await asyncio.sleep(0.05)
+        given_up.cancel()
+        await asyncio.sleep(0.05)
+        gate.set()
+        await waiting
+        for wrong, words in (
+            (lambda: {}[7], "7"),
+            (lambda: [][0], "out of range"),
+            (lambda: next(iter([])), "StopIteration"),
+        ):
+            with pytest.raises(Failed, match=words):
+                await asyncio.wait_for(running.call(wrong), 10)
+        return begun
+
+    assert asyncio.run(calls()) == [] and served.running.thread.is_alive()
+    status, text = served.call("GET", "/health")
+    assert (status, json.loads(text)) == (200, {"status": "ok"})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_who_comes_while_the_engine_ends_does_not_wait_for_ever(engine):
+    """Its thread is still there, but has looked for requests a last time."""
+    running, ended, gate = Running(engine, Limits(slots=1)), threading.Event(), threading.Event()
+
+    def fail():
+        raise KeyError("a fault")
+
+    async def late():
+        row = await asyncio.to_thread(running.scheduler.row, Request(raw="red", max_new_tokens=2))
+        with pytest.raises(Failed):
+            async for _ in running.answer(row):
+                pass
+        await asyncio.to_thread(ended.wait, 10)
+        for ask in (running.answer(row).__anext__, lambda: running.call(lambda: 1)):
+            with pytest.raises(Failed, match="has stopped"):
+                await asyncio.wait_for(ask(), 10)
+
+    running.scheduler.step = fail
+    running.on_fault = lambda reason: (ended.set(), gate.wait(30))
+    try:
+        asyncio.run(late())
+    finally:
+        gate.set()
+    running.thread.join(10)
 
 
 # ---- pictures from elsewhere ----

@@ -29,6 +29,10 @@ class Busy(Exception):
 class Failed(Exception):
     """The model could not be run: no memory, or a fault."""
 
+    @classmethod
+    def by(cls, error: Exception) -> Failed:
+        return cls((str(error) or repr(error)).splitlines()[0])
+
 
 @dataclass(eq=False)
 class Ticket:
@@ -74,10 +78,8 @@ class Running:
     async def answer(self, row: Row) -> AsyncGenerator[str | Answer, None]:
         """The text piece by piece, then the Answer. Whoever stops listening (`aclose`) cancels the row."""
         ticket, ended = Ticket(row, asyncio.get_running_loop()), False
-        if not self.thread.is_alive():
-            raise Failed("the engine has stopped")
-        self._commands.put(lambda: self._submit(ticket))
         try:
+            self._put(lambda: self._submit(ticket))
             while not ended:
                 event = await ticket.events.get()
                 ended = not isinstance(event, str)
@@ -93,15 +95,22 @@ class Running:
         done: Future[T] = Future()
 
         def run() -> None:
+            if not done.set_running_or_notify_cancel():  # nobody waits for it any more
+                return
             try:
                 done.set_result(function())
-            except (UserError, RuntimeError) as error:
-                done.set_exception(error if isinstance(error, UserError) else Failed(str(error).splitlines()[0]))
+            except Exception as error:  # noqa: BLE001 (whatever it is, requests that run have no part in it)
+                done.set_exception(error if isinstance(error, UserError) else Failed.by(error))
 
-        if not self.thread.is_alive():
-            raise Failed("the engine has stopped")
-        self._commands.put(run)
+        self._put(run)
         return await asyncio.wrap_future(done)
+
+    def _put(self, command: Callable[[], None]) -> None:
+        """For the engine's thread. Raises Failed if it may never get to it: it takes what is there once it stops, and
+        nothing after that."""
+        self._commands.put(command)
+        if self._stopping:
+            raise Failed("the engine has stopped")
 
     async def stop(self) -> None:
         """No more requests; returns when those that run are finished."""
@@ -143,7 +152,7 @@ class Running:
         try:
             events = self.scheduler.step()
         except RuntimeError as error:  # out of memory, say: these requests fail, the server goes on
-            self._abandon(Failed(str(error).splitlines()[0]))
+            self._abandon(Failed.by(error))
             return
         for row, piece in events:
             ticket = self._tickets.get(id(row))
