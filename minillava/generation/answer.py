@@ -63,7 +63,8 @@ class AnswerText:
         size = len(text)
         if not end:  # what can be shown whatever comes next
             for stop in self.stops:
-                size = min(size, next((at for at in range(len(text)) if stop.startswith(text[at:])), size))
+                places = range(max(0, len(text) - len(stop) + 1), len(text))
+                size = min(size, next((at for at in places if stop.startswith(text[at:])), size))
             size = len(text[:size].rstrip()) if self.strip else size
         self.waiting, text = text[size:], text[:size]
         if self.strip:

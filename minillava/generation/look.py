@@ -27,6 +27,7 @@ from minillava.layers.tensor_parallel import is_shared
 from minillava.media.visual import Media, Visual
 from minillava.processor import Example
 
+Heads = Literal["mean", "max"]
 Box = tuple[float, float, float, float]  # left, top, right, bottom, where the picture is 0 to 1
 WHOLE: Box = 0.0, 0.0, 1.0, 1.0
 DARK, GLOW = 0.6, np.array((235, 138, 37), np.float32)  # what is left of the picture, and what lies over it: the page's
@@ -42,11 +43,12 @@ class Look:
 
 
 class WatchingCache(KVCache):
-    """Keeps the weights [L, H, Q, S] of the last `queries` positions of a pass over one sequence."""
+    """Keeps the weights [S] of each layer in a pass over one sequence: the mean of its last `queries` positions and of
+    all heads, or of the strongest. One by one they would be gigabytes for a long answer."""
 
-    def __init__(self, config: ModelConfig, capacity: int, queries: int, like: Tensor):
+    def __init__(self, config: ModelConfig, capacity: int, queries: int, heads: Heads, like: Tensor):
         super().__init__(config.decoder, 1, capacity, like.device, like.dtype)
-        self.queries, self.weights = queries, list[Tensor]()
+        self.queries, self.heads, self.weights = queries, heads, list[Tensor]()
 
     def attend(
         self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Sequence[int] | None
@@ -57,7 +59,9 @@ class WatchingCache(KVCache):
         scores = torch.einsum("qgrk,sgk->grqs", q_QGRK, k_SGK) * q_THK.shape[2] ** -0.5
         Q, S = scores.shape[2:]
         ahead_QS = torch.arange(S, device=scores.device) > torch.arange(S - Q, S, device=scores.device)[:, None]
-        self.weights.append(scores.masked_fill(ahead_QS, float("-inf")).softmax(-1).flatten(0, 1))
+        weights_HQS = scores.masked_fill(ahead_QS, float("-inf")).softmax(-1).flatten(0, 1)
+        over_heads_QS = weights_HQS.mean(0) if self.heads == "mean" else weights_HQS.amax(0)
+        self.weights.append(over_heads_QS.mean(0))
         return out_THK
 
 
@@ -68,7 +72,7 @@ def attention_over_pictures(
     media: Sequence[Media],
     word: tuple[int, int],
     layer: int | None = None,
-    heads: Literal["mean", "max"] = "mean",
+    heads: Heads = "mean",
 ) -> list[Look]:
     """Attention from characters `word` of the last message, the model's answer, to each picture in prompt order.
 
@@ -115,18 +119,15 @@ def _tokens_of(engine: Engine, ids: Sequence[int], text: str, word: tuple[int, i
     return inside[0], inside[-1] + 1
 
 
-def _weights(
-    engine: Engine, example: Example, first: int, last: int, layer: int | None, heads: Literal["mean", "max"]
-) -> Tensor:
+def _weights(engine: Engine, example: Example, first: int, last: int, layer: int | None, heads: Heads) -> Tensor:
     """Weights [S] on every token, of the positions in front of tokens first to last."""
     ids = example.ids[: last - 1]  # the last token itself is not asked
     like = engine.model.decoder.embed.weight
-    cache = WatchingCache(engine.config, len(ids), last - first, like)
+    cache = WatchingCache(engine.config, len(ids), last - first, heads, like)
     visual = engine.see(example.visuals)
     engine.model(torch.tensor(ids, device=like.device), visual=visual, cache=cache, last_only=True)
     chosen = cache.weights if layer is None else [cache.weights[layer]]
-    over_heads = [w_HQS.mean(0) if heads == "mean" else w_HQS.amax(0) for w_HQS in chosen]
-    return torch.stack(over_heads).mean((0, 1)).cpu()
+    return torch.stack(chosen).mean(0).cpu()
 
 
 # ---- over the picture ----

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from minillava.chat.messages import Message
 from minillava.config import ImageConfig, LayoutConfig, ModelConfig, VisionConfig
 from minillava.errors import UserError
-from minillava.generation.look import Look, _maps, attention_over_pictures, draw
+from minillava.generation import look
+from minillava.generation.look import Look, WatchingCache, _maps, attention_over_pictures, draw
 from minillava.media.image import prepare_views
 from minillava.media.visual import Visual, media
 from minillava.processor import user_message
@@ -49,6 +50,16 @@ def test_weights_are_transformers_own(pair, layer, heads):
     wanted_T = wanted_S[ids == engine.config.chat.image_token_id]
     assert len(found) == 2 and (torch.cat([look.weights_T for look in found]) - wanted_T).abs().max() < 1e-5
     assert all(torch.equal(look.maps[0][0].flatten(), look.weights_T) for look in found)
+
+
+def test_of_a_long_answer_a_number_a_token_and_layer_is_kept(pair, monkeypatch):
+    engine, made = pair[1], []
+    monkeypatch.setattr(look, "WatchingCache", lambda *args: made.append(WatchingCache(*args)) or made[-1])
+    given = media([Image.effect_noise((40, 30), 50).convert("RGB")])
+    messages = [user_message(engine.config.chat, "what?", given), Message("assistant", ANSWER * 3)]
+    attention_over_pictures(engine, messages, given, (0, len(ANSWER) * 3))
+    (cache,) = made
+    assert sum(w.untyped_storage().nbytes() for w in cache.weights) == 4 * cache.capacity * len(cache.weights)
 
 
 # ---- towers that take pictures of any size ----

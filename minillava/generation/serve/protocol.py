@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any
 
 from minillava.chat.messages import Message, read_messages
 from minillava.chat.tokenizer import Tokenizer
@@ -13,7 +14,7 @@ from minillava.config import ChatConfig
 from minillava.errors import UserError, nearest
 from minillava.generation.answer import Answer, TokenLogprob
 from minillava.generation.engine import Engine
-from minillava.generation.look import Look, attention_over_pictures
+from minillava.generation.look import Heads, Look, attention_over_pictures
 from minillava.generation.request import Request, Row
 from minillava.generation.sampling import Sampling
 from minillava.generation.serve.grammar import Grammars
@@ -174,7 +175,7 @@ class Protocol:
         if heads not in ("mean", "max"):
             raise BadRequest(f"heads is {heads!r:.40}; use 'mean' or 'max'", "heads")
         layer = body.number("layer", None, -1000, 1000, whole=True)
-        over: Literal["mean", "max"] = "max" if heads == "max" else "mean"
+        over: Heads = "max" if heads == "max" else "mean"
         return lambda engine: attention_over_pictures(engine, messages, media, (word[0], word[1]), layer, over)
 
     def completion_requests(self, body: Body) -> list[Request]:
@@ -233,7 +234,7 @@ class Protocol:
 
         found = self._said(found)
         texts = [text(t.id) for t in found]
-        offsets = [sum(map(len, texts[:number])) for number in range(len(texts))]
+        offsets = [*accumulate(map(len, texts), initial=0)][:-1]
         top = [{text(id): logprob for id, logprob in t.likeliest} for t in found]
         return {"tokens": texts, "token_logprobs": [t.logprob for t in found], "top_logprobs": top,
                 "text_offset": offsets}  # fmt: skip
