@@ -58,8 +58,12 @@ def image_size(source: str | Path | bytes, name: str) -> tuple[int, int]:
     """Width and height of what `open_image` would return, from the file's header. Raises UserError."""
 
     def upright(image: Image.Image) -> tuple[int, int]:
-        turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)  # PIL turned those
-        return (image.height, image.width) if turned else image.size
+        if image.format == "PNG":
+            image.load()  # EXIF may come behind the pixels
+        turned = False
+        with contextlib.suppress(*DECODE_ERRORS):  # as in _decode
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned and image.format != "TIFF" else image.size  # PIL turned those
 
     return _opened(source, name, upright)
 
@@ -69,7 +73,7 @@ def _opened(source: str | Path | bytes, name: str, use: Callable[[Image.Image], 
         file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115 closed below
     except FileNotFoundError:
         raise UserError(f"{name}: no such image file; check the path") from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+    except (OSError, ValueError, TypeError) as error:  # ValueError: a null byte in the path; TypeError: no path at all
         raise UserError(f"{name}: cannot be read ({reason(error)}); check the path and its permissions") from None
     with file, _named_errors(name):
         if file.seek(0, io.SEEK_END) == 0:
@@ -258,8 +262,9 @@ def _decode(image: Image.Image, name: str, orient: bool) -> Image.Image:
     if image.format == "PNG" and "transparency" in image.info:
         _scale_key(image)
     image.load()
-    if orient and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(*DECODE_ERRORS):  # damaged EXIF is no damaged picture
+        if orient and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            ImageOps.exif_transpose(image, in_place=True)
     return image if image.mode == "RGB" and "transparency" not in image.info else _to_rgb(image, name)
 
 

@@ -284,3 +284,18 @@ def test_much_metadata_is_no_damage(chunk, data, behind):
     around = {"after": [(chunk, data)]} if behind else {}
     picture = _png(1, 8, 2, b"\xff\0\0", *([] if behind else [(chunk, data)]), **around)
     assert open_image(picture).getpixel((0, 0)) == (255, 0, 0) and image_size(picture, "x") == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0no EXIF at all", b"Exif\0\0II*\0\x08\0\0\0\x05\0"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_is_no_damaged_picture(kind, exif):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 16), "red").save(file, kind, exif=exif)
+    assert image_size(file.getvalue(), "x") == open_image(file.getvalue()).size == (64, 16)
+
+
+def test_the_size_of_a_cut_off_png_is_no_size():
+    data = encoded(picture(100, 100))
+    with pytest.raises(UserError, match="damaged"):
+        image_size(data[: len(data) // 2], "x")
