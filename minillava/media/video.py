@@ -6,6 +6,7 @@ and a wanted one are decoded, and only the wanted ones become pictures.
 """
 
 import io
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,8 @@ def _decode(source: str | Path | bytes, config: ModelConfig, name: str) -> Clip:
             raise UserError(f"{name}: the video file is empty (0 bytes); fetch it again")
 
     def opened() -> Any:
-        return av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), "r", options=ONLY)
+        # The whole path, as FFmpeg takes what is in front of a colon for a protocol.
+        return av.open(io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source), "r", options=ONLY)
 
     try:
         with opened() as container:
@@ -161,6 +163,15 @@ def _clip(frames: list[Image.Image], wanted: list[int], times_s: Sequence[float]
     return Clip(tuple(frames), times, times_s[-1] + 1 / rate, tuple(wanted), rate, filmed=True)
 
 
+def _rate(stated: Any, times_s: Sequence[float]) -> float:
+    """Frames a second: what the file states, unless its frames are off that by one or more, as where they come unevenly
+    (Matroska then states their usual distance): on average."""
+    between, length_s = len(times_s) - 1, times_s[-1]
+    if stated and (not length_s or abs(between - length_s * stated) < 1):
+        return float(stated)
+    return between / (length_s or 1.0) or 1.0
+
+
 def _searched(container: Any, stream: Any, config: ModelConfig, name: str) -> Clip | None:
     """The clip by the times of the packets, decoding little; None for a file whose packets do not say all of them.
 
@@ -175,7 +186,7 @@ def _searched(container: Any, stream: Any, config: ModelConfig, name: str) -> Cl
     keys = {pts: pts if dts is None else dts for pts, dts, key in packets if key}
     base = float(stream.time_base or 1)
     times_s = [(pts - shown[0]) * base for pts in shown]
-    rate = float(stream.average_rate or 0) or (len(shown) - 1) / (times_s[-1] or 1.0) or 1.0
+    rate = _rate(stream.average_rate, times_s)
     wanted = choose(len(shown), rate, config, stream.width, stream.height)
     frames = _frames(container, stream, [shown[i] for i in wanted], keys)
     if frames is None:
@@ -194,12 +205,12 @@ def _played(opened: Callable[[], Any], config: ModelConfig, name: str) -> Clip:
             raise UserError(f"{name}: a video without frames; fetch it again, or leave it out")
         base, wide, high = float(stream.time_base or 1), stream.width, stream.height
         rates = [stream.average_rate, stream.codec_context.framerate]  # FFmpeg takes 25 a second for a raw stream's
-        rate = float(next(filter(None, reversed(rates) if container.format.name in RAW else rates), 0))
+        stated = next(filter(None, reversed(rates) if container.format.name in RAW else rates), None)
     if None not in pts and pts == sorted(set(pts)):
         times_s = [(at - pts[0]) * base for at in pts]
-        rate = rate or (len(pts) - 1) / (times_s[-1] or 1.0) or 1.0
+        rate = _rate(stated, times_s)
     else:  # some decoders give decoding times
-        rate = rate or 1.0
+        rate = float(stated or 1.0)
         times_s = [number / rate for number in range(len(pts))]
     wanted = choose(len(pts), rate, config, wide, high)
     with opened() as container:

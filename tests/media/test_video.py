@@ -5,6 +5,7 @@ import io
 import struct
 import sys
 import wave
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -129,6 +130,31 @@ def test_frames_a_second(clip):
     assert numbers(open_clip(clip, config(32, fps=2)), clip) == list(range(0, FRAMES, 6))
     assert numbers(open_clip(clip, config(3, fps=2)), clip) == [0, 29, 59]  # too many: spread evenly
     assert choose(100, 30.0, config(8, fps=60)) == np.linspace(0, 99, 8).astype(int).tolist()
+
+
+@pytest.mark.parametrize("container", ["matroska", "mp4"])
+def test_frames_that_come_unevenly_are_so_many_a_second_on_average(tmp_path, container):
+    """Of 10 frames in 6 seconds Matroska states that they are 10 a second."""
+    path, milliseconds = tmp_path / "clip", [0, 100, 200, 1000, 3000, 3100, 3200, 3300, 5900, 6000]
+    with av.open(str(path), "w", format=container) as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, at in enumerate(milliseconds):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = at, Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    found = open_clip(path, config(32, fps=0.5))
+    assert found.rate == pytest.approx(1.5, abs=0.2) and found.numbers == (0, 3, 6, 9)
+    assert found.times_s == pytest.approx((0, 1, 3.2, 6), abs=0.01)
+
+
+def test_a_colon_in_a_name_is_no_protocol(clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("12:30.mp4", "https:a"):
+        (tmp_path / name).write_bytes(clip.read_bytes())
+        assert len(open_clip(name, config(2)).frames) == 2
 
 
 def test_only_needed_frames_are_decoded(clip):
