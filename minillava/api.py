@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,10 +40,10 @@ SMALL = 300_000_000  # parameters up to which a CPU computes in float32
 class LLaVA:
     """`model` is the network (`minillava.llava.LLaVAModel`); `engine` answers batches of requests with it."""
 
-    def __init__(self, model: llava.LLaVAModel, tokenizer: Tokenizer):
+    def __init__(self, model: llava.LLaVAModel, tokenizer: Tokenizer, notes: Sequence[str] = ()):
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
         self.engine = Engine(model, tokenizer)
-        self.notes: list[str] = []  # what the checkpoint's generation_config.json asks for and is not done
+        self.notes = notes  # what the checkpoint's generation_config.json asks for and is not done
 
     @classmethod
     def from_pretrained(
@@ -74,9 +75,7 @@ class LLaVA:
         model = checkpoint.load(chosen, place, scheme, share=share)
         if chosen.itemsize == 2:  # float32 is for exactness: its products stay those of the checkpoint
             model.decoder.fuse()
-        found = cls(model, checkpoint.tokenizer())
-        found.notes = checkpoint.notes
-        return found
+        return cls(model, checkpoint.tokenizer(), checkpoint.notes)
 
     @overload
     def generate(self, prompt: Prompt, images: Any = ..., *args: Any, **how: Any) -> Answer: ...
@@ -214,13 +213,15 @@ class LLaVA:
         """The same model, which sees up to so many frames of a video, so many a second (0: spread evenly). None is as
         the checkpoint says. Raises UserError for more frames than fit the context.
         """
+        if (frames is not None and frames < 1) or not 0 <= (fps or 0) < math.inf:
+            raise UserError(f"frames {frames}, fps {fps}: use 1 frame or more, and 0 or more a second")
         layout = self.config.layout
         layout = replace(layout, max_frames=frames or layout.max_frames, num_frames=frames or layout.num_frames)
         layout = replace(layout, video_fps=layout.video_fps if fps is None else fps)
         config = replace(self.config, layout=layout)
         if frames is not None and layout.video_sampling != "rounded" and frame_limit(config) < frames:
             raise UserError(f"{frames} frames of a video do not fit the context; take {frame_limit(config)} or fewer")
-        return LLaVA(self.model.under(config), self.tokenizer)
+        return LLaVA(self.model.under(config), self.tokenizer, self.notes)
 
     def conversation(self, images: Any = (), videos: Any = (), fetch: Sequence[str] = ()) -> Conversation:
         """Turns about pictures and videos that stay; see `Conversation.ask`."""

@@ -47,6 +47,31 @@ def test_a_picture_in_any_form_by_itself_or_in_a_list(model, picture, form):
     assert same(model.generate(TEXT, given(), 6), wanted) and same(model.generate(TEXT, [given()], 6), wanted)
 
 
+def test_frames_of_a_video_in_any_form(model, picture):
+    def seen(frames):
+        (request,) = model._requests(TEXT, videos=[frames])
+        return request.media[0].open(model.config).pixels_NCHW
+
+    wanted = seen([picture["file"]] * 3)
+    for form in ("text", "image", "bytes", "array", "url"):
+        assert torch.equal(seen([picture[form]] * 3), wanted)
+    assert torch.equal(seen([io.BytesIO(picture["bytes"]) for _ in range(3)]), wanted)
+
+
+@pytest.mark.parametrize("video", [3, [3], [[b""]], np.zeros((2, 4, 4, 3), np.uint8), [torch.zeros(3, 4, 4)]])
+def test_what_is_no_video_is_a_line(model, video):
+    with pytest.raises(UserError, match=r"cannot be (a|read)"):
+        model.generate(TEXT, videos=[video])
+
+
+def test_with_frames_refuses_what_is_no_number_of_them_and_keeps_the_notes(model):
+    for frames, fps in ((0, None), (-1, None), (None, -1.0), (None, float("nan"))):
+        with pytest.raises(UserError, match="use 1 frame or more"):
+            model.with_frames(frames, fps)
+    noted = LLaVA(model.model, model.tokenizer, ["a note"])
+    assert noted.with_frames(2).notes == ["a note"]
+
+
 def test_messages_as_openais_as_hugging_faces_and_our_own(model, picture):
     wanted = model.generate(TEXT, [picture["file"]], 6)
     text = {"type": "text", "text": TEXT}

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from PIL import Image
 from torch import Tensor
@@ -26,6 +26,7 @@ from minillava.media.visual import Media
 
 FETCH_S = 20.0  # for one picture, from the look-up of its host to its last byte
 PICTURE_BYTES = 32 << 20  # of one picture's file
+IN_URLS = "!#$%&'()*+,/:;=?@[]~"  # besides letters, digits, _, . and -; the rest is sent as %XX (RFC 3986)
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,18 @@ class Sources:
         return found
 
     def _fetch(self, url: str, name: str) -> bytes:
-        parts = urlsplit(url)
-        host = (parts.hostname or "").rstrip(".")
+        try:
+            parts = urlsplit(url)
+            host = (parts.hostname or "").rstrip(".")
+        except ValueError as error:
+            raise UserError(f"{name}: is no URL ({error}); correct it") from None
         if not any(host == h or (h.startswith(".") and host.endswith(h)) for h in map(str.lower, self.hosts)):
             raise UserError(f"{name}: host '{host}' {self.NOT_LISTED}; send the picture as a data: URL")
         if parts.username is not None or parts.password is not None:
             raise UserError(f"{name}: a URL with a password is not fetched")
         try:
-            return _get(parts.scheme, host, parts.port, f"{parts.path or '/'}?{parts.query}".rstrip("?"), name)
+            path = quote(f"{parts.path or '/'}?{parts.query}".rstrip("?"), IN_URLS)
+            return _get(parts.scheme, host, parts.port, path, name)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise UserError(f"{name}: cannot be fetched from {host} ({type(error).__name__})") from None
 
@@ -88,17 +93,20 @@ class OwnSources(Sources):
     def open(self, source: Any, video: bool, number: int) -> Media:
         """A picture or clip. Raises UserError for what is none."""
         name = f"{'video' if video else 'picture'} {number}"
+        if video and isinstance(source, list | tuple):
+            return Media([self.open(frame, False, n).source for n, frame in enumerate(source, 1)], video, name)
         if not video and isinstance(source, str) and source.partition(":")[0].lower() in ("data", "http", "https"):
             return super().open(source, video, number)
         if isinstance(source, str | Path):
             return Media(self.folder / source if self.folder else source, video)
-        if video or isinstance(source, bytes | Image.Image | Tensor):
+        if isinstance(source, bytes | Image.Image) or (isinstance(source, Tensor) and not video):
             return Media(source, video)
         if hasattr(source, "read"):
-            return Media(source.read(), name=name)
-        if hasattr(source, "__array_interface__"):
+            return Media(source.read(), video, name)
+        if hasattr(source, "__array_interface__") and not video:
             return Media(_of_array(source, name))
-        raise UserError(f"{name}: cannot be a {type(source).__name__}; give a file, bytes, a PIL image or an array")
+        forms = "a folder of frames or a list of pictures" if video else "a PIL image or an array"
+        raise UserError(f"{name}: cannot be a {type(source).__name__}; give a file, bytes, {forms}")
 
 
 def one_or_more(given: Any) -> Sequence[Any]:

@@ -336,6 +336,12 @@ def test_private_addresses_are_never_asked(monkeypatch, address):
         Sources(hosts=["example.org"]).open("http://example.org/cat.png", False, 1)
 
 
+def test_what_a_url_cannot_hold_is_sent_as_its_bytes(monkeypatch):
+    monkeypatch.setattr("minillava.media.sources._get", lambda scheme, host, port, path, name: path.encode("ascii"))
+    found = Sources(hosts=["example.org"]).open("https://example.org/caf\u00e9/a b%20c.png?x=1&y=%C3%BC", False, 1)
+    assert found.read() == b"/caf%C3%A9/a%20b%20c.png?x=1&y=%C3%BC"
+
+
 def test_hosts_files_and_urls_that_are_read(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(PICTURES[0])
@@ -353,6 +359,9 @@ def test_hosts_files_and_urls_that_are_read(tmp_path):
         "ftp://a/b",
     ):
         with pytest.raises(UserError, match=r"not on this server's list|is not read"):
+            sources.open(bad, False, 1)
+    for bad in ("http://[::1", "http://[zz]/a.png"):
+        with pytest.raises(UserError, match="is no URL"):
             sources.open(bad, False, 1)
     with pytest.raises(UserError, match="only from a folder"):
         Sources().open("a.png", False, 1)
