@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from pathlib import Path
@@ -62,7 +62,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(hint, value, where)  # type: ignore[arg-type]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     if hint is Any or (
         isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool))
@@ -117,7 +117,7 @@ class Fields:
     def number(self, key: str, default: float | None = None) -> float:
         """A positive, finite number."""
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise UserError(f"{self.where}: {key} is {shown(value)}, expected a positive number")
         return float(value)
 
