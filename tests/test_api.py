@@ -15,6 +15,7 @@ from minillava.api import LLaVA
 from minillava.chat.messages import Message
 from minillava.errors import UserError
 from minillava.generation.sampling import GREEDY, Sampler, Sampling
+from minillava.media.sources import OwnSources
 from minillava.synthetic.shapes import demo_scene
 
 TEXT = "What is this?"
@@ -56,6 +57,8 @@ def test_frames_of_a_video_in_any_form(model, picture):
     for form in ("text", "image", "bytes", "array", "url"):
         assert torch.equal(seen([picture[form]] * 3), wanted)
     assert torch.equal(seen([io.BytesIO(picture["bytes"]) for _ in range(3)]), wanted)
+    clip = OwnSources(folder=picture["file"].parent).open([picture["file"].name] * 3, True, 1)
+    assert torch.equal(clip.open(model.config).pixels_NCHW, wanted)
 
 
 @pytest.mark.parametrize("video", [3, [3], [[b""]], np.zeros((2, 4, 4, 3), np.uint8), [torch.zeros(3, 4, 4)]])
