@@ -52,7 +52,13 @@ class Checkpoint:
     def _home(self) -> Path:
         """The folder whose config.json and files say what the model is."""
         own = (self.folder / "config.json").is_file() or self.adapters is None
-        return self.folder if own else self._language_model()
+        return self.folder if own else self._language_model
+
+    @property
+    def _vocabulary(self) -> Path:
+        """The folder whose tokenizer it is: this one, else that of its base."""
+        own = any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        return self.folder if own else self._language_model
 
     @classmethod
     def open(cls, source: Path | str, base: Path | str | None = None) -> Checkpoint:
@@ -67,7 +73,8 @@ class Checkpoint:
     @cached_property
     def config(self) -> ModelConfig:
         """config.json with the processor's, tokenizer's and tower's files. Raises UserError for what is unsupported."""
-        return read_config(self.raw or read_json(self._home / "config.json"), self._home, find)
+        raw = self.raw or read_json(self._home / "config.json")
+        return read_config(raw, self._home, self._vocabulary, find)
 
     @cached_property
     def adapters(self) -> Adapters | None:
@@ -77,7 +84,7 @@ class Checkpoint:
     @property
     def notes(self) -> list[str]:
         """Lines about what generation_config.json asks for and answers here do without."""
-        return generation_notes(self.folder)
+        return generation_notes(self._home)
 
     @property
     def parameters(self) -> int:
@@ -86,8 +93,7 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         """That of the folder, else of its base."""
-        own = any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-        return load_tokenizer(self.folder if own else self._language_model())
+        return load_tokenizer(self._vocabulary)
 
     def describe(self) -> Iterator[str]:
         """Lines of text: what the folder is, its parts, and what would not be used."""
@@ -178,7 +184,7 @@ class Checkpoint:
     def _match(self) -> Plan:
         """Match the tensors of a folder, and of tower, projector file and base, with parameters."""
         adapters, original = self.adapters, is_original(self.raw)
-        tensors = inspect_folder(self.folder) if adapters is None else _tensors(self._language_model(), "base")
+        tensors = inspect_folder(self.folder) if adapters is None else _tensors(self._language_model, "base")
         if not tensors and not (original and self._projector.is_file()):
             raise UserError(
                 f"{self.folder}: no weights (model.safetensors or pytorch_model.bin, or their .index.json); fetch them"
@@ -209,11 +215,7 @@ class Checkpoint:
         if plan.has("projector.") or not self._projector.is_file():
             return
         if not plan.has("decoder."):
-            name = self.raw.get("_name_or_path")
-            if self.base is None and not name:
-                raise UserError(f"{self.folder}: holds a projector only; say which language model it belongs to (base)")
-            base = self.base or find(str(name), self.folder, "the base (_name_or_path)")
-            plan.add(_tensors(base, "base"), "original")
+            plan.add(_tensors(self._language_model, "base"), "original")
         plan.add(inspect(self._projector), "original", override=True)  # may carry embeddings trained with it
 
     @property
@@ -225,13 +227,21 @@ class Checkpoint:
         """Whether the weights are whole only when all files are read."""
         return self._plan.delta is not None or self.adapters is not None
 
+    @cached_property
     def _language_model(self) -> Path:
-        """The folder of the language model that this one belongs to: itself, unless it holds adapters."""
-        if self.base is not None or self.adapters is None:
-            return self.base or self.folder
-        if not self.adapters.base:
-            raise UserError(f"{self.folder}: adapters, and adapter_config.json names no base; say which it is (base)")
-        return find(self.adapters.base, self.folder, "the base (base_model_name_or_path)")
+        """The folder of the language model that this one belongs to: itself, unless it holds adapters or a projector
+        alone."""
+        if self.base is not None:
+            return self.base
+        if self.adapters is not None:
+            what, key, name = "adapters", "base_model_name_or_path", self.adapters.base
+        elif self._projector.is_file() and not inspect_folder(self.folder):
+            what, key, name = "a projector", "_name_or_path", str(self.raw.get("_name_or_path") or "")
+        else:
+            return self.folder
+        if not name:
+            raise UserError(f"{self.folder}: holds {what} only; say which language model it belongs to (base)")
+        return find(name, self.folder, f"the base ({key})")
 
     def _add_up(
         self, state: dict[str, Tensor], empty: dict[str, Tensor], dtype: torch.dtype, scheme: Scheme | None,

@@ -61,8 +61,9 @@ def format_for(config: ModelConfig, name: str = "") -> Format:
     return FORMATS[name or TOWERS[tower_type(config.vision)].whole]
 
 
-def read_config(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig:
-    """The ModelConfig of a checkpoint folder whose config.json holds `raw`; UserError for what is unsupported."""
+def read_config(raw: dict[str, Any], folder: Path, vocabulary: Path, find: Find) -> ModelConfig:
+    """The ModelConfig of a checkpoint folder whose config.json holds `raw`, and of its tokenizer's folder; UserError
+    for what is unsupported."""
     quantization = Fields(raw, str(folder / "config.json")).table("quantization_config").values
     if quantization and not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         kind = quantization.get("quant_method")
@@ -71,7 +72,7 @@ def read_config(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig:
             "supported (bitsandbytes in 4 and 8 bits is); use the unquantised checkpoint"
         )
     if is_original(raw):
-        return original_llava.read(raw, folder, find)
+        return original_llava.read(raw, folder, vocabulary, find)
     found = format_of(raw)
     if found is None:
         raise UserError(

@@ -34,8 +34,8 @@ def tower_folder(raw: dict[str, Any], folder: Path, find: Find) -> Path:
     return find(name, folder, "the vision tower (mm_vision_tower)")
 
 
-def read(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig:
-    """The ModelConfig of a folder whose config.json holds `raw`."""
+def read(raw: dict[str, Any], folder: Path, vocabulary: Path, find: Find) -> ModelConfig:
+    """The ModelConfig of a folder whose config.json holds `raw`, and of its tokenizer's folder."""
     where = str(folder / "config.json")
     top = Fields(raw, where)
     model_type = TYPES[top.one_of("model_type", None, TYPES)]
@@ -57,7 +57,7 @@ def read(raw: dict[str, Any], folder: Path, find: Find) -> ModelConfig:
     if (ids["bos_id"], ids["eos_ids"]) == (0, (1,)):  # of an early converter; LLaMA's vocabulary has 1 and 2
         ids = {"bos_id": 1, "eos_ids": (2,), "pad_id": None}
     chat = ChatConfig(
-        template=guess_template(folder, model_type, projector.layers),
+        template=guess_template(vocabulary, model_type, projector.layers),
         image_start_end=top.one_of("mm_use_im_start_end", False, [False, True]),
         **ids,
     )

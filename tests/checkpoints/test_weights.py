@@ -509,6 +509,11 @@ def test_projector_file_over_a_base(checkpoint, tmp_path, how, with_embeddings):
         load_model(tmp_path / "m", base=base if how == "argument" else None),
         load_file(checkpoint / "model.safetensors"),
     )
+    (base / "tokenizer.json").write_text('{"added_tokens": [{"id": 7, "content": "<|im_start|>"}]}')
+    opened = Checkpoint.open(tmp_path / "m", base if how == "argument" else None)
+    assert opened.config.chat.template == "chatml_direct"  # told by the base's tokenizer
+    shutil.copy(checkpoint / "tokenizer.json", base)
+    assert opened.tokenizer().vocab_size
     if how == "argument":
         with pytest.raises(UserError, match="holds a projector only"):
             load_model(tmp_path / "m")
@@ -583,6 +588,9 @@ def test_lora_folder_is_merged_into_its_base(checkpoint, tmp_path, config, scale
         assert torch.equal(state[rename(name, "original", True)], wanted), name
     from minillava import LLaVA
 
+    (tmp_path / "m/base/generation_config.json").write_text('{"num_beams": 4}')
+    shutil.copytree(tmp_path / "m", tmp_path / "bare", ignore=shutil.ignore_patterns("config.json"))
+    assert "num_beams 4" in Checkpoint.open(tmp_path / "bare").notes[0]
     assert LLaVA.from_pretrained(tmp_path / "m").tokenizer.vocab_size  # the base's
     (tmp_path / "m/base").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"the base \(base_model_name_or_path\) is not in"):
