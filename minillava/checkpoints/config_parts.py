@@ -4,6 +4,7 @@ What would change an answer and is not supported is refused by name.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 from minillava.checkpoints.config_keys import fields_of, read_keys, write_keys
@@ -11,7 +12,7 @@ from minillava.checkpoints.families import DECODERS, EXPERT_KEYS, LLAMA_KEYS, NA
 from minillava.config import DecoderConfig, ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from minillava.errors import UserError
 from minillava.files import shown
-from minillava.schema import Fields, from_dict
+from minillava.schema import Fields, from_dict, optional_json, read_json
 
 TILED = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")  # a view is squashed; their do_pad pads batches
 PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor", "SiglipImageProcessor", *TILED)
@@ -141,6 +142,20 @@ def read_native_tower(
 
 
 # ---- image processor ----
+
+
+def image_processor(folder: Path) -> tuple[dict[str, Any], str]:
+    """The image processor's values and the file that has them: since transformers 5 one with those of the processor."""
+    path = folder / "processor_config.json"
+    values = optional_json(path).get("image_processor")
+    if isinstance(values, dict):
+        return values, str(path)
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no preprocessor_config.json, and no image_processor in a processor_config.json; copy it"
+        )
+    return read_json(path), str(path)
 
 
 def _check_pixels(f: Fields) -> None:

@@ -15,7 +15,7 @@ from minillava.checkpoints.chat_files import guess_template, own_chat, own_value
 from minillava.checkpoints.config_keys import ANY, FLAG, Key, Kind, choice, fields_of, read_keys, write_keys
 from minillava.config import ImageConfig, LayoutConfig, ModelConfig, ProjectorConfig, VisionConfig
 from minillava.errors import UserError
-from minillava.schema import Fields, from_dict, optional_json, read_json, to_dict
+from minillava.schema import Fields, from_dict, optional_json, to_dict
 
 MOST_TILES = 144  # of one picture; the largest grid of a released model has 36
 
@@ -212,20 +212,12 @@ def read(raw: dict[str, Any], folder: Path) -> ModelConfig:
 
 def _read_pixels(folder: Path, kind: str, vision: VisionConfig, layout: LayoutConfig) -> ImageConfig:
     """The image processor of the folder, which must cut pictures as config.json says."""
-    path = folder / "processor_config.json"
-    pixels = optional_json(path).get("image_processor")
-    if not isinstance(pixels, dict):
-        path = folder / "preprocessor_config.json"
-        if not path.is_file():
-            raise UserError(
-                f"{folder}: no preprocessor_config.json, and no image_processor in a processor_config.json; copy it"
-            )
-        pixels = read_json(path)
-    image = config_parts.read_image(pixels, str(path), vision)
+    pixels, path = config_parts.image_processor(folder)
+    image = config_parts.read_image(pixels, path, vision)
     if not layout.grids and str(pixels.get("image_processor_type")).startswith(config_parts.TILED):
         raise UserError(f"{path}: {pixels['image_processor_type']} cuts pictures into tiles; not supported for {kind}")
     cut = pixels.get("image_grid_pinpoints") if layout.grids else None
-    if cut is not None and set(read_grids(cut, image.size, str(path), False)) != set(layout.grids):
+    if cut is not None and set(read_grids(cut, image.size, path, False)) != set(layout.grids):
         raise UserError(f"{path}: image_grid_pinpoints differs from config.json's; make the two equal")
     if layout.grids and vision.keep_class_token:
         raise UserError(

@@ -15,7 +15,7 @@ from minillava.checkpoints.config_keys import FLAG, Key, fields_of, read_keys, w
 from minillava.checkpoints.families import NATIVE_RICE_KEYS, TOWERS, tower_type
 from minillava.config import LayoutConfig, ModelConfig
 from minillava.errors import UserError
-from minillava.schema import Fields, from_dict, optional_json, read_json, to_dict
+from minillava.schema import Fields, from_dict, to_dict
 
 TOP_KEYS = (
     Key("image_token_id", "chat.image_token_id", default=lambda _: 151655),
@@ -85,9 +85,7 @@ def read(raw: dict[str, Any], folder: Path) -> ModelConfig:
     vision, projector = config_parts.read_native_tower(
         tower | {"model_type": release.tower}, f"{where}: vision_config", own
     )
-    values = optional_json(folder / "processor_config.json").get("image_processor")
-    path = folder / "preprocessor_config.json"
-    image = config_parts.read_native(values or read_json(path), str(path), vision.patch_size, projector.merge)
+    image = config_parts.read_native(*config_parts.image_processor(folder), vision.patch_size, projector.merge)
     layout = from_dict(LayoutConfig, release.layout | own.get("layout", {}), f"{where}: minillava.layout")
     placeholders = fields_of("chat", read_keys(TOP_KEYS, Fields(raw, where)))
     chat = read_chat(

@@ -80,6 +80,17 @@ def test_the_top_level_ties_the_head(tmp_path):
         LLaVA.from_pretrained(tied)
 
 
+def test_the_image_processor_of_the_processors_file_is_checked_and_named(tmp_path):
+    _, folder = made(tmp_path)
+    pixels = json.loads((folder / "preprocessor_config.json").read_text())
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps({"image_processor": pixels | {"resample": 2}}))
+    with pytest.raises(UserError, match=r"/processor_config\.json: resample 2"):
+        LLaVA.from_pretrained(folder)
+    path.write_text(json.dumps({"image_processor": "x"}))
+    assert LLaVA.from_pretrained(folder).config.image.fit == "native"
+
+
 def test_mage_vl_is_the_same_under_other_names(tmp_path):
     """Names of microsoft/Mage-VL, as vLLM and mlx-vlm read them; its gate for streams is a file that is not read."""
     ours, folder = made(tmp_path)
