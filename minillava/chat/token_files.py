@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ FILES = (
 # The order in which transformers appends the special tokens that a vocabulary lacks.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ADDED = "added_tokens_decoder"
+PREFIXING = ("normalizer", "pre_tokenizer")  # parts of a tokenizer.json
 MAX_ID = 1 << 24  # a hundred times the largest vocabulary
 
 
@@ -58,13 +60,26 @@ class TokenizerFiles:
             if isinstance(entry, dict):
                 self.flags[token] = {k: v for k, v in entry.items() if isinstance(v, bool)}
 
+    @cached_property
+    def _written(self) -> dict[Any, Any]:
+        """Ids of the added tokens of tokenizer.json, which may have 20 MB: read where the small files do not tell."""
+        added = optional_json(self.folder / "tokenizer.json").get("added_tokens") or []
+        return {str(token.get("content")): token.get("id") for token in added if isinstance(token, dict)}
+
+    def added_id(self, token: str | None) -> int | None:
+        """The id of a token that the files list as an added one."""
+        if token is None:
+            return None
+        return self.ids[token] if token in self.ids else self._written.get(token)
+
     def is_special(self, token: str) -> bool:
         """An added token of which nothing is said counts as special: <image>, <im_start> of the first LLaVAs."""
         return token in self.special or self.flags.get(token, {}).get("special", True)
 
 
-def open_json(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The library's tokenizer of a tokenizer.json, without truncation and padding, and the steps of its decoder."""
+def open_json(path: Path) -> tuple[Any, dict[str, Any], bool]:
+    """The library's tokenizer of a tokenizer.json, without truncation and padding; the steps of its decoder; whether
+    it may put a space in front of a text."""
     import tokenizers
 
     spec = read_json(path)
@@ -81,7 +96,7 @@ def open_json(path: Path) -> tuple[Any, dict[str, Any]]:
             f"{path}: decoder {', '.join(sorted(unknown)) or 'null'} is not supported; "
             "byte-level and SentencePiece-like vocabularies are"
         )
-    return tokenizer, steps
+    return tokenizer, steps, any(_unprefixed(spec.get(part)) != spec.get(part) for part in PREFIXING)
 
 
 def without_prefix(tokenizer: Any) -> Any:
@@ -89,7 +104,7 @@ def without_prefix(tokenizer: Any) -> Any:
     import tokenizers
 
     spec = json.loads(tokenizer.to_str())
-    bare = spec | {part: _unprefixed(spec[part]) for part in ("normalizer", "pre_tokenizer")}
+    bare = spec | {part: _unprefixed(spec[part]) for part in PREFIXING}
     return tokenizer if bare == spec else tokenizers.Tokenizer.from_str(json.dumps(bare))
 
 

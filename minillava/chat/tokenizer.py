@@ -200,7 +200,7 @@ class JsonTokenizer(Tokenizer):
 
         super().__init__(files)
         self._path = path = files.folder / "tokenizer.json"
-        full, decoder = token_files.open_json(path)
+        full, decoder, prefixed = token_files.open_json(path)
         self._full = full
         self._read_decoder(decoder)
         known = {token.content for token in full.get_added_tokens_decoder().values()}
@@ -224,7 +224,7 @@ class JsonTokenizer(Tokenizer):
             files.named["bos_token"] = str(full.id_to_token(opened[0]))
         special = next((full.id_to_token(id) for id in sorted(self.special_ids)), None)
         behind = [] if special is None else self._encode(full, special + "a").ids[1:]
-        self._continuing = token_files.without_prefix(full)
+        self._continuing = token_files.without_prefix(full) if prefixed else full
         self.prefix_after_special = behind != self._encode(self._continuing, "a").ids
 
     def _encode(self, tokenizer: Any, text: str) -> Any:

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from minillava.chat.prompt import around
 from minillava.chat.templates import TEMPLATES
-from minillava.chat.token_files import MAX_ID, TokenizerFiles, token_text
+from minillava.chat.token_files import MAX_ID, TokenizerFiles
 from minillava.checkpoints.families import DECODERS
 from minillava.config import ChatConfig, DecoderConfig, ModelConfig
 from minillava.errors import UserError, nearest
@@ -16,16 +17,17 @@ from minillava.schema import from_dict, optional_json, to_dict
 
 
 def read_chat(
-    folder: Path, raw: dict[str, Any], text: dict[str, Any], decoder: DecoderConfig, fallback: str, **placeholders: Any
-) -> ChatConfig:
+    folder: Path, raw: dict[str, Any], text: dict[str, Any], decoder: DecoderConfig,
+    fallback: Callable[[TokenizerFiles], str], **placeholders: Any,
+) -> ChatConfig:  # fmt: skip
     """The chat of a checkpoint with a Jinja template, or with the built-in `fallback` where there is none."""
-    jinja = _read_jinja(folder)
+    jinja, files = _read_jinja(folder), TokenizerFiles(folder)
     chat = ChatConfig(
-        template="jinja" if jinja else fallback,
+        template="jinja" if jinja else fallback(files),
         jinja=jinja,
         split_at_image=False,
         **placeholders,
-        **read_special_ids(folder, raw, text, decoder),
+        **read_special_ids(folder, files, raw, text, decoder),
     )
     return overridden(chat, raw, folder)
 
@@ -48,20 +50,21 @@ def _read_jinja(folder: Path) -> str:
     return found
 
 
-def read_special_ids(folder: Path, raw: dict[str, Any], text: dict[str, Any], decoder: DecoderConfig) -> dict[str, Any]:
+def read_special_ids(
+    folder: Path, files: TokenizerFiles, raw: dict[str, Any], text: dict[str, Any], decoder: DecoderConfig
+) -> dict[str, Any]:
     """Special ids of generation_config.json, else the decoder's config, else the tokenizer; what repetition costs."""
-    generation, files = optional_json(folder / "generation_config.json"), TokenizerFiles(folder)
-    defaults = DECODERS[decoder.model_type].defaults
+    generation, defaults = optional_json(folder / "generation_config.json"), DECODERS[decoder.model_type].defaults
 
     def find(key: str) -> Any:
         for values in (generation, text, raw, defaults):
             if values.get(f"{key}_token_id") is not None:
                 return values[f"{key}_token_id"]
-        return _token_id(files, files.config.get(f"{key}_token"))
+        return files.added_id(files.named.get(f"{key}_token"))
 
     eos = find("eos")
     eos_ids = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
-    written = _token_id(files, files.config.get("eos_token"))  # Qwen's config.json may name another than this
+    written = files.added_id(files.named.get("eos_token"))  # Qwen's config.json may name another than this
     eos_ids += [] if written is None or written in eos_ids else [written]
     ids: dict[str, Any] = {"bos_id": find("bos"), "eos_ids": tuple(eos_ids), "pad_id": find("pad")}
     for key, value in (("bos", ids["bos_id"]), ("pad", ids["pad_id"]), *(("eos", value) for value in eos_ids)):
@@ -98,23 +101,11 @@ def generation_notes(folder: Path) -> list[str]:
     return lines
 
 
-def _token_id(files: TokenizerFiles, token: Any) -> int | None:
-    """The id of a special token, from the files that list added tokens."""
-    content = token_text(token)
-    if content is None:
-        return None
-    if content in files.ids:
-        return files.ids[content]
-    added = optional_json(files.folder / "tokenizer.json").get("added_tokens") or []
-    return next((t.get("id") for t in added if isinstance(t, dict) and t.get("content") == content), None)
-
-
-def guess_template(folder: Path, decoder: str, layers: int) -> str:
+def guess_template(files: TokenizerFiles, decoder: str, layers: int) -> str:
     """The prompt where the files bring none: there by the model's name, here by what its tokenizer marks turns with."""
-    files = TokenizerFiles(folder)
-    if _token_id(files, "<|start_header_id|>") is not None:
+    if files.added_id("<|start_header_id|>") is not None:
         return "llama_3"
-    if _token_id(files, "<|im_start|>") is not None:
+    if files.added_id("<|im_start|>") is not None:
         return "qwen_1_5" if decoder.startswith("qwen") else "chatml_direct"
     return "mistral_instruct" if decoder == "mistral" else "vicuna_v1" if layers > 1 else "llava_v1"
 

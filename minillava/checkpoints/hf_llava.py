@@ -202,7 +202,7 @@ def read(raw: dict[str, Any], folder: Path) -> ModelConfig:
 
     processor = optional_json(folder / "processor_config.json")
     chat = read_chat(
-        folder, raw, text, decoder, guess_template(folder, decoder.model_type, projector.layers),
+        folder, raw, text, decoder, lambda files: guess_template(files, decoder.model_type, linears),
         image_token=processor.get("image_token") or "<image>",
         video_token=(processor.get("video_token") or "<video>") if kind in WITH_VIDEO else "",
         **fields_of("chat", found),

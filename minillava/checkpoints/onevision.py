@@ -89,7 +89,7 @@ def read(raw: dict[str, Any], folder: Path) -> ModelConfig:
     layout = from_dict(LayoutConfig, release.layout | own.get("layout", {}), f"{where}: minillava.layout")
     placeholders = fields_of("chat", read_keys(TOP_KEYS, Fields(raw, where)))
     chat = read_chat(
-        folder, raw, text, decoder, "onevision_1_5", image_token="<|image_pad|>", video_token="<|video_pad|>",
+        folder, raw, text, decoder, lambda _: "onevision_1_5", image_token="<|image_pad|>", video_token="<|video_pad|>",
         **placeholders,
     )  # fmt: skip
     return ModelConfig(vision, projector, decoder, image, layout, chat)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minillava.chat.token_files import TokenizerFiles
 from minillava.checkpoints.chat_files import guess_template, overridden, read_special_ids
 from minillava.checkpoints.config_parts import read_decoder, read_image, read_vision, write_decoder
 from minillava.checkpoints.hf_llava import read_grids, read_max_tiles
@@ -53,11 +54,12 @@ def read(raw: dict[str, Any], folder: Path, vocabulary: Path, find: Find) -> Mod
     image = read_image({"image_processor_type": processor} | optional_json(path), str(path), vision)
     layout, fit = _read_layout(top, vision.image_size, image.fit)
     image = dataclasses.replace(image, fit=fit)
-    ids = read_special_ids(folder, raw, raw, decoder)
+    files = TokenizerFiles(vocabulary)
+    ids = read_special_ids(folder, files, raw, raw, decoder)
     if (ids["bos_id"], ids["eos_ids"]) == (0, (1,)):  # of an early converter; LLaMA's vocabulary has 1 and 2
         ids = {"bos_id": 1, "eos_ids": (2,), "pad_id": None}
     chat = ChatConfig(
-        template=guess_template(vocabulary, model_type, projector.layers),
+        template=guess_template(files, model_type, projector.layers),
         image_start_end=top.one_of("mm_use_im_start_end", False, [False, True]),
         **ids,
     )

@@ -19,6 +19,7 @@ from minillava.chat import jinja, prompt
 from minillava.chat.messages import Message
 from minillava.chat.prompt import place_markers, render, stop_ids
 from minillava.chat.templates import TEMPLATES
+from minillava.chat.token_files import TokenizerFiles
 from minillava.chat.tokenizer import load_tokenizer
 from minillava.checkpoints.chat_files import guess_template
 from minillava.config import IGNORE, ChatConfig
@@ -583,4 +584,4 @@ def test_the_stop_of_a_template_ends_answers_whatever_the_files_say(tokenizer):
 def test_the_family_is_told_by_the_tokens_that_mark_its_turns(tmp_path, tokens, decoder, layers, expected):
     added = {str(i): {"content": token} for i, token in enumerate(tokens)}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
-    assert guess_template(tmp_path, decoder, layers) == expected
+    assert guess_template(TokenizerFiles(tmp_path), decoder, layers) == expected

@@ -16,6 +16,7 @@ from helpers import REAL
 from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
+from minillava.chat import token_files
 from minillava.chat.tokenizer import JsonTokenizer, SentencePieceTokenizer, StreamDecoder, load_tokenizer
 from minillava.errors import UserError
 from minillava.synthetic.train_tokenizer import train_small_tokenizer
@@ -161,6 +162,13 @@ def test_parts_join_to_the_ids_of_the_whole(folder, parts):
     encoded = tokenizer.encode_parts(parts)
     assert [*itertools.chain(*encoded)] == tokenizer.encode("".join(parts), first=True)
     assert len(encoded) == len(parts)
+
+
+def test_a_tokenizer_without_a_prefix_space_is_not_taken_apart(tmp_path, monkeypatch):
+    """That would write and parse all of Qwen's 7 MB once more."""
+    path = qwen(tmp_path / "qwen")
+    monkeypatch.delattr(token_files, "without_prefix")
+    assert load_tokenizer(path).encode("a b", first=False)
 
 
 def test_streaming_equals_decoding(folder):

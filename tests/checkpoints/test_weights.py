@@ -247,6 +247,17 @@ def test_old_and_new_spellings_agree(checkpoint, folder):
     assert read_config(folder) == new and new.chat.jinja == CHAT and new.decoder.rope_theta == 5e5
 
 
+def test_the_config_is_read_without_the_vocabulary(folder):
+    """Which has up to 20 MB, where the small files tell its special tokens; and with it to the same."""
+    whole = read_config(folder).chat
+    known = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    assert whole.eos_ids[-1] in [token["id"] for token in known]
+    decoder = {str(token["id"]): {"content": token["content"]} for token in known}
+    _edit(folder, "tokenizer_config.json", added_tokens_decoder=decoder)
+    (folder / "tokenizer.json").write_text("not read")
+    assert read_config(folder).chat == whole
+
+
 def test_sliding_window_bounds_the_context():
     """Inside its window attention is full, so a model with a window is exact up to there."""
     assert read_decoder({"model_type": "mistral"}, "").max_positions == 4096
