@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minillava.kernels.decode_tile import wait
 from minillava.kernels.flash import LOG2_E, _once, _put_both, _tile, _times, aligned, choose, parts, takes, unit
-from minillava.kernels.frame import card_of, jit, launch, register, shapes, tl
+from minillava.kernels.frame import card_of, contiguous, jit, launch, register, shapes, tl
 from minillava.kernels.rms_norm import rms_norm
 
 # On a CPU rows of different lengths go through SDPA in one masked call, unless the keys and values that it reads in
@@ -45,7 +45,7 @@ def plain(q_BHK, k_BSGK, v_BSGK, lengths_B, scale, window) -> Tensor:
     lengths = lengths_B.tolist()
     starts = [max(0, length - window) if window else 0 for length in lengths]
     B, _, G, K = k_BSGK.shape
-    first, last = min(starts), max(lengths)
+    first, last = min(starts, default=0), max(lengths, default=0)
     q_BGRK, k_BGSK, v_BGSK = q_BHK.unflatten(1, (G, -1)), k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2)
     in_vain = (B * (last - first) - sum(lengths) + sum(starts)) * G * 2 * K
     if in_vain > B * READ_IN_VAIN or (in_vain and not min(lengths)) or not last:
@@ -237,9 +237,10 @@ def decode_attention(
     """
     B, H, K = q_BHK.shape if q_BHK.dim() == 3 else (-1, -1, -1)
     fits = k_BSGK.dim() == 4 and k_BSGK.shape == v_BSGK.shape and (k_BSGK.shape[0], k_BSGK.shape[3]) == (B, K)
-    if not fits or H % max(k_BSGK.shape[2], 1) or lengths_B.shape != (B,) or not q_BHK.dtype == k_BSGK.dtype:
+    fits &= lengths_B.shape == (B,) and q_BHK.dtype == k_BSGK.dtype == v_BSGK.dtype
+    if not fits or H % max(k_BSGK.shape[2], 1):
         raise ValueError(
-            f"decode_attention: want q [B, H, K], k and v [B, S, G, K], lengths [B], "
+            f"decode_attention: want q [B, H, K], k and v [B, S, G, K] of one dtype, lengths [B], "
             f"got {shapes(q=q_BHK, k=k_BSGK, v=v_BSGK, lengths=lengths_B)}"
         )
     scale = K**-0.5 if scale is None else scale
@@ -290,7 +291,7 @@ def triton_step(
     if not takes(q_BHK, scale) or not q_BHK.numel() or not written or qkv_BN.dtype != k_BSGK.dtype:
         return step_reference(qkv_BN, cos_BK, sin_BK, q_norm_K, k_norm_K, eps, k_BSGK, v_BSGK, positions_B, scale)
     o_BHK = q_BHK.new_empty(q_BHK.shape)
-    start = qkv_BN.contiguous(), q_norm_K, k_norm_K, cos_BK.contiguous(), sin_BK.contiguous()
+    start = tuple(map(contiguous, (qkv_BN, q_norm_K, k_norm_K, cos_BK, sin_BK)))
     _launch(start, eps, k_BSGK, v_BSGK, positions_B, o_BHK, scale, 0, config)
     return o_BHK.flatten(1)
 
@@ -305,7 +306,8 @@ def _launch(start: tuple, eps: float, k_BSGK, v_BSGK, lengths_B, o_BHK, scale, w
     strides = [stride // unit(x) for x in (k_BSGK, v_BSGK) for stride in x.stride()[:3]]
     sizes = {"K": K, "UNIT": unit(o_BHK), **parts(K), "BLOCK_R": max(16, 1 << (R - 1).bit_length())}
     sizes |= {"BLOCK_S": config["block_n"], "SPLITS": splits}
-    args = *start, k_BSGK, v_BSGK, lengths_B, o_BHK, partial, lse, G, R, eps, scale * LOG2_E, window, *strides
+    tensors = *start, k_BSGK, v_BSGK, lengths_B.contiguous(), o_BHK, partial, lse
+    args = *tensors, G, R, eps, scale * LOG2_E, window, *strides
     launch(_decode_split, (B * G, splits), *args, config=config, **sizes)
     if splits > 1:
         block = 1 << (K - 1).bit_length()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minillava.kernels import configs, nf4_matmul
 from minillava.kernels.decode_tile import Around, outputs, put, wait
-from minillava.kernels.frame import aligned, card_of, jit, launch, register, shapes, tl
+from minillava.kernels.frame import aligned, card_of, contiguous, jit, launch, register, shapes, tl
 from minillava.kernels.nf4_dequantize import WEIGHT, check
 from minillava.kernels.rms_norm import rms_norm
 from minillava.kernels.swiglu import swiglu
@@ -150,7 +150,8 @@ def triton_dense(x_MK, weight_NK, bias_N, norm_K, eps: float, gated: bool, resid
     if not fits or K % 8:
         return reference(x_MK, weight_NK, bias_N, norm_K, eps, gated, residual)
     y_MN = x_MK.new_empty(M, N // 2 if gated else N)
-    args = aligned(x_MK), norm_K, weight_NK, bias_N, None if residual is None else residual.contiguous(), y_MN, M, N
+    norm_K, bias_N, residual = map(contiguous, (norm_K, bias_N, residual))
+    args = aligned(x_MK), norm_K, weight_NK, bias_N, residual, y_MN, M, N
     constants = {"GATED": gated, "EVEN": N % config["block_n"] == 0}
     tiles = -(-N // config["block_n"])
     if config["variant"] == "row":
@@ -168,7 +169,6 @@ def triton_nf4(
     config = config or configs.choose("decode_linear", "nf4", card_of(x_MK), M, N)
     if M > ROWS or not nf4_matmul.takes(x_MK, blocksize, config):
         return nf4_reference(x_MK, *weight, bias_N, norm_K, eps, gated, residual, N, quant_type, blocksize)
-    residual = None if residual is None else residual.contiguous()
     if norm_K is not None or gated:  # only a whole result can be normed and gated
         config = {**config, "split_k": 1}
     around = Around(norm_K, eps, gated, residual)

@@ -184,6 +184,11 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """As kernels read biases, norms and scales, one number behind the other; what is not there stays None."""
+    return None if x is None else x.contiguous()
+
+
 def wide(x: Tensor) -> torch.dtype:
     """The type to sum in: at least fp32."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minillava.kernels import configs
 from minillava.kernels.cpu import product
-from minillava.kernels.frame import aligned, card_of, coordinate, jit, launch, register, shapes, tl
+from minillava.kernels.frame import aligned, card_of, contiguous, coordinate, jit, launch, register, shapes, tl
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -354,7 +354,8 @@ def _product(a, b, bias, pre, act, dpre, sums, activation: str, backward: bool, 
     M, K = a.shape
     N = act.shape[1]
     tiles = -(-M // config["block_m"]) * -(-N // config["block_n"])
-    args, gelu = (a, b, bias, pre, act, dpre, sums), {"ERF": activation == "gelu", "SAVE": save}
+    bias, gelu = contiguous(bias), {"ERF": activation == "gelu", "SAVE": save}
+    args = a, b, bias, pre, act, dpre, sums
     if config["variant"] == "descriptor":
         programs = min(tiles, card_of(a).multiprocessors)
         launch(_descriptor, (programs,), *args, M, N, K, config=config, BACKWARD=backward, **gelu)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minillava.kernels import configs
 from minillava.kernels.cpu import product as cpu
-from minillava.kernels.frame import HAS_TRITON, aligned, card_of, jit, launch, register, shapes, tl
+from minillava.kernels.frame import HAS_TRITON, aligned, card_of, contiguous, jit, launch, register, shapes, tl
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256  # values of absmax that share a scale of their own
@@ -175,20 +175,22 @@ def check(packed, absmax, nested, dynamic, N: int, K: int, quant_type: str, bloc
     blocks = -(-N * K // blocksize)
     fits = packed.shape == ((N * K + 1) // 2,) and absmax.shape == (blocks,) and packed.dtype == torch.uint8
     if absmax.dtype == torch.uint8:
-        fits &= nested is not None and nested.shape == (2, -(-blocks // NESTED))
-        fits &= dynamic is not None and dynamic.shape == (256,)
+        fits &= nested is not None and nested.shape == (2, -(-blocks // NESTED)) and nested.dtype == torch.float32
+        fits &= dynamic is not None and dynamic.shape == (256,) and dynamic.dtype == torch.float32
     else:
         fits &= absmax.dtype == torch.float32 and nested is None
     if not fits:
         got = shapes(packed=packed, absmax=absmax, nested=nested, dynamic=dynamic)
-        raise ValueError(f"nf4_matmul: the parts do not make a weight [{N}, {K}] in blocks of {blocksize}: {got}")
+        types = ", ".join(str(t.dtype) for t in (packed, absmax, nested, dynamic) if t is not None)
+        what = f"a weight [{N}, {K}] in blocks of {blocksize}"
+        raise ValueError(f"nf4_matmul: the parts do not make {what} with scales in float32: {got} in {types}")
 
 
 def arguments(packed: Tensor, absmax: Tensor, nested: Tensor | None, dynamic: Tensor | None, quant_type: str) -> tuple:
     """The weight as kernels take it, the distance of factors and offsets, and whether to look codes up by shuffles."""
-    parts = aligned(packed).view(torch.int32), absmax, nested, dynamic, code(quant_type, packed.device)
+    rest = *map(contiguous, (absmax, nested, dynamic)), code(quant_type, packed.device)
     shuffle = not packed.is_cpu and card_of(packed).arch.startswith("sm_")
-    return parts, 0 if nested is None else nested.stride(0), shuffle
+    return (aligned(packed).view(torch.int32), *rest), 0 if nested is None else nested.shape[1], shuffle
 
 
 def triton_dequantize(

@@ -13,7 +13,7 @@ from minillava.kernels import configs
 from minillava.kernels.cpu import library
 from minillava.kernels.cpu import product as cpu
 from minillava.kernels.decode_tile import Around, outputs, put, wait
-from minillava.kernels.frame import aligned, card_of, jit, launch, register, shapes, tl
+from minillava.kernels.frame import aligned, card_of, contiguous, jit, launch, register, shapes, tl
 from minillava.kernels.nf4_dequantize import (
     WEIGHT,
     arguments,
@@ -274,6 +274,7 @@ def multiply(
     """The product and what is around it by the kernel that `config` names."""
     M, K = x_MK.shape
     norm, eps, gated, residual = around
+    norm, residual, bias_N = map(contiguous, (norm, residual, bias_N))
     x_MK, y_MN, blocks = aligned(x_MK), x_MK.new_empty(M, N // 2 if gated else N), K // 64
     parts, groups, shuffle = arguments(*weight, quant_type)
     tiles, even = -(-N // config["block_n"]), N % config["block_n"] == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import error, needs_gpu, needs_triton
+from checks import apart, error, needs_gpu, needs_triton
 
 from minillava.kernels import decode_attention as module
 from minillava.kernels.attention import attention
@@ -123,6 +123,10 @@ def test_step_in_the_interpreter(lengths, H, G, K, normed, splits, dtype):
     args = step_inputs(lengths, H, G, K, dtype, normed)
     assert shares(len(lengths) * G, args[6].shape[1], config, 108) == splits
     check_step(lambda *a: triton_step(*a, config), args)
+    caches = args[6].clone(), args[7].clone()
+    strided = [apart(x) if torch.is_tensor(x) else x for x in args[:6]]
+    y = triton_step(*strided, *caches, apart(args[8]), 0.3, config)
+    assert torch.equal(y, triton_step(*args, 0.3, config)) and torch.equal(caches[0], args[6])
 
 
 @needs_triton
@@ -196,6 +200,13 @@ def test_cache_of_any_strides_and_opcheck():
     assert plain(q, k, v, lengths, 0.3, 0).is_contiguous()
 
 
+def test_no_rows_at_all():
+    q, k, v, lengths = (x[:0] for x in inputs((3, 8)))
+    assert decode_attention(q, k, v, lengths).shape == q.shape
+    tables = q.new_empty(0, 1, 16), q.new_empty(0, 1, 16)
+    assert decode_step_attention(q.new_empty(0, 8 * 16), tables, k, v, lengths).shape == (0, 4 * 16)
+
+
 def test_what_does_not_fit_is_refused():
     q, k, v, lengths = inputs((3, 8))
     for args in (
@@ -203,6 +214,7 @@ def test_what_does_not_fit_is_refused():
         (q, k, v[:, :4], lengths),
         (q, k, v, lengths[:1]),
         (q.float(), k, v, lengths),
+        (q, k, v.float(), lengths),
     ):
         with pytest.raises(ValueError, match="decode_attention: want q"):
             decode_attention(*args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import error, needs_gpu, needs_triton
+from checks import apart, error, needs_gpu, needs_triton
 
 from minillava.kernels import decode_linear as module
 from minillava.kernels import nf4_matmul
@@ -74,6 +74,21 @@ def test_triton_kernels_in_the_interpreter(M, N, K, around, dtype):
     for config in (GEMV,) if dtype == torch.float32 else (GEMV, PRODUCT):
         for double in (False, True):
             check(lambda *a, c=config: triton_nf4(*a, c), M, N, K, around, dtype, double=double)
+
+
+@needs_triton
+def test_what_is_around_the_product_may_have_any_strides():
+    (x, weight, *rest), gated = inputs(2, 44, 128, {"norm", "gated", "residual", "bias"}, torch.float16)
+    parts = quantized(weight)
+    for run, given, configs in (
+        (triton_dense, (x, weight), (ROW, ROWS)),
+        (lambda *a: triton_nf4(*a[:-1], 44, "nf4", 64, a[-1]), (x, *parts), (GEMV, PRODUCT)),
+    ):
+        for config in configs:
+            bias, norm, residual = map(apart, rest)
+            y = run(*given, bias, norm, 1e-5, gated, residual, config)
+            bias, norm, residual = rest
+            assert torch.equal(y, run(*given, bias, norm, 1e-5, gated, residual, config))
 
 
 @needs_triton

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from checks import CUDA, assert_no_worse, error, needs_triton, one_rank
+from checks import CUDA, apart, assert_no_worse, error, needs_triton, one_rank
 from torch import nn
 
 from minillava.kernels import fused_mlp as module
@@ -212,7 +212,7 @@ def test_under_fsdp2(tmp_path):
 
 
 def strided(t):
-    return t.T.contiguous().T if t.dim() == 2 else torch.stack((t, t), -1)[..., 0]
+    return t.T.contiguous().T if t.dim() == 2 else apart(t)
 
 
 def test_non_contiguous_inputs_and_zero_stride_gradients():
@@ -223,6 +223,14 @@ def test_non_contiguous_inputs_and_zero_stride_gradients():
     y = fused_mlp(*leaves)
     for a, b in zip([y, *torch.autograd.grad(y.sum(), leaves)], expected):
         torch.testing.assert_close(a, b)
+
+
+@needs_triton
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_triton_takes_non_contiguous_inputs(variant):
+    tensors, rest = inputs(5, 16, 32, 24, torch.float32), ("gelu", True, {**SMALL, **variant})
+    expected = module.triton_forward(*tensors, *rest)
+    assert all(map(torch.equal, module.triton_forward(*map(apart, tensors), *rest), expected))
 
 
 @needs_triton

@@ -13,7 +13,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import needs_compiler, needs_gpu, needs_triton
+from checks import apart, needs_compiler, needs_gpu, needs_triton
 
 from minillava.kernels import nf4_dequantize
 from minillava.kernels import nf4_matmul as module
@@ -100,8 +100,7 @@ def test_c_code(c_code, monkeypatch, M, N, K, quant_type, blocksize, double, dty
     assert torch.equal(module.dequantize(*parts, N, K, quant_type, blocksize, dtype), values)
     for b in (bias, None):
         assert_no_worse((nf4_matmul(x, *parts, b, N, quant_type, blocksize), x, b, exact))
-        strided = torch.stack((x, x), -1)[..., 0]
-        assert_no_worse((nf4_matmul(strided, *parts, b, N, quant_type, blocksize), x, b, exact))
+        assert_no_worse((nf4_matmul(apart(x), *parts, b, N, quant_type, blocksize), x, b, exact))
 
 
 def test_without_a_compiler_a_line_says_so_and_the_values_are_the_same(monkeypatch, caplog):
@@ -145,8 +144,8 @@ def test_triton_kernels_in_the_interpreter(monkeypatch, M, N, K, quant_type, blo
             ys = [triton_forward(x, *parts, b, N, quant_type, blocksize, config) for x, parts, b, _ in cases]
             assert_no_worse(*((y, x, b, exact) for y, (x, _, b, exact) in zip(ys, cases, strict=True)))
     x, parts, b, _ = cases[-1]
-    strided = torch.stack((x, x), -1)[..., 0]
-    assert torch.equal(triton_forward(strided, *parts, b, N, quant_type, blocksize, config), ys[-1])
+    strided = map(apart, (x, *parts, b))
+    assert torch.equal(triton_forward(*strided, N, quant_type, blocksize, config), ys[-1])
 
 
 @needs_triton
@@ -244,6 +243,8 @@ def test_what_does_not_fit_is_refused_with_the_shapes():
         ((x, *parts, bias, 6, "nf4", 96), "blocks of 96"),
         ((x, packed, absmax, None, None, bias, 6, "nf4", 64), "parts do not make"),
         ((x, packed, absmax.float(), nested, dynamic, bias, 6, "nf4", 64), "parts do not make"),
+        ((x, packed, absmax, nested.half(), dynamic, bias, 6, "nf4", 64), "scales in float32: .* torch.float16"),
+        ((x, packed, absmax, nested, dynamic.double(), bias, 6, "nf4", 64), "scales in float32: .* torch.float64"),
         ((x, *parts, bias[:5], 6, "nf4", 64), r"bias \[6\]"),
         ((x, *parts, bias.double(), 6, "nf4", 64), "float64"),
     ]
