@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minillava.errors import UserError
+from minillava.files import refuse_pointer
 from minillava.schema import optional_json, read_json
 
 FILES = (
@@ -124,6 +125,7 @@ def open_sentencepiece(path: Path) -> tuple[Any, Any]:
     """The model of a tokenizer.model as it is, and without a prefix space, which is put where it belongs by hand."""
     import sentencepiece
 
+    refuse_pointer(path)
     model = path.read_bytes()
     # Concatenated protobufs merge: normalizer_spec (3) {add_dummy_prefix (3): 0, remove_extra_whitespaces (4): 0}.
     # LLaMA's models keep every blank anyhow.

@@ -162,15 +162,13 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = max([base - 1, *self._contents]) + 1
         longest = sorted(self._added, key=len, reverse=True)
         self._cut = re.compile("|".join(_pattern(token, files.flags.get(token, {})) for token in longest))
-        self._order = longest
 
     def encode(self, text: str, first: bool) -> list[int]:
         ids: list[int] = []
         at = 0
-        for match in self._cut.finditer(text) if self._order else ():
+        for match in self._cut.finditer(text) if self._added else ():
             ids += self._run(text[at : match.start()], first)
-            assert match.lastindex is not None  # every alternative is a group
-            ids.append(self._added[self._order[match.lastindex - 1]])
+            ids.append(self._added[match[match.lastindex or 0]])  # the group is a token, without blanks around it
             at, first = match.end(), self.prefix_after_special
         return ids + self._run(text[at:], first)
 

@@ -13,6 +13,7 @@ from minillava.chat.token_files import MAX_ID, TokenizerFiles
 from minillava.checkpoints.families import DECODERS
 from minillava.config import ChatConfig, DecoderConfig, ModelConfig
 from minillava.errors import UserError, nearest
+from minillava.files import read_text
 from minillava.schema import from_dict, optional_json, to_dict
 
 
@@ -36,10 +37,7 @@ def _read_jinja(folder: Path) -> str:
     """The chat template in the four places where it has lived, newest first; '' if there is none."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); get it again") from None
+        return read_text(path)
     names = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
     files = [optional_json(folder / name) for name in names]
     found = next((f["chat_template"] for f in files if f.get("chat_template")), "")

@@ -74,11 +74,9 @@ def differences(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
         )
     if layout.grids:
         found.append("no tiles: a picture is one view, without newlines")
-    fit = {"crop": "cropped", "squash": "squashed"}.get(image.fit)
-    if fit and not layout.grids:
-        found.append(f"pictures that are not square are padded there and {fit} here")
-    elif layout.grids:
         found.append("the view of a picture that is not square is padded there and squashed here")
+    elif fit := {"crop": "cropped", "squash": "squashed"}.get(image.fit):
+        found.append(f"pictures that are not square are padded there and {fit} here")
     if tuple(int(255 * x) for x in image.mean) != PAD_COLOR:
         found.append(f"padding has CLIP's mean colour {PAD_COLOR}")
     found.append("no videos")
@@ -273,9 +271,8 @@ def tower_parts(model: LLaVAModel) -> Iterator[Part]:
     if v.class_token:
         yield "v.class_embd", tower.class_embedding.detach, "F32"
     yield "v.patch_embd.weight", tower.patch_embedding.weight.detach, "F16"
-    if v.patch_bias:
-        assert tower.patch_embedding.bias is not None
-        yield "v.patch_embd.bias", tower.patch_embedding.bias.detach, "F32"
+    if (bias := tower.patch_embedding.bias) is not None:
+        yield "v.patch_embd.bias", bias.detach, "F32"
     yield "v.position_embd.weight", tower.position_embedding.weight.detach, "F32"
     if v.pre_norm:
         yield from affine("v.pre_ln", tower.pre_norm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from minillava.chat.prompt import stop_ids
 from minillava.chat.tokenizer import SentencePieceTokenizer, Tokenizer
 from minillava.config import ChatConfig
 from minillava.errors import UserError
+from minillava.schema import read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -77,7 +77,7 @@ def _of_pieces(sp: Any) -> Vocabulary:
 def _of_json(tokenizer: Tokenizer) -> Vocabulary:
     """tokenizer.json: byte-level BPE, or SentencePiece's BPE as merges, where the best-ranked merge is the score."""
     path = tokenizer.files.folder / "tokenizer.json"
-    spec = json.loads(path.read_text(encoding="utf-8"))
+    spec = read_json(path)
     model = spec["model"]
     if model.get("type", "BPE") != "BPE":
         raise UserError(f"{path}: a {model['type']} vocabulary; llama.cpp's files hold BPE alone")

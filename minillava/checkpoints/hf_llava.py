@@ -263,10 +263,8 @@ def _write_config(config: ModelConfig, kind: str, name: str, dtype: str) -> dict
         text_config=config_parts.write_decoder(config, dtype), vision_config=tower, **write_keys(TOP_KEYS, config),
         dtype=dtype, torch_dtype=dtype, pad_token_id=config.chat.pad_id, minillava=ours,
     )  # fmt: skip
-    top |= write_keys((GRIDS,), config) if config.layout.grids else {}
-    top |= write_keys((MAX_TILES,), config) if kind == "llava_onevision" else {}
-    top |= write_keys((VIDEO_TOKEN,), config) if config.chat.video_token else {}
-    return top | (write_keys(POOLING, config) if known and POOLING[0] in known.keys else {})
+    keys = known.keys if known else (GRIDS,) * bool(config.layout.grids)
+    return top | write_keys((*keys, *(VIDEO_TOKEN,) * bool(config.chat.video_token)), config)
 
 
 def _write_pixels(config: ModelConfig, kind: str, name: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def describe(checkpoint: Checkpoint) -> Iterator[str]:
         of_part = [tensors[name] for name, ours in names.items() if ours and ours.startswith(part)]
         if of_part:
             yield _line(part, _size(of_part))
-    if len(raw) and ("vision_config" in raw or is_original(raw)):
+    if "vision_config" in raw or is_original(raw):
         try:
             yield from _config(checkpoint.config)
             checkpoint.check()

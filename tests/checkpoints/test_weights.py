@@ -738,12 +738,14 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 14
 
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "config.json", "tokenizer.json",
-             "processor_config.json", "generation_config.json"],
+             "processor_config.json", "generation_config.json", "chat_template.jinja", "tokenizer.model"],
 )  # fmt: skip
 def test_pointers_of_git_lfs_are_called_that(checkpoint, tmp_path, name):
     folder = _copy(checkpoint, tmp_path / "m")
     if name != "model.safetensors" and name.startswith(("model", "pytorch")):
         (folder / "model.safetensors").unlink()
+    if name == "tokenizer.model":
+        (folder / "tokenizer.json").unlink()
     (folder / name).write_bytes(POINTER)
     with pytest.raises(UserError, match=rf"{re.escape(name)}: is a pointer of Git LFS.* 'git lfs pull'"):
         opened = Checkpoint.open(folder)
