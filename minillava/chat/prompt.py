@@ -139,8 +139,8 @@ def _check_tokens(chat: ChatConfig, tokenizer: Tokenizer, pieces: Sequence[Piece
     """Raises UserError if the vocabulary lacks a special token that the template has written."""
     template = TEMPLATES[chat.template]
     tokens = list(template.tokens)
-    if chat.image_start_end and not template.one_turn and any(m in text for text, _ in pieces for m in chat.markers):
-        tokens += ["<im_start>", "<im_end>"]
+    if not template.one_turn and any(marker in text for text, _ in pieces for marker in chat.markers):
+        tokens += filter(None, around(chat, template))
     for token in tokens:
         if tokenizer.token_id(token) is None:
             raise UserError(

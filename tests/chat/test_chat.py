@@ -554,6 +554,11 @@ def test_unknown_template_and_missing_tokens(tmp_path):
         encode(ChatConfig(), tokenizer, turns("a"), [], True)
     with pytest.raises(UserError, match="template 'llava_v0' writes '<im_start>', which the tokenizer lacks"):
         encode(ChatConfig(template="llava_v0", image_start_end=True), tokenizer, turns("<image>"), [1], True)
+    train_small_tokenizer(CORPUS, tmp_path / "qwen", ["<s>", "<|im_start|>", "<|im_end|>"])
+    qwen, wrapped = load_tokenizer(tmp_path / "qwen"), ChatConfig(template="onevision_1_5")
+    assert encode(wrapped, qwen, turns("a"), [], True)
+    with pytest.raises(UserError, match=r"writes '<\|vision_start\|>', which the tokenizer lacks"):
+        encode(wrapped, qwen, turns("<image>"), [1], True)
     with pytest.raises(UserError, match="the tokenizer has no token '<image>'; set split_at_image"):
         encode(ChatConfig(template="llava_v0", split_at_image=False), tokenizer, turns("<image>"), [1], True)
 
