@@ -10,7 +10,6 @@ from minillava.config import ChatConfig
 from minillava.errors import UserError
 from minillava.files import shown
 
-ROLES = {"developer": "system"}  # OpenAI's newer name
 Source = tuple[bool, Any]  # whether it is a clip; a file, a URL, a picture, ..., None: what comes beside the messages
 
 
@@ -71,7 +70,7 @@ def _message(chat: ChatConfig, entry: Any) -> tuple[Message, list[Source]]:
         return entry, []
     if not isinstance(entry, Mapping) or not isinstance(role := entry.get("role"), str):
         raise UserError("expected an object with 'role' and 'content'")
-    role = ROLES.get(role, role)
+    role = "system" if role == "developer" else role  # OpenAI's newer name
     if role not in ("system", "user", "assistant"):
         raise UserError(f"role '{role}' is unknown (known: system, user, assistant)")
     content = entry.get("content")

@@ -35,11 +35,10 @@ def _onevision(title: str, name: str, tower: str = "visual.blocks", tensors: str
     )  # fmt: skip
 
 
-HF_TYPES = (*hf_llava.HF_CLASSES, hf_llava.OWN)
 FORMATS: dict[str, Format] = {
     "llava": Format(
-        "a LLaVA in Hugging Face's layout", HF_TYPES.__contains__, hf_llava.read, hf_llava.write, "hf",
-        ("vision_tower", "multi_modal_projector"),
+        "a LLaVA in Hugging Face's layout", {*hf_llava.HF_CLASSES, hf_llava.OWN}.__contains__, hf_llava.read,
+        hf_llava.write, "hf", ("vision_tower", "multi_modal_projector"),
     ),
     "onevision_1_5": _onevision("a LLaVA-OneVision-1.5", "onevision_1_5"),
     "onevision_1_5_native": _onevision("a LLaVA-OneVision-1.5 as transformers names it", "onevision_1_5_native"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minillava.checkpoints.config_keys import fields_of, read_keys, write_keys
-from minillava.checkpoints.families import DECODERS, EXPERT_KEYS, LLAMA_KEYS, NATIVE_TOWERS, TOWERS, Family, tower_type
+from minillava.checkpoints.families import DECODERS, EXPERT_KEYS, NATIVE_TOWERS, TOWERS, Family, tower_type
 from minillava.config import DecoderConfig, ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from minillava.errors import UserError
 from minillava.files import shown
@@ -71,9 +71,8 @@ def write_decoder(config: ModelConfig, dtype: str) -> dict[str, Any]:
         raise UserError(
             f"a decoder of type {d.model_type} with qkv_bias {d.qkv_bias}, qk_norm {d.qk_norm} has no foreign name"
         )
-    common = dict(sliding_window=None, dtype=dtype, **special_ids(config))
-    own = write_keys(family.keys, config)
-    return {"model_type": d.model_type} | write_keys(LLAMA_KEYS, config) | common | own | family.written
+    own = dict(model_type=d.model_type, sliding_window=None, dtype=dtype, **special_ids(config))
+    return own | write_keys(family.keys, config) | family.written
 
 
 def special_ids(config: ModelConfig) -> dict[str, Any]:
