@@ -68,6 +68,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("nobody to ask; give --model, and --url where it is behind an endpoint")
     if args.questions and not args.images:
         raise UserError("--questions: the answers need the pictures; give --images DIR")
+    if (args.judge or args.judge_url or args.images) and not args.questions:
+        raise UserError("--judge, --judge-url and --images are for preferences; give --questions, or leave them out")
+    if args.dry_run and args.questions:
+        raise UserError("--dry-run shows requests about captions; leave --questions out")
     if args.images and not Path(args.images).is_dir():
         raise UserError(f"{args.images}: no such folder of pictures; check the path")
     prices = prices_of(args.price)
@@ -80,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     scenes = read_scenes([Path(path) for path in args.scenes]) if args.scenes else []
     if args.dry_run:
         return dry_run(args, scenes[: args.limit], kinds, prices)
-    here = [] if args.url else [args.model, *([args.judge] if args.judge and not args.judge_url else [])]
+    here = [] if args.url else {args.model, *([args.judge] if args.judge and not args.judge_url else [])}
     args.folders = {name: resolve(name) for name in here}  # of checkpoints in this process, before one is loaded
     work(args, scenes, kinds, prices)
 
@@ -124,7 +128,8 @@ def work(args: argparse.Namespace, scenes: Sequence[Scene], kinds: Sequence[str]
     settings = {name: getattr(args, name) for name in ("model", "url", "temperature", "max_tokens")}
     items: list[Item]
     if args.questions:
-        judge = model_of(args, args.judge, args.judge_url or args.url) if args.judge or args.judge_url else model
+        other = (args.judge or args.model, args.judge_url or args.url)
+        judge = model if other == (args.model, args.url) else model_of(args, *other)
         known = {scene.image: str(scene) for scene in scenes}
         asked = collect.read_questions(Path(args.questions))[: args.limit]
         items = list(collect.preference_items(model, judge, asked, Path(args.images), known))
@@ -142,11 +147,10 @@ def work(args: argparse.Namespace, scenes: Sequence[Scene], kinds: Sequence[str]
         )  # fmt: skip
 
 
-def model_of(args: argparse.Namespace, name: str | None, url: str | None) -> Model:
+def model_of(args: argparse.Namespace, name: str, url: str | None) -> Model:
     """Who is asked: behind an endpoint, or a checkpoint here."""
     from minillava.synthetic.instruct.models import Endpoint, Local
 
-    name = name or args.model
     if url is None:
         return Local(args.folders[name], args.temperature, args.max_tokens)
     return Endpoint(url, name, os.environ.get("OPENAI_API_KEY") or "none", args.temperature, args.max_tokens)

@@ -64,6 +64,15 @@ def test_help_is_light(words):
         (["train", "--set", "model.quantize=nf5"], "quantize 'nf5': type 'nf5' is unknown"),
         (["instruct", "--questions", __file__, "--images", ".", "--model", "nowhere"], "nowhere: no such folder"),
         (["instruct", "--questions", __file__, "--images", "no", "--model", "nano"], "no: no such folder of pictures"),
+        (
+            ["instruct", __file__, "--model", "m", "--judge", "j"],
+            "--judge, --judge-url and --images are for preferences",
+        ),
+        (["instruct", __file__, "--model", "m", "--images", "."], "give --questions, or leave them out"),
+        (
+            ["instruct", "--questions", __file__, "--images", ".", "--dry-run"],
+            "--dry-run shows requests about captions",
+        ),
         (["serve", "--host", "no.such.host.invalid"], "cannot listen at no.such.host.invalid"),
         (["jobs", "missing.jsonl", "out.jsonl"], "missing.jsonl: no such file"),
         (["inspect", "nowhere"], "nowhere: no such folder"),

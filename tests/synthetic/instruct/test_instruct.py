@@ -394,6 +394,20 @@ def test_a_checkpoint_answers_in_this_process(scenes, tmp_path, tiny_model, tiny
     assert all(reply.prompt_tokens > 4 and reply.new_tokens <= 6 for key, reply in replies.items() if "answer" in key)
 
 
+def test_a_model_that_judges_itself_is_asked_for_and_loaded_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("minillava.cli.instruct.resolve", lambda name: found.append(name) or tmp_path)
+    monkeypatch.setattr("minillava.synthetic.instruct.models.Local", lambda *how: made.append(how))
+    monkeypatch.setattr("minillava.synthetic.instruct.collect.run", lambda *a, **k: None)
+    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "blue"}]
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
+    (tmp_path / "questions.json").write_text(json.dumps([{"id": "0", "image": "0.jpg", "conversations": said}]))
+    words = ["--questions", tmp_path / "questions.json", "--images", tmp_path, "--model", "some/model"]
+    for more in ([], ["--judge", "some/model"]):
+        found, made = [], []
+        assert instruct(*words, *more, "--out", tmp_path / "out") == 0
+        assert found == ["some/model"] and len(made) == 1
+
+
 def test_our_own_server_answers_and_is_judged(tmp_path):
     """`minillava serve` with the model that ships, asked warmly about drawn scenes; the judge knows the scenes."""
     uvicorn = pytest.importorskip("uvicorn")
