@@ -7,7 +7,9 @@ With --questions the answers are made first, as `minillava jobs` makes them: kil
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 
 from minillava.cli import jobs
 from minillava.cli.jobs import add_asking
@@ -47,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{given[0]} is for answers that are to be made; give --questions FILE, or leave it out")
     if args.questions:
         how = {name: getattr(args, name) for name in asking}
-        jobs.run(argparse.Namespace(rows=args.questions, out=args.answers, **how))
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):  # of one line of JSON
+            jobs.run(argparse.Namespace(rows=args.questions, out=args.answers, **how))
     from minillava.evaluation import benchmarks
 
     found = benchmarks.read_answers(args.answers)
