@@ -5,6 +5,7 @@ Without --model: the one that ships. What llama.cpp does otherwise than minillav
 from __future__ import annotations
 
 import argparse
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,6 +39,6 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = checkpoint.tokenizer()
     for line in gguf.differences(checkpoint.config, tokenizer):
         print(f"llama.cpp: {line}", flush=True)
-    name = args.name or Path(str(args.model).rstrip("/")).name
+    name = args.name or Path(os.path.abspath(args.model)).name
     files = gguf.export(checkpoint.load(), tokenizer, Path(args.gguf), name, args.type)
     print(f"llama-server --jinja -m {files[0]} --mmproj {files[1]}")

@@ -33,7 +33,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     add("--name", metavar="NAME", help="what clients call the model (default: the last part of --model)")
     add_numbers(p)
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: all networks (default: 127.0.0.1)")
-    add("--port", type=whole(0, 65535), default=8000, metavar="N", help="default: 8000")
+    add("--port", type=whole(1, 65535), default=8000, metavar="N", help="default: 8000")
     add("--api-key", metavar="KEY", help="asked of every client (or variable MINILLAVA_API_KEY)")
     fetch = "pictures may be fetched from this host, .example.org: from all below; may be given several times"
     add("--fetch", action="append", default=[], metavar="HOST", help=fetch)
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     key = args.api_key or os.environ.get("MINILLAVA_API_KEY", "")
     access = Access(key, LOOPBACK.get(args.host, ()), args.body_mb * MB)
     sources = Sources(args.fetch, Path(args.pictures) if args.pictures else None)
-    name, host = args.name or Path(str(args.model).rstrip("/")).name, args.host
+    name, host = args.name or Path(os.path.abspath(args.model)).name, args.host
     slots, fewer = running.scheduler.slots.rows, ""
     if slots < args.slots:
         holds = f"--cache-gib {args.cache_gib * args.slots / slots:.0f} holds all"

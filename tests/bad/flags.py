@@ -32,7 +32,7 @@ FLAGS = {  # command -> a flag -> bad values
     },
     "chat": {"--temperature": ("hot", "-0.1"), "--imgae": ("x.png",), "--seed": ("x",)},
     "serve": {
-        "--port": (*COUNTS, "65536", "99999999999"),
+        "--port": (*COUNTS, "0", "65536", "99999999999"),
         "--slots": (*COUNTS, "0"),
         "--context": (*COUNTS, "0"),
         "--chunk": (*COUNTS, "0"),

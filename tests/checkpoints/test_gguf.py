@@ -39,6 +39,14 @@ def nano(tmp_path_factory):
     return Checkpoint.open(NANO).load(torch.float32), *map(read, sorted(folder.iterdir()))
 
 
+def test_a_model_in_the_working_folder_has_that_ones_name(tmp_path, monkeypatch):
+    names = []
+    write = "minillava.checkpoints.gguf.export"
+    monkeypatch.setattr(write, lambda model, tokenizer, folder, name, form: names.append(name) or ["a", "b"])
+    monkeypatch.chdir(NANO)
+    assert main(["export", "--model", ".", "--gguf", str(tmp_path)]) == 0 and names == ["nano"]
+
+
 def test_the_tower_is_written_as_it_is(nano):
     model, (tensors, facts), _ = nano
     assert facts["clip.vision.feature_layer"] == [model.config.vision.layers_run]
