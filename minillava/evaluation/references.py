@@ -99,10 +99,9 @@ class Transformers:
         if "quantization_config" in optional_json(folder / "config.json"):
             raise UserError(f"{folder}: its weights are in few bits, which transformers multiplies in bf16 at best; "
                             "leave --against transformers out")  # fmt: skip
-        self.name, self.folder, self.config = f"transformers {transformers.__version__}", folder, config
-        self.library: Any = transformers
+        self.name, self.config = f"transformers {transformers.__version__}", config
         transformers.utils.logging.disable_progress_bar()
-        self.model = functools.cache(self._model)
+        self.model = functools.cache(functools.partial(_load, folder, config))
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self.images = transformers.AutoImageProcessor.from_pretrained(
@@ -112,14 +111,6 @@ class Transformers:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"{folder}: transformers cannot load it ({reason}); leave --against out") from None
-
-    def _model(self, dtype: torch.dtype) -> Any:
-        """Its model in a dtype; no more than two are asked for: the exact one and that of the model that is judged."""
-        load = self.library.AutoModelForImageTextToText.from_pretrained
-        model = load(self.folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False).eval()
-        if self.config.decoder.num_experts:
-            model.set_experts_implementation("eager")  # the grouped one has no float64
-        return model
 
     def read(self, prompt: Prompt) -> tuple[list[int], Tensor]:
         self.inputs = dict(self.images(images=[prompt.image], return_tensors="pt"))
@@ -157,6 +148,17 @@ class Transformers:
         stages["projector"] = inner.multi_modal_projector
         stages |= {f"decoder layer {i}": layer for i, layer in enumerate(inner.language_model.layers)}
         return stages | {"logits": inner.language_model.norm}
+
+
+def _load(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
+    """transformers' model in a dtype; no more than two are asked for: the exact one and that of the model judged."""
+    from transformers import AutoModelForImageTextToText
+
+    load = AutoModelForImageTextToText.from_pretrained
+    model = load(folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False).eval()
+    if config.decoder.num_experts:
+        model.set_experts_implementation("eager")  # the grouped one has no float64
+    return model
 
 
 Reference = Own | Transformers

@@ -2,8 +2,10 @@
 that are right."""
 
 import dataclasses
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -53,6 +55,19 @@ def folders(tmp_path_factory, tiny_tokenizer):
         found[name] = tmp_path_factory.mktemp(name)
         save_model(model, found[name], tiny_tokenizer)
     return found
+
+
+def test_a_reference_frees_its_models_with_its_last_use(folders):
+    """transformers' models are large: no cycle may keep one until the garbage collector comes."""
+    folder = next(iter(folders.values()))
+    reference = Transformers(folder, LLaVA.from_pretrained(folder).config)
+    model = weakref.ref(reference.model(torch.float32))
+    gc.disable()
+    try:
+        del reference
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="module")

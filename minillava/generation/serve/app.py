@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import secrets
@@ -50,6 +51,7 @@ Handler = Callable[["Server", Request], Awaitable[Response]]
 def guarded(route: Handler) -> Handler:
     """Errors in OpenAI's shape; nobody without the key."""
 
+    @functools.wraps(route)
     async def checked(self: Server, request: Request) -> Response:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
         if self.access.key and not hmac.compare_digest(given.encode(), self.access.key.encode()):
