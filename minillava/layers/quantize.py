@@ -227,7 +227,7 @@ class Linear4bit(FewBits):
         first, last = start * K // size, -(-stop * K // size)
         absmax, nested, dynamic = self.absmax[first:last], self.nested, self.dynamic
         if nested is not None and first % NESTED == 0:
-            nested = nested[:, first // NESTED : -(-last // NESTED)]
+            nested = nested[:, first // NESTED : -(-last // NESTED)].contiguous()  # as C code takes it
         elif nested is not None:
             absmax, nested, dynamic = scales(self.absmax, nested, dynamic)[first:last], None, None
         parts = self.weight[start * K // 2 : (stop * K + 1) // 2], absmax, nested, dynamic
