@@ -104,8 +104,7 @@ def attention(
 def by_sdpa(q_THK, k_SGK, v_SGK, cu_q, cu_k, causal: bool, window: int, scale: float) -> Tensor:
     """`reference` by PyTorch's attention, a call a sequence: fp32 on a GPU, and head sizes that no kernel has."""
     out = []
-    sequences = _sequences(q_THK, k_SGK, v_SGK, cu_q, cu_k, causal, window)
-    for q, k, v, seen_TS in sequences:
+    for q, k, v, seen_TS in _sequences(q_THK, k_SGK, v_SGK, cu_q, cu_k, causal, window):
         full = not causal or (not window and seen_TS.shape[0] == seen_TS.shape[1])
         options = {"is_causal": causal} if full else {"attn_mask": seen_TS}
         out.append(F.scaled_dot_product_attention(q[None], k[None], v[None], **options, scale=scale)[0])

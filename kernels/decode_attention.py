@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minillava.kernels.decode_tile import wait
 from minillava.kernels.flash import LOG2_E, _once, _put_both, _tile, _times, aligned, choose, parts, takes, unit
-from minillava.kernels.frame import card_of, contiguous, jit, launch, register, shapes, tl
+from minillava.kernels.frame import card_of, contiguous, jit, launch, register, shapes, tl, wide
 from minillava.kernels.rms_norm import rms_norm
 
 # On a CPU rows of different lengths go through SDPA in one masked call, unless the keys and values that it reads in
@@ -26,7 +26,7 @@ def reference(q_BHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, lengths_B: Tensor, 
     q_BGRK = q_BHK.unflatten(1, (k_BSGK.shape[2], -1)) * scale
     hidden_BS = _hidden(lengths_B, 0, k_BSGK.shape[1], window)[:, None, None]
     scores = torch.einsum("bgrk,bsgk->bgrs", q_BGRK, k_BSGK)
-    p_BGRS = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(hidden_BS, float("-inf"))
+    p_BGRS = scores.to(wide(scores)).masked_fill(hidden_BS, float("-inf"))
     p_BGRS = p_BGRS.softmax(-1).masked_fill(hidden_BS, 0.0)  # not NaN for a row without keys
     o_BGRK = torch.einsum("bgrs,bsgk->bgrk", p_BGRS.to(v_BSGK.dtype), v_BSGK)
     return o_BGRK.flatten(1, 2)

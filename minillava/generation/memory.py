@@ -115,7 +115,7 @@ class Prefixes:
     def put(self, slot: int, keys: Sequence[bytes]) -> None:
         """Keep the blocks at the beginning of `slot` that are not there; those used least recently make room."""
         keys = keys[: self.blocks]
-        self._touch([key for key in keys if key in self._places])
+        self._touch(keys)
         new = [n for n, key in enumerate(keys) if key not in self._places]
         if not new:
             return
