@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -54,10 +54,14 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few large products on this device."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / min(_seconds(lambda: a @ b, device, 8))
+    """FLOP/s of the fastest of a few large products on this device; of smaller ones in a dtype that it emulates."""
+    best = 0.0
+    for side in (8192,) if device.type == "cuda" else (256, 1024):
+        multiply = partial(torch.mm, *(torch.randn(side, side, device=device).to(dtype) for _ in range(2)))
+        best = max(best, 2 * side**3 / min(_seconds(multiply, device, 8)))
+        if best < 4e9:  # the next would take seconds (bf16 on a CPU without: 1 GFLOP/s)
+            break
+    return best
 
 
 @cache
