@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from minillava.device import multiplies_bf16
 from minillava.kernels.cpu.library import chosen_class
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +115,10 @@ def interleaved(functions: dict[str, Callable], device: str, rounds: int) -> dic
 
 
 def limits(device: str, dtype: torch.dtype, tiny: bool) -> dict[str, float]:
-    """Measured copy bandwidth (read + write) in bytes/s and matmul peak in FLOP/s, on random data."""
+    """Measured copy bandwidth (read + write) in bytes/s and matmul peak in FLOP/s, on random data; in float32 where
+    the dtype is bfloat16 and would be emulated."""
+    if dtype == torch.bfloat16 and not multiplies_bf16(torch.device(device)):
+        dtype = torch.float32
     size, side = (1 << 22, 256) if tiny else ((1 << 30, 8192) if device == "cuda" else (1 << 27, 1024))
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
