@@ -3,6 +3,7 @@ both. Where a newer version agrees, its test fails and the row can go."""
 
 import io
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from minillava.chat.tokenizer import load_tokenizer
 from minillava.config import ImageConfig, LayoutConfig, ModelConfig, VisionConfig
 from minillava.media.image import open_image
-from minillava.media.video import choose
+from minillava.media.video import choose, open_clip
 from minillava.visual_tokens import image_span
 
 transformers = pytest.importorskip("transformers")
@@ -33,6 +34,25 @@ def test_frames_of_a_video():
     ours = choose(100, 10.0, ModelConfig(layout=LayoutConfig(max_frames=8, video_fps=0.0)))
     assert list(theirs) == [0, 12, 25, 37, 50, 62, 75, 87] and str(list(map(int, theirs)))[1:-1] in PAGE
     assert ours == [0, 14, 28, 42, 56, 70, 84, 99] and str(ours)[1:-1] in PAGE
+
+
+def test_times_of_uneven_frames(tmp_path):
+    """One frame a second, then fifty in one: the time of the sixth."""
+    av = pytest.importorskip("av")
+    from transformers.video_utils import load_video
+
+    with av.open(path := tmp_path / "clip.mp4", "w") as clip:
+        stream = clip.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.codec_context.time_base = 64, 64, Fraction(1, 1000)
+        for time in (*range(0, 5000, 1000), *range(5000, 6000, 20)):
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            clip.mux(stream.encode(frame))
+        clip.mux(stream.encode(None))
+    theirs = load_video(str(path), backend="pyav")[1].timestamps
+    ours = open_clip(path, ModelConfig(layout=LayoutConfig(max_frames=64, video_fps=0.0)))
+    assert round(theirs[5], 2) == 0.55 and "at 0.55 s" in PAGE
+    assert dict(zip(ours.numbers, ours.times_s))[5] == 5.0 and "the file's own: 5 s" in PAGE
 
 
 def test_counts_of_tiled_pictures():
