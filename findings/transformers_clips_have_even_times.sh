@@ -5,7 +5,7 @@
 # load_video(fps=1) gives the picture at 0 s, 1 s, 2 s, as ffmpeg's fps filter does, and that metadata.timestamps, from which processors
 # of Qwen3-VL and others write "<2.0 seconds>" into the prompt, are the times in the file. Neither is: frames are numbers in a row at
 # the mean rate, and times are number / mean rate; the times that PyAV decoded are not looked at. A question about the first five
-# seconds below is asked of a model that saw one picture of them, with four others labelled as theirs. No error, no line.
+# seconds below is asked of a model that saw one picture of them, with five others labelled as theirs. No error, no line.
 #
 # Seen with transformers 5.24.0 and av 18.1.0, a clip of one frame a second for 5 s, then 50 in the 6th:
 #   fps=1         said: 0.0 1.0 2.0 3.0 3.9 4.9
