@@ -50,10 +50,10 @@ def plain_backward(dy_MN, packed, absmax, nested, dynamic, K: int, quant_type: s
 
 def cpu_forward(x_MK, packed, absmax, nested, dynamic, bias_N, N: int, quant_type: str, blocksize: int) -> Tensor:
     codes = packed, absmax, nested, dynamic, code(quant_type, packed.device), blocksize
-    weight = cpu.Weight((N, x_MK.shape[1]), codes=codes)
-    if x_MK.dtype not in cpu.TYPES or not weight.fits() or not len(x_MK):
+    y_MN = cpu.multiply(x_MK, cpu.Weight((N, x_MK.shape[1]), codes=codes), bias_N)
+    if y_MN is None:
         return plain_forward(x_MK, packed, absmax, nested, dynamic, bias_N, N, quant_type, blocksize)
-    return cpu.multiply(x_MK, weight, bias_N)
+    return y_MN
 
 
 def cpu_backward(dy_MN, packed, absmax, nested, dynamic, K: int, quant_type: str, blocksize: int) -> Tensor:

@@ -177,9 +177,8 @@ def plot(log: Path, picture: Path) -> str:
         return f"no {picture.name}, as nothing was logged"
     width = 5 * len(stages)
     figure = Figure(figsize=(width, 3.6))
-    figure.subplots_adjust(
-        0.6 / width, 0.14, 1 - 0.6 / width, 0.9, wspace=0.3
-    )  # a layout found by drawing takes seconds
+    # A layout that is found by drawing takes seconds.
+    figure.subplots_adjust(0.6 / width, 0.14, 1 - 0.6 / width, 0.9, wspace=0.3)
     FigureCanvasAgg(figure)
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
         steps = [row for row in rows if row["stage"] == stage and "loss" in row]
