@@ -137,6 +137,37 @@ def open_sentencepiece(path: Path) -> tuple[Any, Any]:
         raise UserError(f"{path}: not a SentencePiece model ({error}); fetch the file again") from error
 
 
+def user_defined(path: Path) -> set[int]:
+    """Ids of the pieces of a tokenizer.model that are found in a text before all others (Yi's <|im_start|>), which
+    SentencePiece's Python class does not tell: in its protobuf field 1 is a piece, and field 3 of that its kind."""
+    pieces = [value for number, value in _fields(path.read_bytes()) if number == 1]
+    return {id for id, piece in enumerate(pieces) if isinstance(piece, bytes) and (3, 4) in _fields(piece)}
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Number and value of each field of a protobuf message."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value, shift = 0, 0
+        while True:
+            byte, at = message[at], at + 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+        else:
+            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+            yield number, message[at : at + size]
+            at += size
+
+
 def token_text(value: Any) -> str | None:
     """A token is written as a string or as {"content": ..., flags}."""
     value = value.get("content") if isinstance(value, dict) else value

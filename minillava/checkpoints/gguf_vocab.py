@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from minillava.chat.prompt import stop_ids
+from minillava.chat.token_files import user_defined
 from minillava.chat.tokenizer import SentencePieceTokenizer, Tokenizer
 from minillava.config import ChatConfig
 from minillava.errors import UserError
@@ -46,7 +47,7 @@ def read_vocabulary(tokenizer: Tokenizer, rows: int) -> Vocabulary:
 
     Raises UserError for a kind, or a cut before BPE, that llama.cpp does not know.
     """
-    vocabulary = _of_pieces(tokenizer.sp) if isinstance(tokenizer, SentencePieceTokenizer) else _of_json(tokenizer)
+    vocabulary = _of_pieces(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else _of_json(tokenizer)
     for id in range(len(vocabulary.tokens), max([rows - 1, *tokenizer.added_ids]) + 1):
         _add(vocabulary, f"[UNUSED{id}]", UNUSED)
     for id in tokenizer.added_ids:
@@ -65,9 +66,11 @@ def _add(vocabulary: Vocabulary, token: str, kind: int, score: float = -1000.0) 
         vocabulary.scores.append(score)
 
 
-def _of_pieces(sp: Any) -> Vocabulary:
-    vocabulary = Vocabulary("llama", [], [])
+def _of_pieces(tokenizer: SentencePieceTokenizer) -> Vocabulary:
+    sp, vocabulary = tokenizer.sp, Vocabulary("llama", [], [])
+    defined = user_defined(tokenizer.files.folder / "tokenizer.model")
     kinds = {UNKNOWN: sp.is_unknown, CONTROL: sp.is_control, BYTE: sp.is_byte, UNUSED: sp.is_unused}
+    kinds[USER_DEFINED] = defined.__contains__
     for i in range(sp.get_piece_size()):
         kind = next((kind for kind, test in kinds.items() if test(i)), NORMAL)
         _add(vocabulary, sp.id_to_piece(i), kind, sp.get_score(i))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillava.chat.token_files import TokenizerFiles
+from minillava.chat.token_files import TokenizerFiles, user_defined
 from minillava.chat.tokenizer import SPACE, SentencePieceTokenizer, Tokenizer
 from minillava.checkpoints.hf_llava import WITH_VIDEO, hf_class
 from minillava.config import ModelConfig
@@ -83,7 +83,8 @@ def write_tokenizer_json(folder: Path) -> None:
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    for id in sorted(tokenizer.added_ids):
+    # A blank that stands in front of texts will also stand behind a piece that is found first, unlike SentencePiece's.
+    for id in sorted(tokenizer.added_ids | user_defined(path)):
         special = id in tokenizer.special_ids
         token = AddedToken(tokenizer.token_bytes(id).decode(), special=special, normalized=False)
         (backend.add_special_tokens if special else backend.add_tokens)([token])

@@ -21,9 +21,11 @@ from minillava.chat.tokenizer import load_tokenizer
 from minillava.checkpoints.chat_files import jinja_of
 from minillava.checkpoints.checkpoint import Checkpoint
 from minillava.checkpoints.config_parts import read_decoder, read_vision
+from minillava.checkpoints.gguf_vocab import read_vocabulary
 from minillava.checkpoints.names import LAYOUTS, kinds, rename
 from minillava.checkpoints.save import save_model
 from minillava.checkpoints.tensor_files import inspect_folder
+from minillava.checkpoints.tokenizer_files import write_tokenizer_json
 from minillava.cli import run_command
 from minillava.config import ChatConfig
 from minillava.errors import UserError
@@ -988,6 +990,27 @@ def test_llama_vocabulary_is_exported_with_an_image_token(tmp_path):
         logits = hf(**inputs).logits[0, :, :32000]
         wanted = ours(inputs["input_ids"][0].masked_fill(inputs["input_ids"][0] == 32000, -200), inputs["pixel_values"])
     assert (logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_pieces_that_sentencepiece_finds_first_are_exported_as_such(tmp_path):
+    """Yi's <|im_start|>, which no file beside the model lists: whole in tokenizer.json, user-defined in a GGUF."""
+    import sentencepiece
+    import tokenizers
+
+    words, given = ["user asks what color it is", "a red circle<|im_start|>user"] * 9, ["<|im_start|>", "<|im_sep|>"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, model_type="bpe",
+        byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False, user_defined_symbols=given,
+        normalization_rule_name="identity", minloglevel=2,
+    )  # fmt: skip
+    ours = load_tokenizer(tmp_path)
+    vocabulary = read_vocabulary(ours, 300)
+    assert [vocabulary.tokens[id] for id, kind in enumerate(vocabulary.kinds) if kind == 4] == given
+    write_tokenizer_json(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("<|im_start|>user\nwhat<|im_sep|> is", "a<|im_start|> red  circle"):
+        ids = ours.encode(text, True)
+        assert ids.count(ours.token_id("<|im_start|>")) == 1 and theirs.encode(text).ids == [1, *ids]
 
 
 def test_unigram_vocabulary_is_not_exported_as_bpe(checkpoint, tmp_path):
