@@ -63,9 +63,11 @@ def run(args: argparse.Namespace) -> int:
     published = benchmarks.compared(args.benchmark, scores)
     if args.json:
         near = {model: {"published": value, "within": close} for model, value, close in published}
-        print(json.dumps({"benchmark": args.benchmark, "answers": len(found), "scores": scores, "models": near}))
+        counts = {"answers": len(found), "unanswered": len(found.missed)}
+        print(json.dumps({"benchmark": args.benchmark, **counts, "scores": scores, "models": near}))
         return 0
-    print(f"{args.benchmark}: {len(found):,} answers")
+    missed = f"; {len(found.missed):,} questions have none and count as wrong" if found.missed else ""
+    print(f"{args.benchmark}: {len(found):,} answers{missed}")
     width = max(map(len, scores))
     print("\n".join(f"  {name:{width}}  {value:8.2f}" for name, value in scores.items()))
     for model, value, close in published:

@@ -18,14 +18,20 @@ from minillava.errors import UserError
 from minillava.evaluation import answers as rules
 from minillava.files import parse_json, read_rows, read_text
 
-Answers = Mapping[str, Mapping[str, Any]]  # by id: rows with their `text`
 Scores = dict[str, float]  # in %, or points
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 
 
-def read_answers(path: Path) -> dict[str, dict[str, Any]]:
-    """By id. Raises UserError for a row without one, or that comes twice; what `jobs` could not answer is empty."""
-    found: dict[str, dict[str, Any]] = {}
+class Answers(dict[str, dict[str, Any]]):
+    """By id: rows with their `text`. `missed` are the questions that were looked for and are not there."""
+
+    def __init__(self) -> None:
+        self.missed: set[str] = set()
+
+
+def read_answers(path: Path) -> Answers:
+    """Raises UserError for a row without an id, or whose id comes twice; what `jobs` could not answer is empty."""
+    found = Answers()
     for number, row in enumerate(read_rows(path), 1):
         name = row.get("question_id", row.get("id", row.get("questionId"))) if isinstance(row, dict) else None
         if name is None:
@@ -47,6 +53,8 @@ def _share(scores: Iterable[float]) -> float:
 
 
 def _text(found: Answers, name: Any) -> str:
+    if str(name) not in found:
+        found.missed.add(str(name))
     return found[str(name)]["text"] if str(name) in found else ""
 
 

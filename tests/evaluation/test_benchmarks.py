@@ -138,6 +138,18 @@ def test_published_numbers_stand_beside(tmp_path, capsys):
     assert "within" in lines["LLaVA-1.5 7B"] and "within" not in lines["LLaVA-1.5 13B"]
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_questions_without_an_answer_are_counted(tmp_path, capsys, options):
+    """Ids that match nothing are not just a score of 0."""
+    path = put(tmp_path / "gqa.json", {str(n): {"answer": "yes"} for n in range(8)})
+    answers = said(tmp_path, {f"{n}": "yes" for n in (0, 1, "q2")})
+    assert main(["evaluate", "gqa", str(path), str(answers), *options]) == 0
+    out = capsys.readouterr().out
+    assert (
+        json.loads(out)["unanswered"] == 6 if options else "3 answers; 6 questions have none and count as wrong" in out
+    )
+
+
 def test_the_model_that_ships_is_asked_and_goes_on(tmp_path, capsys):
     """Drawn scenes as a split of GQA's form; the answers that a kill left are kept."""
     truth, rows = {}, []
