@@ -59,6 +59,8 @@ def image_size(source: str | Path | bytes, name: str) -> tuple[int, int]:
 
     def upright(image: Image.Image) -> tuple[int, int]:
         if image.format == "PNG":
+            if not _names_exif(image.fp):  # type: ignore[attr-defined]  # of an ImageFile
+                return image.size
             image.load()  # EXIF may come behind the pixels
         turned = False
         with contextlib.suppress(*DECODE_ERRORS):  # as in _decode
@@ -66,6 +68,20 @@ def image_size(source: str | Path | bytes, name: str) -> tuple[int, int]:
         return (image.height, image.width) if turned and image.format != "TIFF" else image.size  # PIL turned those
 
     return _opened(source, name, upright)
+
+
+def _names_exif(file: BinaryIO) -> bool:
+    """Whether a PNG has EXIF, in a chunk of its own or as text: PIL decodes the pixels to know."""
+    back, at, found = file.tell(), 8, False
+    while not found:
+        file.seek(at)
+        if len(head := file.read(29)) < 8:
+            break
+        length, kind = struct.unpack(">I4s", head[:8])
+        found = kind == b"eXIf" or (kind in (b"tEXt", b"zTXt") and head[8:] == b"Raw profile type exif")
+        at += 8 + length + 4
+    file.seek(back)
+    return found
 
 
 def _opened(source: str | Path | bytes, name: str, use: Callable[[Image.Image], T]) -> T:
