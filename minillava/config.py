@@ -211,7 +211,7 @@ class LoRAConfig:
     rank: Size = 128
     alpha: Positive = 256.0  # the update is scaled by alpha / rank
     dropout: Fraction = 0.05  # of what goes into an adapter
-    targets: tuple[str, ...] = ()  # last words of the layers' names, such as q and v; empty: all but the head
+    targets: tuple[str, ...] = ()  # last words of the layers' names, such as q and v, never head; empty: all
 
     @property
     def scale(self) -> float:

@@ -41,7 +41,8 @@ class Projector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.config.merge > 1:
             x = self.norm(x).view(-1, 1, self.linears[0].in_features)
-        if len(self.linears) == 2 and all(isinstance(linear, nn.Linear) for linear in self.linears):
+        plain = all(isinstance(linear, nn.Linear) and not hasattr(linear, "lora_A") for linear in self.linears)
+        if plain and len(self.linears) == 2:
             first, second = self.linears
             return fused_mlp(x, first.weight, first.bias, second.weight, second.bias, self.config.activation)
         for i, linear in enumerate(self.linears):

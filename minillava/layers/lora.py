@@ -21,9 +21,9 @@ from minillava.layers.sharded import assign, whole
 
 
 def attach(part: nn.Module, name: str, config: LoRAConfig) -> dict[str, Tensor]:
-    """Adapters on the linear layers of a part, all but its head or those of `config.targets`; by name, not yet filled.
+    """Adapters on the linear layers of a part, all or those of `config.targets`; by name, not yet filled.
 
-    Raises UserError where a target is not there.
+    A head has none: the loss takes its weight as it is, past what is called. Raises UserError for an unknown target.
     """
 
     def adapted(layer: Any, args: tuple[Tensor], y: Tensor) -> Tensor:
@@ -33,13 +33,13 @@ def attach(part: nn.Module, name: str, config: LoRAConfig) -> dict[str, Tensor]:
         return y + F.linear(F.linear(x, layer.lora_A), layer.lora_B * config.scale)
 
     layers = {path: m for path, m in part.named_modules() if hasattr(m, "in_features") and hasattr(m, "out_features")}
-    known = {path.rsplit(".", 1)[-1] for path in layers}
+    known = {path.rsplit(".", 1)[-1] for path in layers} - {"head"}
     if missing := set(config.targets) - known:
         raise UserError(f"lora.{name}: no layer '{min(missing)}'; there are {', '.join(sorted(known))}")
     adapters: dict[str, Tensor] = {}
     for path, layer in layers.items():
         last = path.rsplit(".", 1)[-1]
-        if last in config.targets if config.targets else last != "head":
+        if last in known and (not config.targets or last in config.targets):
             shapes = {"lora_A": (config.rank, layer.in_features), "lora_B": (layer.out_features, config.rank)}
             for key, shape in shapes.items():
                 layer.register_parameter(key, nn.Parameter(torch.empty(shape, device=layer.weight.device)))

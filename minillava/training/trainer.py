@@ -66,7 +66,8 @@ class Trainer:
             read_weights(self.shared.run)
             named = {f"{part}.{n}": p for part, module in task.parts.items() for n, p in module.named_parameters()}
             self.trained = {name: named[name] for name in self.trained}  # sharding has put new ones in their place
-        lora.initialise({n: p for n, p in self.trained.items() if "lora_" in n}, max(stage.seed, 0))
+        seed = self.recipe.seed if stage.seed < 0 else stage.seed
+        lora.initialise({n: p for n, p in self.trained.items() if "lora_" in n}, seed)
         self.optimizer = make_optimizer(task.model, self.trained, stage)
         trained = {id(p) for p in self.trained.values()}
         # Frozen weights in the compute dtype. Those that have it already are not copied.

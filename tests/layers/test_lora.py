@@ -35,6 +35,19 @@ def test_adapters_start_at_nothing_and_merge_to_the_same(tiny_model, prompt):
     assert close(logits(model, prompt), after)
 
 
+def test_every_adapter_is_in_the_loss_and_in_the_merged_model(tiny_model, prompt):
+    """Also those of the projector, whose two products are one operation without them."""
+    model, trained = adapted(tiny_model, "projector", "decoder")
+    learn(trained)
+    model(prompt[0], prompt[1], labels=prompt[0]).backward()
+    assert all(p.grad is not None and p.grad.any() for p in trained.values())
+    merged = LLaVAModel(tiny_model.config).eval()
+    merged.load_state_dict(dict(lora.merged_weights(model)))
+    assert close(logits(merged, prompt), logits(model, prompt))
+    with lora.off(model):
+        assert close(logits(model, prompt), logits(tiny_model, prompt))
+
+
 def test_the_start_depends_on_seed_and_name_alone(tiny_model):
     _, a = adapted(tiny_model, "decoder", "vision")
     _, b = adapted(tiny_model, "decoder")
@@ -62,3 +75,5 @@ def test_targets_are_layers_that_are_there(tiny_model):
     assert len(trained) == 2 * 2 * 3 and all(".q." in name or ".v." in name for name in trained)
     with pytest.raises(UserError, match=r"lora.decoder: no layer 'q_proj'; there are down, gate"):
         lora.attach(model.decoder, "decoder", LoRAConfig(4, 8.0, 0.0, ("q_proj",)))
+    with pytest.raises(UserError, match=r"lora.decoder: no layer 'head'"):  # the loss takes its weight, past the hook
+        lora.attach(model.decoder, "decoder", LoRAConfig(4, 8.0, 0.0, ("q", "head")))

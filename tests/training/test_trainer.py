@@ -101,7 +101,8 @@ def trainer_of(world, out, *sets, stage="finetune", resume=False):
     torch.manual_seed(0)
     run = make_run(recipe, recipe.folder, CPU)
     chosen = next(s for s in recipe.stage if s.name == stage)
-    return Trainer(LLaVATask(run, chosen), chosen, CPU, recipe.folder / stage, Log(recipe.folder / "log.jsonl"), resume)
+    log = Log(recipe.folder / "log.jsonl")
+    return Trainer(LLaVATask(run, chosen), chosen, CPU, recipe.folder / stage, log, resume, recipe)
 
 
 def gradients_of_step(trainer, micros):
@@ -278,6 +279,15 @@ def test_exactly_the_parts_with_a_rate_are_trained(world, tmp_path, parts):
     for part in ("vision", "projector", "decoder"):
         count = sum(p.numel() for p in getattr(model, part).parameters())
         assert (f"{part} {count:,} at {rates[part]:g}" if part in parts else f"{part} {count:,} frozen") in shown
+
+
+def test_adapters_start_by_the_recipes_seed_or_the_stages(world, tmp_path):
+    def start(name, *sets):
+        trainer = trainer_of(world, tmp_path / name, "stage.finetune.lora={decoder = {rank = 2}}", *sets)
+        return trainer.trained["decoder.blocks.0.attn.q.lora_A"]
+
+    one, two = start("a", "seed=1"), start("b", "seed=2")
+    assert not torch.equal(one, two) and torch.equal(one, start("c", "seed=2", "stage.finetune.seed=1"))
 
 
 def test_a_rate_for_a_part_that_is_not_there(world, tmp_path):
