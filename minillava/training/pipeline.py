@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from minillava.schema import read_json
 from minillava.training import parallel, train_state
 from minillava.training.build import load_stage, make_run, read_config, read_weights, renew
 from minillava.training.export import export, export_adapters, write_answers
-from minillava.training.progress import Log, plot
+from minillava.training.progress import Log, plot, read_log
 from minillava.training.task import Run, make_task
 from minillava.training.tasks import TASKS, check_task
 from minillava.training.trainer import Trainer
@@ -238,7 +239,7 @@ def take_changes(recipe: Recipe, folder: Path, changed: dict[str, str]) -> None:
             f"{folder}: was begun with other values ({'; '.join(fixed)}), which cannot change on the way; leave them "
             "as they were to go on (--resume takes the run's own recipe), or begin another run with another --out"
         )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for key, values in changed.items():
         word, _, name = key.partition(".")
         stage = name.partition(".")[0] if word == "stage" else recipe.stage[0].name
@@ -250,8 +251,9 @@ def take_changes(recipe: Recipe, folder: Path, changed: dict[str, str]) -> None:
         newest = train_state.latest(folder / stage / "checkpoints")
         step = int(newest.name.removeprefix("step-")) if newest else 0
         print(f"{folder}: goes on with {key}: {values}")
-        rows.append(json.dumps({"stage": stage, "step": step, "changed": {key: values}}) + "\n")
+        rows.append({"stage": stage, "step": step, "changed": {key: values}})
     if rows:
-        with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(rows)
+        log = folder / "log.jsonl"
+        rows = (read_log(log) if log.is_file() else []) + rows  # without a line that a kill has cut off
+        files.write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
         files.write_whole(folder / "recipe.toml", to_toml(recipe))
