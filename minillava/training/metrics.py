@@ -52,8 +52,9 @@ class Clock:
         yield
         self.marks.append((phase, began, self.now()))
 
-    def read(self) -> dict[str, float]:
-        """PHASE_s since the last call; the tower's time is taken out of the forward pass's."""
+    def read(self, steps: int = 1) -> dict[str, float]:
+        """PHASE_s of a step, the mean of those `steps` since the last call; the tower's is taken out of the forward
+        pass's."""
         seconds: dict[str, float] = defaultdict(float)
         waiting = []
         for phase, began, ended in self.marks:
@@ -64,7 +65,7 @@ class Clock:
         self.marks = waiting
         if "forward_s" in seconds:
             seconds["forward_s"] -= seconds["vision_s"]
-        return {name: round(value, 5) for name, value in seconds.items()}
+        return {name: round(value / steps, 5) for name, value in seconds.items()}
 
 
 class Work:

@@ -59,6 +59,7 @@ class Trainer:
         self.device, self.dtype = device, compute_dtype(stage.dtype, device)
         self.steps = task.total_steps()
         self.step = self.skipped = self.non_finite = 0
+        self.unlogged = 0  # steps since the last line of the log
         self.shared = task if parallel.world() > 1 and isinstance(task, LLaVATask) else None
         self.trained = self._choose_parameters()
         if self.shared:
@@ -243,6 +244,7 @@ class Trainer:
         values = self.train_step(micros)
         step_s = time.perf_counter() - began_s
         self.step += 1
+        self.unlogged += 1
         bar.step(values["loss"], values["supervised"], data_s, step_s, self.skipped)
         if self.step % self.stage.log_every == 0 or self.step == self.steps:
             self._log_step(values, micros, data_s, step_s)
@@ -250,7 +252,8 @@ class Trainer:
             self._note_idle(bar)
 
     def _log_step(self, values: dict[str, Any], micros: list[Any], data_s: float, step_s: float) -> None:
-        """A line of the log: times are the first rank's, all else is of all ranks together."""
+        """A line of the log: times are the first rank's, those of phases means since the line before; all else is of
+        all ranks together."""
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
         counts = self.task.counts(micros)
@@ -265,9 +268,10 @@ class Trainer:
         self.log.write(
             stage=self.stage.name, step=self.step, **finite, lr=rates, **counts,
             tok_per_s=round(counts["tokens"] / step_s, 1), supervised_per_s=round(values["supervised"] / step_s, 1),
-            data_s=round(data_s, 5), **self.clock.read(), step_s=round(step_s, 5),
+            data_s=round(data_s, 5), **self.clock.read(self.unlogged), step_s=round(step_s, 5),
             peak_bytes=peak_bytes(self.device), skipped=self.skipped,
         )  # fmt: skip
+        self.unlogged = 0
 
     def _note_idle(self, bar: Bar) -> None:
         """Say which trained parameters the first step did not reach (the blocks behind CLIP's chosen layer, say)."""
@@ -278,10 +282,11 @@ class Trainer:
 
     def _evaluate(self, bar: Bar) -> dict[str, float]:
         self.task.model.eval()
+        of_steps = len(self.clock.marks)
         with torch.no_grad(), self.weights() as call:
             measured = self.task.evaluate(call)
         self.task.model.train()
-        self.clock.marks.clear()
+        del self.clock.marks[of_steps:]
         if measured:
             self.log.write(stage=self.stage.name, step=self.step, eval=measured)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())

@@ -66,6 +66,10 @@ def test_clock_sums_phases_and_takes_the_tower_out_of_forward():
     seconds = clock.read()
     assert seconds["vision_s"] >= 0.04 and seconds["forward_s"] >= 0.02
     assert clock.read() == {}
+    for _ in range(4):
+        with clock("forward"):
+            tower(torch.zeros(1, 2))
+    assert 0.02 <= clock.read(4)["vision_s"] < 0.08  # of one step
     slow.remove()
     clock.close()
     tower(torch.zeros(1, 2))

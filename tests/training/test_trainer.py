@@ -30,6 +30,7 @@ from minillava.recipe import ModelRecipe, StageConfig, read_recipe
 from minillava.synthetic.train_tokenizer import train_small_tokenizer
 from minillava.training import optim, pipeline, train_state
 from minillava.training.llava_task import LLaVATask
+from minillava.training.metrics import Clock
 from minillava.training.optim import Muon, make_optimizer
 from minillava.training.pipeline import make_run, run_recipe
 from minillava.training.progress import Log, read_log
@@ -247,6 +248,20 @@ def test_text_alone_trains_no_projector_and_does_not_fail(world, tmp_path):
     alone = trainer_of(world, tmp_path / "2", *sets[:2], stage="pretrain")
     values = alone.train_step(next(alone.task.batches(0, 1)))
     assert values["grad_norm"] == 0 and alone.skipped == 0 and values["loss"] > 0
+
+
+def test_logged_times_of_phases_are_those_of_a_step(world, tmp_path, monkeypatch):
+    """Of a line for several steps too, with an evaluation among them."""
+    seen, read = [], Clock.read
+
+    def count(clock, steps):
+        seen.append((steps, sum(phase == "backward" for phase, *_ in clock.marks)))
+        return read(clock, steps)
+
+    monkeypatch.setattr(Clock, "read", count)
+    sets = [f"stage.pretrain.{word}" for word in ("log_every=4", "eval_every=3", "eval_samples=6", "save_every=0")]
+    trainer_of(world, tmp_path, *sets, stage="pretrain").run()
+    assert seen == [(4, 4), (2, 2)]
 
 
 # ---- what is trained, how fast ----
@@ -642,6 +657,8 @@ def test_resume_needs_no_set_and_takes_changes_of_steps_and_rates(world, tmp_pat
         patch.setattr(Trainer, "export", lambda self: interrupt() if self.stage.name == "finetune" else None)
         assert main(["train", str(world / "recipe.toml"), "--out", str(out), *short]) == 130
     ended = computed(out)[-2]["step"]
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"stage": "finetune", "st')  # as a kill leaves it
     capsys.readouterr()
     assert main(["train", *words, "--resume", "--out", str(out), "--stage", "finetune",
                  "--set", "stage.finetune.epochs=2", "--set", "stage.finetune.lr.decoder=0.005"]) == 0  # fmt: skip
