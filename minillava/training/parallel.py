@@ -50,10 +50,13 @@ def is_main() -> bool:
 def start(device: torch.device, timeout_minutes: float) -> torch.device:
     """Join the other ranks; returns this one's device. Only the first rank prints from here on.
 
-    A collective that waits longer than `timeout_minutes` fails: some rank is dead or stands somewhere else.
+    A collective that waits longer than `timeout_minutes` fails: some rank is dead or stands somewhere else. Only
+    `barrier` waits for a day.
     """
     launched = dist.is_available() and dist.is_torchelastic_launched()
     if not launched or dist.is_initialized():
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # kernels are launched on it, and checkpoints hold its random state
         return device
     threading.Thread(target=end_with, args=(os.getppid(), timeout_minutes * 60), daemon=True).start()
     if device.type == "cuda":
@@ -65,6 +68,7 @@ def start(device: torch.device, timeout_minutes: float) -> torch.device:
     # Ranks that torchrun has started again find the dead ones' addresses in the store, unless they look elsewhere.
     store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+    patient_group()
     atexit.register(stop)
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -102,8 +106,16 @@ def leave() -> None:
         os._exit(0)
 
 
+@cache
+def patient_group() -> Any:
+    """A group for waits while the first rank works alone: lengths of millions of samples, or a model's file, may take
+    longer than a step may. If it dies, torchrun ends the others."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+
+
 def barrier() -> None:
-    agree([0])
+    if world() > 1:
+        dist.barrier(patient_group())
 
 
 @contextlib.contextmanager

@@ -361,3 +361,29 @@ def test_a_rank_that_stands_still_is_found(world):
     first, last = ((world / "hanging" / "a" / f"stacks-{rank}.txt").read_text() for rank in (0, 1))
     assert first.startswith("rank 0 of 2, stage a, step 3\n") and "in all_reduce" in first and "in train_step" in first
     assert last.startswith("rank 1 of 2, stage a, step 3\n") and "in stand_still" in last
+
+
+def test_the_first_rank_may_work_alone_for_longer_than_a_step_may(tmp_path):
+    (tmp_path / "alone.py").write_text(
+        "import datetime, time, torch\n"
+        "from torch.distributed import distributed_c10d\n"
+        "from minillava.training import parallel\n"
+        "parallel.start(torch.device('cpu'), 5)\n"
+        "distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1))\n"
+        "with parallel.main_first():\n"
+        "    time.sleep(4 if parallel.is_main() else 0)\n"
+        "assert parallel.agree([parallel.rank()]) == [1]\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, str(tmp_path / "alone.py")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_a_chosen_gpu_is_the_current_one(monkeypatch):
+    """Its random state is the one that checkpoints hold."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert parallel.start(torch.device("cuda:1"), 1) == torch.device("cuda:1") and chosen == [torch.device("cuda:1")]
+    parallel.start(torch.device("cuda"), 1), parallel.start(torch.device("cpu"), 1)
+    assert len(chosen) == 1
