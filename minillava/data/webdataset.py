@@ -1,13 +1,15 @@
 """Webdataset tars: files of one name in a row are a sample, what follows the name's first dot says what each holds.
 
 A sample's JSON is its row; its pictures are those of the row, in the order of their names; a text beside pictures is
-their caption. Extensions are lower-cased and "1.5.jpg" belongs to sample "1", as in webdataset.
+their caption. Extensions are lower-cased and "1.5.jpg" belongs to sample "1", as in webdataset. Of names with numbers
+2.jpg comes before 10.jpg.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from functools import partial
 from typing import Any
@@ -61,10 +63,11 @@ class TarRows(Rows):
         if "json" in files:
             raw = self._object(files["json"])
         if "txt" in files:
-            raw.setdefault("caption", self._read(files["txt"]).decode(errors="replace"))
+            text = self._read(files["txt"]).decode(errors="replace")
+            raw["caption"] = text if raw.get("caption") is None else raw["caption"]
         raw.setdefault("id", key)
         for column, kinds in (("images", PICTURES), ("videos", VIDEOS)):
-            found = sorted(name for name in files if name.rsplit(".", 1)[-1] in kinds)
+            found = sorted((name for name in files if name.rsplit(".", 1)[-1] in kinds), key=by_numbers)
             if found:
                 raw.pop(column.removesuffix("s"), None)
                 raw[column] = [{"bytes": self._read(files[name]), "path": self._names[files[name]]} for name in found]
@@ -85,6 +88,11 @@ class TarRows(Rows):
         if size > MAX_FILE_BYTES:
             raise UserError(f"{self._names[member]}: {size:,} bytes in {self.path}; scale the image down first")
         return os.pread(self._file(), size, offset)
+
+
+def by_numbers(name: str) -> list[tuple[int, str]]:
+    """What sorts names with numbers in them as people count."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def split_name(name: str) -> tuple[str, str]:
