@@ -6,6 +6,7 @@ that are JSON (datasets' way with mixed types) the values are decoded.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict
@@ -35,21 +36,25 @@ def arrow() -> Any:
 
 def open_columns(path: str, filesystem: Any = None) -> Rows:
     """A parquet or Arrow file, of this machine or of a remote file system. Raises UserError if it is damaged."""
-    pa = arrow()
-    try:
+    with reading(path):
         if filesystem is not None:
             return ParquetRows(path, filesystem)
         with open(path, "rb") as file:
             parquet = file.read(4) == b"PAR1"
         return ParquetRows(path) if parquet else ArrowRows(path)
-    except OSError as error:
-        raise unreadable(path, error) if error.errno else damaged(path, error) from None
-    except pa.ArrowException as error:
-        raise damaged(path, error) from None
 
 
-def damaged(path: str, error: Exception) -> UserError:
-    return UserError(f"{path}: a damaged file ({' '.join(str(error).split())[:120]}); fetch it again")
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Errors that name the file: one that cannot be read, or is damaged, if only in a page that is read much later."""
+    pa = arrow()
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise unreadable(path, error) from None
+        why = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: a damaged file ({why}); fetch it again") from None
 
 
 class GroupCache:
@@ -101,7 +106,8 @@ class ParquetRows(Rows):
         return self._group(int(np.argmax(self._sizes))).nbytes if self._sizes else 0
 
     def _group(self, group: int) -> Any:
-        return _kept().get((self.path, group), lambda: self._opened()[0].read_row_group(group, use_threads=False))
+        with reading(self.path):
+            return _kept().get((self.path, group), lambda: self._opened()[0].read_row_group(group, use_threads=False))
 
     def __getitem__(self, number: int) -> Any:
         group = int(np.searchsorted(self._starts, number, "right")) - 1
@@ -112,7 +118,12 @@ class ParquetRows(Rows):
         """Without the bytes of pictures, where the file's statistics say that none are missing."""
         file, decode = self._opened()
         columns = [name for name in columns_of(file.metadata) if name not in self._unread]
-        for batch in file.iter_batches(256, columns=columns, use_threads=False):
+        batches = file.iter_batches(256, columns=columns, use_threads=False)
+        while True:
+            with reading(self.path):
+                batch = next(batches, None)
+            if batch is None:
+                return
             for row in batch.to_pylist():
                 for name in self._unread:
                     put_unread(row, name)
