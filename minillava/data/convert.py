@@ -152,12 +152,19 @@ LAYOUTS: dict[str, tuple[Callable[[Any], bool], Callable[[Sequence[Any], random.
 }  # fmt: skip
 
 
-def convert(paths: Sequence[Path], folder: str = "", turns: int = 10, seed: int = 0) -> Iterator[dict[str, Any]]:
+def convert(
+    paths: Sequence[Path], folder: str = "", turns: int = 10, seed: int = 0, counts: Counter[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Samples of LLaVA's JSON from the files of one data set, with `folder` in front of the names of pictures and at
-    most so many turns each. Raises UserError for files of no layout that is known, and for one that breaks its own."""
+    most so many turns each; what is left out is in `counts`.
+
+    Raises UserError for files of no layout that is known, and for one that breaks its own."""
     files = [load(path) for path in paths]
     if any(isinstance(file, list) and has(first(file), "conversations") for file in files):
-        yield from sharegpt(files)
+        try:
+            yield from sharegpt(files, Counter() if counts is None else counts)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{paths[0]}: not as ShareGPT has it ({error!r}); correct it") from None
         return
     for name, (looks, read) in LAYOUTS.items():
         if any(looks(file) for file in files):
@@ -187,8 +194,9 @@ def merged(found: Iterable[Turn], source: str, folder: str, most_turns: int) -> 
             yield {"id": name, "image": folder + image, "conversations": said, "source": source}
 
 
-def sharegpt(files: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """ShareGPT's conversations: without an opening answer or an unanswered question, and those of two who alternate."""
+def sharegpt(files: Iterable[Any], counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    """ShareGPT's conversations: without an opening answer or an unanswered question, and those of two who alternate;
+    others are counted."""
     roles = {"human": "human", "user": "human", "gpt": "gpt", "chatgpt": "gpt", "bing": "gpt", "bard": "gpt"}
     for number, item in enumerate(item for file in files for item in file):
         said = [(roles.get(turn.get("from")), turn.get("value")) for turn in item["conversations"]]
@@ -198,6 +206,8 @@ def sharegpt(files: Iterable[Any]) -> Iterator[dict[str, Any]]:
         if said and right and not any(MARKER in text for _, text in said):
             turns = [{"from": role, "value": text} for role, text in said]
             yield {"id": f"ShareGPT/{item.get('id', number)}", "conversations": turns, "source": "ShareGPT"}
+        else:
+            counts["ShareGPT conversations left out (empty, not of two in turn, or with a marker)"] += 1
 
 
 class Plain(pickle.Unpickler):
@@ -241,7 +251,7 @@ def write_set(paths: Sequence[Path], out: Path, folder: str, turns: int, seed: i
             until_the_end.enter_context(claimed_file(out))
             if not append:
                 file.truncate(0)
-        for sample in convert(paths, folder, turns, seed):
+        for sample in convert(paths, folder, turns, seed, counts):
             counts[f"{sample['source']} conversations"] += 1
             counts[f"{sample['source']} answers"] += len(sample["conversations"]) // 2
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")

@@ -81,7 +81,9 @@ def test_public_layouts(tmp_path, layout, capsys):
     out = tmp_path / "set.jsonl"
     for more in ([], ["--append"]):
         assert main(["convert", *map(str, paths), "--out", str(out), "--images", "pictures/", *more]) == 0
-    assert f"{len(expected):,} {found[0]['source']} conversations" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{len(expected):,} {found[0]['source']} conversations" in printed
+    assert ("1 ShareGPT conversations left out" in printed) == (layout == "ShareGPT")
     for row in expected:
         if row[0]:
             (tmp_path / "pictures" / row[0]).parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +125,7 @@ def test_the_pickle_of_refcoco_is_read_and_none_that_would_run(tmp_path):
 
 @pytest.mark.parametrize("content,words", [({"a": 1}, "of no known layout"), ({"data": []}, "of no known layout"),
                                            ({"1": {"questions": ["a"], "answers": []}}, "not as OCR-VQA has it"),
+                                           ([{"conversations": []}, {"id": 1}], "not as ShareGPT has it"),
                                            (REFS, "not as RefCOCO has it")])  # fmt: skip
 def test_what_is_not_known_is_refused(tmp_path, content, words):
     (tmp_path / "x.json").write_text(json.dumps(content))
