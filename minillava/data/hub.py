@@ -9,7 +9,7 @@ import fnmatch
 from typing import Any
 
 from minillava.data.columns import open_columns
-from minillava.data.rows import HUB, Rows, open_file
+from minillava.data.rows import HUB, IGNORED, Rows, open_file
 from minillava.errors import UserError
 from minillava.files import answered_soon
 
@@ -36,6 +36,8 @@ def open_hub(source: str, stream: bool) -> list[Rows]:
             hub = filesystem(place)
             files = find(hub, place)
             if stream:
+                if other := [file for file in files if not file.endswith(".parquet")]:
+                    raise UserError(f"hf://{other[0]}: only parquet is read over the network; leave stream out")
                 return [open_columns(file, hub) for file in files]
             return [open_file(fetched(file)) for file in files]
     except UserError:
@@ -49,6 +51,7 @@ def find(hub: Any, place: str) -> list[str]:
     """The data files at a place on the hub, in the order of their names."""
     _, _, folder = split_place(place)
     names = sorted(hub.find(place.removesuffix(folder).rstrip("/") if "*" in folder else place))
+    names = [name for name in names if name.rpartition("/")[2] not in IGNORED]
     if "*" in folder:
         found = [name for name in names if fnmatch.fnmatch(name, place)]
     else:
@@ -56,7 +59,7 @@ def find(hub: Any, place: str) -> list[str]:
         found = next(filter(None, kinds), [])
         if not folder:
             train = [name for name in found if "train" in name.rpartition("/")[2]]
-            found = train or found
+            found = train or [name for name in found if "/train/" in name] or found
     if not found:
         raise UserError(f"hf://{place}: no parquet, Arrow, tar or JSON files there; check the id and the folder")
     return found

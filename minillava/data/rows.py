@@ -25,7 +25,7 @@ BOM = b"\xef\xbb\xbf"
 COLUMNAR = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # parquet, Arrow's file and its stream
 TAR = b"ustar"  # from byte 257
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zX": "xz", b"PK\x03\x04": "zip"}
-IGNORED = ("dataset_info.json", "dataset_dict.json", "state.json")  # of datasets' save_to_disk
+IGNORED = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what datasets writes beside
 UNREAD = b"bytes that were not read"  # stands for those of pictures while rows are only checked
 
 

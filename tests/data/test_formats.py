@@ -161,6 +161,16 @@ def test_webdataset(world, numbers):
     assert [m.image().getpixel((0, 0))[0] for m in pair.images] == [255, 0]
 
 
+def test_numbered_pictures_of_a_tar_are_in_the_order_of_their_numbers(world):
+    """Not 0, 1, 10, 11, 2, ...; and a caption that is null is none."""
+    shades = [f"#{i:02x}0000" for i in range(12)]
+    members = [(f"a.{i}.png", png(shade)) for i, shade in enumerate(shades)]
+    tar(world / "many.tar", [*members, ("a.json", b'{"caption": null}'), ("a.txt", b"Darker first.")])
+    (sample,), _ = scan(world / "many.tar", None)
+    assert [m.image().getpixel((0, 0))[0] for m in sample.images] == [*range(12)]
+    assert sample.messages[-1].text == "Darker first."
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_hub(world, numbers, monkeypatch, stream):
     """A data set's train split by id, a folder and a pattern; the hub is a folder here."""
@@ -180,6 +190,18 @@ def test_the_hub(world, numbers, monkeypatch, stream):
         assert numbers(scan(source, None, stream=stream)[0]) == expected[:count]
     with pytest.raises(UserError, match=r"hf://datasets/me/colors/none: no parquet"):
         scan("hf://datasets/me/colors/none", None, stream=stream)
+    for folder, rows in (("train", 5), ("test", 2)):  # as the hub's own conversion to parquet has splits
+        (world / "hub/datasets/me/other/default" / folder).mkdir(parents=True)
+        data.select(range(rows)).to_parquet(world / "hub/datasets/me/other/default" / folder / "0000.parquet")
+    assert numbers(scan("me/other", None, stream=stream)[0]) == expected
+    (world / "hub/datasets/me/texts").mkdir()
+    (world / "hub/datasets/me/texts/a.jsonl").write_text(json.dumps({"conversations": talk("Hi", "Hello")}))
+    (world / "hub/datasets/me/texts/dataset_infos.json").write_text("{}")
+    if stream:
+        with pytest.raises(UserError, match=r"a.jsonl: only parquet is read over the network; leave stream out"):
+            scan("me/texts", None, stream=True)
+    else:
+        assert len(scan("me/texts", None)[0]) == 1
 
 
 def test_urls_are_fetched_once_and_only_when_asked_for(world, numbers):
@@ -265,6 +287,21 @@ def test_damaged_files(tmp_path, content, words):
     with pytest.raises(UserError, match=words) as caught:
         scan(tmp_path / "x", None)
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_page_is_one_line_that_names_the_file(world):
+    """While the data is read through, and later, when it costs a sample."""
+    datasets.Dataset.from_list([{"conversations": talk("Hi" * 99, str(i))} for i in range(999)]).to_parquet(
+        world / "x.parquet"
+    )
+    found, _ = scan(world / "x.parquet", None)
+    data = bytearray((world / "x.parquet").read_bytes())
+    data[4:-2000] = b"\xff" * len(data[4:-2000])
+    (world / "x.parquet").write_bytes(data)
+    for read in (lambda: scan(world / "x.parquet", None), lambda: found[0]):
+        with pytest.raises(UserError, match=r"x.parquet: a damaged file \(.*; fetch it again") as caught:
+            read()
+        assert "\n" not in str(caught.value)
 
 
 def test_bytes_of_pictures_are_not_read_to_check_them(world, monkeypatch):
