@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import os
 import time
@@ -41,13 +42,24 @@ class UrlStore(MediaStore):
         path = self.folder / hashlib.sha256(name.encode()).hexdigest()
         if not path.is_file():
             data = fetch(name)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if sum(entry.stat().st_size for entry in os.scandir(self.folder)) + len(data) > CACHE_BYTES:
-                raise UserError(f"{name}: {self.folder} holds {CACHE_BYTES >> 30} GB of pictures; make room there")
-            partial = path.with_name(f".{os.getpid()}.{path.name}")
-            partial.write_bytes(data)
-            partial.rename(path)
+            try:
+                self._keep(name, data, path)
+            except OSError as error:
+                why = (error.strerror or str(error)).lower()
+                raise UserError(f"{name}: cannot be kept in {self.folder} ({why}); make room there") from None
         return path
+
+    def _keep(self, name: str, data: bytes, path: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        held = len(data)
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
+                held += entry.stat().st_size
+        if held > CACHE_BYTES:
+            raise UserError(f"{name}: {self.folder} holds {CACHE_BYTES >> 30} GB of pictures; make room there")
+        partial = path.with_name(f".{os.getpid()}.{path.name}")
+        partial.write_bytes(data)
+        partial.rename(path)
 
 
 def fetch(url: str) -> bytes:
