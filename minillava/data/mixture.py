@@ -73,7 +73,12 @@ def split_data(stage: StageConfig, seed: int, check: Check | None = None) -> tup
                 f"stage '{stage.name}': eval_samples leaves nothing of {len(samples)} samples to train on; set fewer"
             )
         samples = samples[np.argsort(samples.place_N["order"], kind="stable")]
-        samples, held_out = samples[stage.eval_samples :], samples[: stage.eval_samples]
+        order, cut = samples.place_N["order"], stage.eval_samples
+        same = int(np.searchsorted(order, order[cut - 1], "right"))
+        if cut < same < len(samples):  # not where all pictures have one name
+            print(f"    {same - cut:,} more samples about the last pictures that are held out are left out of training")
+            cut = same
+        samples, held_out = samples[cut:], samples[:cut]
     # What is held out is chosen before turns are split: no picture is on both sides.
     if stage.split_turns:
         samples = samples.split_turns()

@@ -108,6 +108,8 @@ def scan(
             report.counts.update({"samples": 1, "text only": not sample.media, "images": images, "videos": videos})
             report.counts.update({"several images": images > 1, "turns": len(sample.messages)})
             names = " ".join(picture.name for picture in sample.images) or sample.id
+            if raw.get("id") is None and all(picture.name.startswith(f"{row}#") for picture in sample.images):
+                names = f"{Path(source.rows.path).name} {names}"  # which only numbers the rows of its file
             digest = hashlib.sha256(f"{seed} {names}".encode()).digest()
             kept.append((number, row, -1, bool(sample.media), int.from_bytes(digest[:8], "big")))
     if not kept and not report.problems:

@@ -1,5 +1,6 @@
 """The nano recipe's four stages on somebody's own pictures: LLaVA's JSON and a zip, by overrides alone."""
 
+import dataclasses
 import io
 import json
 import zipfile
@@ -12,7 +13,7 @@ from minillava.chat.tokenizer import load_tokenizer
 from minillava.data.mixture import choose, split_data
 from minillava.data.table import turns_of
 from minillava.errors import UserError
-from minillava.recipe import read_recipe
+from minillava.recipe import DataConfig, read_recipe
 from minillava.training.pipeline import run_recipe
 
 NANO = Path(__file__).parents[2] / "recipes/nano.toml"
@@ -84,6 +85,23 @@ def test_turns_are_split_only_where_that_changes_nothing(overrides):
         *(m.text for m in sample.messages[:2]), f"<image>\n{sample.messages[2].text}", sample.messages[3].text,
     ]  # fmt: skip
     assert turns_of(first) == [first]
+
+
+def test_no_picture_with_several_samples_is_on_both_sides(tmp_path, capsys):
+    """The cut fell among the samples of one picture."""
+    (tmp_path / "pictures").mkdir()
+    rows = []
+    for i in range(20):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"pictures/{i}.png")
+        said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]
+        rows += [{"id": f"{i} {n}", "image": f"{i}.png", "conversations": said} for n in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data = (DataConfig(str(tmp_path / "rows.json"), str(tmp_path / "pictures")),)
+    stage = dataclasses.replace(read_recipe(NANO).stage[-1], data=data, eval_samples=6, split_turns=False)
+    trained, held_out = split_data(stage, 0)
+    names = [{sample.images[0].name for sample in samples} for samples in (trained, held_out)]
+    assert not names[0] & names[1] and len(held_out) == 6 and len(trained) == 72
+    assert "2 more samples about the last pictures that are held out" in capsys.readouterr().out
 
 
 def test_a_tokenizer_from_data_needs_data(tmp_path):
