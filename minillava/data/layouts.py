@@ -2,10 +2,10 @@
 
 By content alone: `conversations` or `messages` of from/value or role/content turns, whose content is a text or a list
 of parts (LLaVA, ShareGPT, TRL, LLaMA-Factory, OpenAI); `texts` of user/assistant pairs (FineVision, the Cauldron);
-`prompt` and `completion` (TRL); `instruction` and `output` (Alpaca); a caption beside pictures. Null is absent.
-Preferences have one prompt with a better and a worse answer, `chosen` and `rejected`: strings (LLaVA-NeXT's
-train_dpo.py), or lists of messages (TRL), where the prompt may also stand in front of both; or `conversations` with
-chosen and rejected turns beside them (LLaMA-Factory).
+`prompt` and `completion` (TRL); `instruction` and `output` behind `history` (Alpaca, LLaMA-Factory); a caption beside
+pictures. Null is absent. Preferences have one prompt with a better and a worse answer, `chosen` and `rejected`: strings
+(LLaVA-NeXT's train_dpo.py), or lists of messages (TRL), where the prompt may also stand in front of both; or
+`conversations` or an `instruction` with chosen and rejected turns beside them (LLaMA-Factory).
 """
 
 from __future__ import annotations
@@ -114,15 +114,32 @@ def read_completion(prompt: Any, completion: Any, found: Content) -> list[Turn]:
 
 def read_flat(raw: dict[str, Any], found: Content) -> list[Turn]:
     """Instruction, input and output, question and answer, or a caption beside pictures."""
-    asked, answer = present(raw, "instruction", "question"), present(raw, "output", "answer")
+    asked, answer = asked_in(raw), present(raw, "output", "answer")
     if isinstance(asked, str) and isinstance(answer, str):
-        more = raw.get("input") if isinstance(raw.get("input"), str) else ""
-        text = f"{asked}\n{more}" if more else asked
-        return [("user", read_text(text, found)), ("assistant", read_text(answer, found))]
+        return [read_turn(turn, found) for turn in [*history_in(raw), *pair_of(asked, answer)]]
     caption = present(raw, "caption", "text", "txt")
     if isinstance(caption, str) and found.given[MARKER]:
         return [("user", ""), ("assistant", read_text(caption, found))]
     raise UserError("'conversations' must be a list of turns, got nothing; correct it")
+
+
+def asked_in(raw: dict[str, Any]) -> Any:
+    """An instruction and its input, or a question."""
+    asked, more = present(raw, "instruction", "question"), raw.get("input")
+    return f"{asked}\n{more}" if isinstance(asked, str) and isinstance(more, str) and more else asked
+
+
+def history_in(raw: dict[str, Any]) -> list[Any]:
+    """LLaMA-Factory's earlier turns, a list of questions with their answers. Raises UserError."""
+    pairs = raw.get("history") or []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise UserError(f"'history' must be a list of [question, answer], got {in_words(pair)} in it; correct it")
+    return [turn for pair in pairs for turn in pair_of(*pair)]
+
+
+def pair_of(asked: Any, answer: Any) -> list[Any]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
 
 def read_text(content: Any, found: Content) -> str:
@@ -185,17 +202,34 @@ def preference(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | N
     if raw.get("chosen") is None and raw.get("rejected") is None:
         return None
     images, videos = media_in(raw, "image"), media_in(raw, "video")
-    turns = present(raw, "conversations", "messages")
-    prompt = present(raw, "prompt", "question") if turns is None else turns
-    if isinstance(prompt, str):
-        marker = MARKER if images else VIDEO_MARKER
-        front = f"{marker}\n" * len(images or videos) if marker not in prompt else ""
-        prompt = [{"role": "user", "content": front + prompt}]
     answers = [_answer(raw.get(key), key) for key in ("chosen", "rejected")]
-    if prompt is not None and not isinstance(prompt, list):
+    turns = present(raw, "conversations", "messages")
+    prompt = present(raw, "prompt") if turns is None else turns
+    prompt = asked_in(raw) if prompt is None else prompt
+    if prompt is not None and not isinstance(prompt, str | list):
         raise UserError("'prompt' must be a string or a list of messages; correct it")
+    opening = _opening(prompt or [])
+    if opening and all(_opening(answer)[-len(opening) :] == opening for answer in answers):
+        prompt = None  # it stands in front of both (ultrafeedback_binarized has it there, and the better in messages)
+    if isinstance(prompt, str):
+        past = history_in(raw)
+        marker = MARKER if images else VIDEO_MARKER
+        front = f"{marker}\n" * len(images or videos) if marker not in f"{past}{prompt}" else ""
+        prompt = [*past, {"role": "user", "content": prompt}]
+        prompt[0] = prompt[0] | {"content": f"{front}{prompt[0]['content']}"}
     better, worse = (raw | {"conversations": [*(prompt or []), *answer]} for answer in answers)
     return better, worse
+
+
+def _opening(turns: str | list[Any]) -> list[tuple[Any, Any]]:
+    """Role and text of the turns up to the first question, as they are written; none where nothing is asked."""
+    found: list[tuple[Any, Any]] = [("user", turns)] if isinstance(turns, str) else []
+    for turn in turns if isinstance(turns, list) else []:
+        if isinstance(turn, dict):
+            found.append((ROLES.get(str(present(turn, "from", "role"))), present(turn, "value", "content")))
+            if found[-1][0] == "user":
+                return found
+    return found if isinstance(turns, str) else []
 
 
 def _answer(value: Any, key: str) -> list[Any]:

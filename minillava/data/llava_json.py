@@ -101,7 +101,7 @@ def parse(raw: Any, number: int, path: str, places: Places, report: Report, chec
     try:
         both = preference(raw)
         found, messages = conversation(both[0] if both else raw, report)
-        rejected = worse_answer(conversation(both[1], Report(""))[1], messages) if both else None
+        rejected = worse_answer(conversation(both[1], Report(""))[1], messages, found) if both else None
         check_markers(found, messages)
         media = media_of(found, messages, places, str(identity))
         sample = Sample(str(identity), media, messages, report.path, rejected)
@@ -120,14 +120,14 @@ def conversation(raw: dict[str, Any], report: Report) -> tuple[Content, tuple[Me
     return found, mark_videos(in_front(found, in_turns(found, report), report), found)
 
 
-def worse_answer(worse: tuple[Message, ...], better: tuple[Message, ...]) -> str:
+def worse_answer(worse: tuple[Message, ...], better: tuple[Message, ...], found: Content) -> str:
     """The rejected answer. Raises UserError unless it differs from the chosen one, and in nothing but the answer."""
     if worse[:-1] != better[:-1]:
         raise UserError("chosen and rejected answer different conversations; give both the same prompt")
     if worse[-1] == better[-1]:
         raise UserError("chosen and rejected are the same, from which nothing is learned; remove the sample")
-    if MARKER in worse[-1].text:
-        raise UserError(f"{MARKER} in the rejected answer; an answer has no picture, remove it")
+    if marker := markers(bool(found.media[VIDEO_MARKER])).search(worse[-1].text):
+        raise UserError(f"{marker[0]} in the rejected answer; an answer has no picture, remove it")
     return worse[-1].text
 
 

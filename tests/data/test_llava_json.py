@@ -121,6 +121,41 @@ def test_role_content_and_system_and_messages_key(tmp_path):
     assert first.messages[1:] == second.messages
 
 
+def test_earlier_turns_beside_an_instruction_stand_in_front_of_it(tmp_path, root):
+    """LLaMA-Factory's Alpaca rows: `history` was left out in silence."""
+    row = {"instruction": "Why?", "input": "", "output": "so", "history": [["Hi", "Hello"]], "system": "Be brief."}
+    shown = row | {"image": "a.png", "history": [["Which color?", "red"]], "system": ""}
+    text, picture = read_samples(write(tmp_path, [row, shown]), root)
+    assert [m.text for m in text.messages] == ["Be brief.", "Hi", "Hello", "Why?", "so"]
+    assert [m.text for m in picture.messages] == ["<image>\nWhich color?", "red", "Why?", "so"]
+
+
+ASKED = [{"role": "user", "content": "Which color?"}]
+BOTH = {key: [*ASKED, {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+PREFERENCES = {
+    "ultrafeedback_binarized": {"prompt": "Which color?", "messages": BOTH["chosen"], **BOTH},
+    "prompt in front of both and alone": {"prompt": ASKED, **BOTH},
+    "a system message in front of both": {
+        "prompt": "Which color?",
+        **{key: [{"role": "system", "content": "Be brief."}, *turns] for key, turns in BOTH.items()},
+    },
+    "Alpaca": {"instruction": "Which", "input": "color?", "chosen": "chosen", "rejected": "rejected"},
+    "Alpaca, pictures": {
+        "image": "a.png", "history": [["Hi", "Hello"]], "instruction": "Which color?",
+        "chosen": "chosen", "rejected": "rejected",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", list(PREFERENCES))
+def test_a_preference_has_its_prompt_once(tmp_path, root, layout):
+    (sample,) = read_samples(write(tmp_path, [PREFERENCES[layout]]), root)
+    said = [message.text for message in sample.messages if message.role != "system"]
+    asked = ["<image>\nHi", "Hello", "Which color?"] if sample.media else ["Which color?"]
+    assert (" ".join(said[:-1]).split(), said[-1]) == (" ".join(asked).split(), "chosen")
+    assert sample.rejected == "rejected" and sample.worse.messages[:-1] == sample.messages[:-1]
+
+
 def test_first_turn_from_gpt_is_dropped_and_counted(tmp_path, root):
     opening = {"conversations": turns("Welcome", "Hi", "Hello", roles=("gpt", "human"))}
     samples, report = scan(write(tmp_path, [opening, ONE, TWO, TEXT]), root)
