@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -12,12 +13,12 @@ from minillava.checkpoints import original_llava
 from minillava.checkpoints.adapters import save_peft
 from minillava.checkpoints.checkpoint import Checkpoint, without_memory
 from minillava.checkpoints.save import save_model
-from minillava.config import LoRAConfig
 from minillava.data.llava_json import Sample
 from minillava.files import write_whole
 from minillava.generation.engine import Engine, Request
 from minillava.layers import lora
 from minillava.processor import markers_in
+from minillava.recipe import StageConfig
 from minillava.training import parallel
 from minillava.training.task import Run
 
@@ -33,11 +34,21 @@ def export(run: Run, folder: Path) -> None:
         save_model(model, folder, run.tokenizer)
 
 
-def export_adapters(run: Run, folder: Path, trained: dict[str, Tensor], configs: dict[str, LoRAConfig]) -> None:
-    """What was trained beside the run's base in PEFT's files, and in the original repository's where that has them."""
+def export_adapters(run: Run, folder: Path, trained: dict[str, Tensor], stage: StageConfig) -> None:
+    """What a stage trained beside the run's base in PEFT's files, and in the original repository's where that has them.
+
+    Where earlier stages changed what this one did not train whole, its base is the model that the last of them left.
+    """
     wanted = run.recipe.model
-    original = original_llava.write(run.config, wanted.vision_from, wanted.decoder_from)
-    save_peft(folder, trained, configs, wanted.base, original)
+    base, original = wanted.base, original_llava.write(run.config, wanted.vision_from, wanted.decoder_from)
+    changed = {part for before in run.finished for part in before.lr} & {"vision", "projector", "decoder"}
+    if wanted.adapter or changed - (stage.lr.keys() - stage.lora.keys()):
+        left = [run.folder / before.name / "model" for before in run.finished[-1:]]
+        base, original = next((str(path.resolve()) for path in left if path.is_dir()), ""), None
+        if not base:
+            why = "other adapters, or a stage without an export, are in them"
+            print(f"  {folder}: adapts weights that no folder has ({why}); use the exported model", file=sys.stderr)
+    save_peft(folder, trained, stage.lora, base, original)
 
 
 def write_answers(model: Path, samples: list[Sample], path: Path, device: torch.device) -> None:

@@ -197,13 +197,14 @@ def export_newest(folder: Path, only: str | None = None) -> Path:
     run = make_run(recipe, folder, torch.device("cpu"))
     for stage in reached:
         load_stage(run, stage)
+    run.finished = reached[:-1]
     newest = train_state.latest(folder / stage.name / "checkpoints")
     assert newest is not None
     target = folder / stage.name / f"model-{newest.name}"
     export(run, target)
     if stage.lora:
         trained = train_state.read(newest / train_state.TRAINED)
-        export_adapters(run, target.with_name(f"adapter-{newest.name}"), trained, stage.lora)
+        export_adapters(run, target.with_name(f"adapter-{newest.name}"), trained, stage)
     return target
 
 

@@ -329,7 +329,7 @@ class Trainer:
             assert isinstance(self.task, LLaVATask)  # no other has adapters
             trained = {n: t.cpu() for n, t in ((n, sharded.whole(p.detach())) for n, p in self.trained.items())}
             if parallel.is_main():
-                export_adapters(self.task.run, self.folder / "adapter", trained, self.stage.lora)
+                export_adapters(self.task.run, self.folder / "adapter", trained, self.stage)
             self._compare(self.task, export)
         parallel.barrier()
 

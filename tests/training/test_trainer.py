@@ -32,7 +32,7 @@ from minillava.training import optim, pipeline, train_state
 from minillava.training.llava_task import LLaVATask
 from minillava.training.metrics import Clock
 from minillava.training.optim import Muon, make_optimizer
-from minillava.training.pipeline import make_run, run_recipe
+from minillava.training.pipeline import export_newest, make_run, run_recipe
 from minillava.training.progress import Log, read_log
 from minillava.training.trainer import MAX_NON_FINITE, Trainer, schedule
 
@@ -520,6 +520,27 @@ def test_stages_one_by_one_equal_all_at_once(world, tmp_path):
     again = run_recipe(recipe_of(world, tmp_path / "one"), resume=True)  # nothing is left to do
     assert again == {"pretrain": {}, "finetune": computed(tmp_path / "all")[-1]["eval"]}
     assert computed(tmp_path / "one") == computed(tmp_path / "all")
+
+
+def test_adapters_name_the_model_that_they_are_over(world, tmp_path):
+    """That of the stage before where it trained the decoder; a projector is in adapter/ itself."""
+    short = "stage.pretrain.steps=1", "stage.finetune.epochs=0.1", "stage.finetune.lora={decoder = {rank = 2}}"
+    run_recipe(recipe_of(world, tmp_path, *short, "stage.pretrain.lr={projector = 1e-2, decoder = 1e-2}"))
+    ours, merged = (dict(load_model(tmp_path / "finetune" / n).named_parameters()) for n in ("adapter", "model"))
+    base = dict(load_model(tmp_path / "pretrain" / "model").named_parameters())
+    assert all((ours[name] - merged[name]).abs().max() <= 1e-6 for name in merged)
+    assert any((base[name] - merged[name]).abs().max() > 1e-4 for name in merged)
+
+    named = []
+    for name in ("finetune/adapter", export_newest(tmp_path).name.replace("model", "finetune/adapter")):
+        named.append(json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"])
+    assert named == [str((tmp_path / "pretrain" / "model").resolve())] * 2
+    trainer = trainer_of(world, tmp_path / "one", *short)
+    trainer.task.run.finished.append(trainer.recipe.stage[0])  # which trained the projector
+    trainer.export()
+    assert (
+        json.loads((tmp_path / "one/finetune/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == ""
+    )
 
 
 def test_a_folder_holds_one_run(world, tmp_path):
