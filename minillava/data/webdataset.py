@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minillava.data.files import MAX_FILE_BYTES
-from minillava.data.rows import PerProcess, Rows
+from minillava.data.rows import PerProcess, Rows, unreadable
 from minillava.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif")
@@ -87,7 +87,10 @@ class TarRows(Rows):
         offset, size = self._places[member].tolist()
         if size > MAX_FILE_BYTES:
             raise UserError(f"{self._names[member]}: {size:,} bytes in {self.path}; scale the image down first")
-        return os.pread(self._file(), size, offset)
+        try:
+            return os.pread(self._file(), size, offset)
+        except OSError as error:
+            raise unreadable(self.path, error) from None
 
 
 def by_numbers(name: str) -> list[tuple[int, str]]:

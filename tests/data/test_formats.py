@@ -5,6 +5,7 @@ import dataclasses
 import http.server
 import io
 import json
+import pickle
 import tarfile
 import threading
 
@@ -169,6 +170,15 @@ def test_numbered_pictures_of_a_tar_are_in_the_order_of_their_numbers(world):
     (sample,), _ = scan(world / "many.tar", None)
     assert [m.image().getpixel((0, 0))[0] for m in sample.images] == [*range(12)]
     assert sample.messages[-1].text == "Darker first."
+
+
+def test_a_tar_that_is_gone_costs_its_samples(world):
+    """A loader process opens it anew."""
+    tar(world / "gone.tar", [("a.png", png("red")), ("a.txt", b"Red.")])
+    rows = pickle.loads(pickle.dumps(scan(world / "gone.tar", None)[0].sources[0].rows))
+    (world / "gone.tar").unlink()
+    with pytest.raises(UserError, match=r"gone.tar: no such file"):
+        rows[0]
 
 
 @pytest.mark.parametrize("stream", [False, True])
