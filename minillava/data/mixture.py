@@ -14,6 +14,8 @@ from minillava.data.table import PLACE, Table, scan
 from minillava.errors import UserError
 from minillava.recipe import DataConfig, StageConfig
 
+MAX_MORE = 0.1  # share of the samples that are left out beside those held out; more have a name that says nothing
+
 
 def read_data(files: Sequence[DataConfig], seed: int = 0, check: Check | None = None) -> Table:
     """The samples of several files, with a line for each file.
@@ -74,10 +76,12 @@ def split_data(stage: StageConfig, seed: int, check: Check | None = None) -> tup
             )
         samples = samples[np.argsort(samples.place_N["order"], kind="stable")]
         order, cut = samples.place_N["order"], stage.eval_samples
-        same = int(np.searchsorted(order, order[cut - 1], "right"))
-        if cut < same < len(samples):  # not where all pictures have one name
-            print(f"    {same - cut:,} more samples about the last pictures that are held out are left out of training")
-            cut = same
+        more = int(np.searchsorted(order, order[cut - 1], "right")) - cut  # with the name of the last that is held out
+        if more > MAX_MORE * len(samples):
+            print(f"    {more:,} samples about a picture of the same name as the last that is held out are trained on")
+        elif more:
+            print(f"    {more:,} more samples about the last pictures that are held out are left out of training")
+            cut += more
         samples, held_out = samples[cut:], samples[:cut]
     # What is held out is chosen before turns are split: no picture is on both sides.
     if stage.split_turns:

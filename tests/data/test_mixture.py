@@ -103,6 +103,11 @@ def test_no_picture_with_several_samples_is_on_both_sides(tmp_path, capsys):
     assert not names[0] & names[1] and len(held_out) == 6 and len(trained) == 72
     assert "2 more samples about the last pictures that are held out" in capsys.readouterr().out
 
+    (tmp_path / "rows.json").write_text(json.dumps([row | {"image": "0.png"} for row in rows]))  # a name for all
+    trained, held_out = split_data(stage, 0)
+    assert len(held_out) == 6 and len(trained) == 74
+    assert "74 samples about a picture of the same name" in capsys.readouterr().out
+
 
 def test_a_tokenizer_from_data_needs_data(tmp_path):
     with pytest.raises(UserError, match="needs a stage with data"):
