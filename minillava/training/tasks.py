@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from minillava.errors import UserError, nearest
 from minillava.files import shown
 from minillava.layers.scheme import Scheme
-from minillava.recipe import Recipe, StageConfig
+from minillava.recipe import DPOConfig, Recipe, StageConfig
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Kind:
     parts: tuple[str, ...] = ("vision", "projector", "decoder")  # that may have a rate
     options: dict[str, int] = field(default_factory=dict)  # that it reads of `shapes`, with their defaults
     shared: bool = True  # ranks share its steps and its model, and it may train adapters; else every rank does all work
+    reads: bool = True  # data of the stage, where it has some
 
 
 # Options: how many samples there are, questions about a scene (0: captions), scenes of each split in an evaluation.
@@ -26,7 +27,9 @@ TASKS = {
     "dpo": Kind("minillava.training.dpo_task:DPOTask"),
     "clip": Kind("minillava.synthetic.pretrain:ClipTask", ("vision", "text"), shared=False),
     "text": Kind("minillava.synthetic.pretrain:TextTask", ("decoder",), {"turns": 8}, shared=False),
-    "shapes": Kind("minillava.synthetic.task:ShapesTask", options={"samples": 20000, "turns": 10, "scenes": 100}),
+    "shapes": Kind(
+        "minillava.synthetic.task:ShapesTask", options={"samples": 20000, "turns": 10, "scenes": 100}, reads=False
+    ),
 }
 
 
@@ -53,6 +56,10 @@ def check_task(stage: StageConfig) -> None:
         raise UserError(f"{at}: lr for '{name}', which task '{stage.task}' has not{nearest(name, task.parts)}")
     if stage.lora and not task.shared:
         raise UserError(f"{at}: task '{stage.task}' trains no adapters; leave lora out")
+    if (stage.data or stage.eval_data) and not task.reads:
+        raise UserError(f"{at}: task '{stage.task}' makes its own data; set task = \"llava\", or leave data out")
+    if stage.dpo != DPOConfig() and stage.task != "dpo":
+        raise UserError(f"{at}: task '{stage.task}' does not read dpo; set task = \"dpo\", or leave dpo out")
     for key, value in stage.shapes.items():
         if not task.options:
             raise UserError(f"{at}: task '{stage.task}' has no option shapes.{key}; leave it out")

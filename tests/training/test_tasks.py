@@ -6,7 +6,7 @@ import pytest
 
 from minillava.config import LoRAConfig
 from minillava.errors import UserError
-from minillava.recipe import ModelRecipe, Recipe, StageConfig
+from minillava.recipe import DataConfig, DPOConfig, ModelRecipe, Recipe, StageConfig
 from minillava.training.llava_task import LLaVATask
 from minillava.training.tasks import TASKS, check_words, options
 
@@ -50,6 +50,20 @@ def test_adapters_for_a_task_that_trains_none(task):
     with pytest.raises(UserError) as caught:
         check_words(Recipe(stage=(stage,)))
     assert str(caught.value) == f"stage 'a': task '{task}' trains no adapters; leave lora out"
+
+
+@pytest.mark.parametrize(
+    ("task", "ignored", "words"),
+    [
+        ("shapes", {"data": (DataConfig("x.json"),)}, "task 'shapes' makes its own data; set task = \"llava\""),
+        ("shapes", {"eval_data": (DataConfig("x.json"),)}, "task 'shapes' makes its own data; set task = \"llava\""),
+        ("llava", {"dpo": DPOConfig(beta=0.5)}, "task 'llava' does not read dpo; set task = \"dpo\""),
+    ],
+)
+def test_what_a_task_would_ignore_is_refused(task, ignored, words):
+    with pytest.raises(UserError) as caught:
+        check_words(Recipe(stage=(StageConfig(name="a", task=task, **ignored),)))
+    assert str(caught.value).startswith(f"stage 'a': {words}")
 
 
 def test_what_ranks_share_is_a_llava():
