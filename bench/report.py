@@ -123,7 +123,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("kernel", nargs="*", help=f"only these (of {', '.join(KERNELS)})")
     machine.add_out(parser)
     parser.add_argument("--full", action="store_true", help="real shapes on a CPU too (slow)")

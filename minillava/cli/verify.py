@@ -40,7 +40,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     add("--prompt", default="What is in this picture?", metavar="TEXT", help="the question")
     add("--tokens", type=whole(1), default=16, metavar="N", help="tokens of the answer (default: 16)")
     add("--json", action="store_true", help="print the report as one line of JSON")
-    add("--plot", metavar="FILE.png", help="draw the errors by depth")
+    add("--plot", metavar="FILE.png", help="draw the errors by depth (the extra plots)")
 
 
 def run(args: argparse.Namespace) -> int:
