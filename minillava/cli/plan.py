@@ -80,7 +80,7 @@ def _recipe(args: argparse.Namespace) -> Iterator[str]:
         def plan(stage: Any, quantize: str, its: Any = its) -> Plan:
             return plan_training(its, stage, held, quantize, args.cpu, args.tokens, args.picture)
 
-        tokens = stage.row_tokens or args.tokens or stage.max_tokens
+        tokens = stage.row_tokens or args.tokens or min(stage.max_tokens, its.decoder.max_positions)
         title = f"stage {stage.name}: {stage.batch_size} {'rows' if stage.row_tokens else 'samples'} a step, "
         title += f"{stage.micro} at a time, of {tokens:,} tokens"
         if args.fit:

@@ -219,9 +219,10 @@ def plan_training(
     """The peak of two optimizer steps of a stage, and the FLOPs of one.
 
     held: dtype of the weights that a run starts with. tokens: of a sample, its picture (width, height) included; 0: as
-    many as the stage allows. A stage that packs rows of tokens counts rows.
+    many as the stage and the decoder's context allow. A stage that packs rows of tokens counts rows.
     """
-    batch = make_batch(config, stage.row_tokens or tokens or stage.max_tokens, stage.micro, picture, on_cpu)
+    tokens = stage.row_tokens or tokens or min(stage.max_tokens, config.decoder.max_positions)  # as training cuts
+    batch = make_batch(config, tokens, stage.micro, picture, on_cpu)
     device = torch.device("cpu" if on_cpu else "meta")
     if stage.dtype == "auto" and not on_cpu:
         stage = replace(stage, dtype="bfloat16")

@@ -69,6 +69,14 @@ def test_a_training_step_by_hand():
     assert eight.parts["optimizer"] < 0.3 * plan.parts["optimizer"]
 
 
+def test_samples_are_planned_as_long_as_training_leaves_them():
+    """max_tokens is 2,048 by default; the decoder's context cuts first."""
+    short = dataclasses.replace(SMALL, decoder=dataclasses.replace(SMALL.decoder, max_positions=512))
+    stage = StageConfig(name="x", lr={"decoder": 1e-4}, batch_size=1, dtype="bfloat16")
+    plan, cut, whole = (plan_training(short, stage, torch.bfloat16, tokens=n) for n in (0, 512, 2048))
+    assert plan.parts == cut.parts and plan.parts["activations"] < whole.parts["activations"]
+
+
 def test_recipes_are_planned_before_their_parts_are_there():
     """Vicuna and CLIP are known by name; a base that another recipe makes is what that recipe says."""
 
