@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     missed = f"; {len(found.missed):,} questions have none and count as wrong" if found.missed else ""
     print(f"{args.benchmark}: {len(found):,} answers{missed}")
-    width = max(map(len, scores))
+    width = max(map(len, [*scores, *(model for model, _, _ in published)]))
     print("\n".join(f"  {name:{width}}  {value:8.2f}" for name, value in scores.items()))
     for model, value, close in published:
         print(f"  {model:{width}}  {value:8.2f}  published{', within the usual spread' if close else ''}")

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import random
+import re
 
 import pytest
 
@@ -136,6 +137,8 @@ def test_published_numbers_stand_beside(tmp_path, capsys):
     assert "62.30" in out and "LLaVA-1.5 7B" in out
     lines = {line.split("  ")[1]: line for line in out.splitlines() if "published" in line}
     assert "within" in lines["LLaVA-1.5 7B"] and "within" not in lines["LLaVA-1.5 13B"]
+    rows = [line for line in out.splitlines() if line.startswith("  ")]
+    assert len({re.search(r"\d+\.\d\d(?= |$)", line).end() for line in rows}) == 1  # one column
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
