@@ -40,6 +40,10 @@ def present(raw: dict[str, Any], *keys: str) -> Any:
 
 def read_row(raw: dict[str, Any]) -> Content:
     """The turns of a row and what stands in its columns of pictures and videos. Raises UserError."""
+    if raw.get("kto_tag") is False or (raw.get("label") is False and raw.get("completion") is not None):
+        raise UserError(
+            "an answer that was judged to be bad (TRL's and LLaMA-Factory's KTO) would be learned; remove it"
+        )
     found = Content({MARKER: deque(media_in(raw, "image")), VIDEO_MARKER: deque(media_in(raw, "video"))})
     turns = present(raw, "conversations", "messages", "conversation")
     if turns is not None:
@@ -195,13 +199,9 @@ def take(text: str, found: Content) -> str:
 
 
 def preference(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Of a preference, the row with the conversation that ends with the better answer, and with the worse one.
-
-    A prompt that is a string without markers gets them in front, a line each.
-    """
+    """Of a preference, the row with the conversation that ends with the better answer, and with the worse one."""
     if raw.get("chosen") is None and raw.get("rejected") is None:
         return None
-    images, videos = media_in(raw, "image"), media_in(raw, "video")
     answers = [_answer(raw.get(key), key) for key in ("chosen", "rejected")]
     turns = present(raw, "conversations", "messages")
     prompt = present(raw, "prompt") if turns is None else turns
@@ -212,11 +212,7 @@ def preference(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | N
     if opening and all(_opening(answer)[-len(opening) :] == opening for answer in answers):
         prompt = None  # it stands in front of both (ultrafeedback_binarized has it there, and the better in messages)
     if isinstance(prompt, str):
-        past = history_in(raw)
-        marker = MARKER if images else VIDEO_MARKER
-        front = f"{marker}\n" * len(images or videos) if marker not in f"{past}{prompt}" else ""
-        prompt = [*past, {"role": "user", "content": prompt}]
-        prompt[0] = prompt[0] | {"content": f"{front}{prompt[0]['content']}"}
+        prompt = [*history_in(raw), {"role": "user", "content": prompt}]
     better, worse = (raw | {"conversations": [*(prompt or []), *answer]} for answer in answers)
     return better, worse
 

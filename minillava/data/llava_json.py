@@ -154,7 +154,8 @@ def in_turns(found: Content, report: Report) -> tuple[Message, ...]:
 
 def in_front(found: Content, messages: tuple[Message, ...], report: Report) -> tuple[Message, ...]:
     """Markers in front of the first question, for layouts that have none (FineVision, TRL beside texts)."""
-    marked = any(marker in message.text for message in messages for marker in found.media)
+    pattern = markers(bool(found.media[VIDEO_MARKER]))
+    marked = any(pattern.search(message.text) for message in messages)
     lines = [marker for marker, values in found.media.items() for _ in values]
     if marked or not found.front or not lines:
         return messages

@@ -156,6 +156,26 @@ def test_a_preference_has_its_prompt_once(tmp_path, root, layout):
     assert sample.rejected == "rejected" and sample.worse.messages[:-1] == sample.messages[:-1]
 
 
+def test_pictures_and_videos_without_markers_stand_in_front(tmp_path, root):
+    """In preferences too; without videos the word <video> is no marker."""
+    tag = {"image": "a.png", "texts": [{"user": "What is the <video> tag?", "assistant": "One of HTML."}]}
+    both = {"image": "a.png", "video": "sub/b.png", "prompt": "Alike?", "chosen": "No.", "rejected": "Yes."}
+    samples = read_samples(write(tmp_path, [tag, both]), root)
+    assert [sample.messages[0].text for sample in samples] == [
+        "<image>\nWhat is the <video> tag?", "<image>\n<video>\nAlike?",
+    ]  # fmt: skip
+    assert [medium.video for medium in samples[1].media] == [False, True]
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Hi", "completion": "Go away.", "label": False},
+                                 {"conversations": turns("Hi", "Go away."), "kto_tag": False}])  # fmt: skip
+def test_answers_that_were_judged_bad_are_not_learned(tmp_path, row):
+    good = {key: True if value is False else value for key, value in row.items()}
+    assert len(read_samples(write(tmp_path, [good]), None)) == 1
+    with pytest.raises(UserError, match="judged to be bad"):
+        read_samples(write(tmp_path, [row]), None)
+
+
 def test_first_turn_from_gpt_is_dropped_and_counted(tmp_path, root):
     opening = {"conversations": turns("Welcome", "Hi", "Hello", roles=("gpt", "human"))}
     samples, report = scan(write(tmp_path, [opening, ONE, TWO, TEXT]), root)
