@@ -5,6 +5,7 @@ Letters: P pairs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,9 +48,12 @@ class PairDataset(Dataset):
     start_N2: np.ndarray | None = None  # log-probabilities before training, of all samples, chosen and rejected
 
     def __getitem__(self, index: int) -> Pair:
-        pair = encode_pair(self.sample(index), self.processor, self.max_tokens)
+        sample = self.sample(index)
+        pair = encode_pair(sample, self.processor, self.max_tokens)
         if self.start_N2 is not None:
             chosen, rejected = self.start_N2[index].tolist()
+            if math.isnan(chosen + rejected):  # a disk that failed then, and now does not
+                raise SampleError(f"{sample.name}: could not be used when the start's log-probabilities were cached")
             pair.start = (chosen, rejected)
         return pair
 

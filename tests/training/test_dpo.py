@@ -200,6 +200,15 @@ def test_the_start_in_every_way_is_one(world, tmp_path):
                 assert all(mine[key] == pytest.approx(kept[key], abs=2e-4) for key in mine), (name, way)
 
 
+def test_a_pair_that_was_unusable_when_the_start_was_cached_is_replaced(world, tmp_path):
+    dataset = trainer_of(world, tmp_path, "stage.dpo.dpo={cached = true}").task.dataset
+    index = 3
+    dataset.start_N2[index] = math.nan
+    batch = dataset.batch([index, index + 1], 0)
+    assert [lost for lost, why in batch.lost] == [index] and "log-probabilities were cached" in batch.lost[0][1]
+    assert batch.pairs == 2 and batch.start_P2.isfinite().all()
+
+
 def test_a_picture_is_seen_once_for_both_answers(world, tmp_path):
     task = trainer_of(world, tmp_path).task
     pairs = [task.dataset[number] for number in range(6)]
