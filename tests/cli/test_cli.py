@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -321,3 +322,25 @@ def test_threads_wait_as_the_user_says(tmp_path):
     for text, want in (("max 100000", None), ("150000 100000", 2), ("1000 100000", 1)):
         (tmp_path / "cpu.max").write_text(text)
         assert threads.cpu_quota(tmp_path) == want
+
+
+_FAULTS = """
+import resource, sys
+from minillava.cli.train import keep_freed_memory
+keep_freed_memory()
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [bytearray(b"x") * (16 << 20) for _ in range(8)]
+    del blocks
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is glibc's")
+@pytest.mark.parametrize("own", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}])
+def test_memory_that_a_step_frees_is_kept_for_the_next(own):
+    """Fresh pages cost as much as what is written to them; what the user's environment says stays."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | own
+    done = subprocess.run([sys.executable, "-c", _FAULTS], env=environment, capture_output=True, text=True, check=True)
+    first, *later = map(int, done.stdout.split())
+    assert first > 32 and (max(later) < first / 10) == (not own), (first, later)
