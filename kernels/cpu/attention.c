@@ -88,17 +88,17 @@ static void square(const number *a, long a_next, const number *b, long depth, fl
 }
 
 // QUERIES or fewer of a head from t on, of a sequence of S tokens.
-static void some_queries(const queries *a, const uint16_t *q, uint16_t *o, const number *keys, const number *values, long t,
-                         long S, number *rows, float *scores, number *p) {
-  long K = a->K, wide = up_to(K, 32), number = S - t < QUERIES ? S - t : QUERIES, seen = a->causal ? t + 1 : S;
-  long needed = up_to(a->causal ? t + number : S, 32);
+static void some_queries(const queries *a, const uint16_t *q, uint16_t *o, const number *keys, const number *values,
+                         long t, long S, number *rows, float *scores, number *p) {
+  long K = a->K, wide = up_to(K, 32), some = S - t < QUERIES ? S - t : QUERIES, seen = a->causal ? t + 1 : S;
+  long needed = up_to(a->causal ? t + some : S, 32);
   float sums[QUERIES], out[QUERIES][WIDEST];
   memset(rows, 0, QUERIES * wide * sizeof *rows);
-  for (long r = 0; r < number; r++) put_numbers(rows + r * wide, q + r * a->q_next, K);
+  for (long r = 0; r < some; r++) put_numbers(rows + r * wide, q + r * a->q_next, K);
   TILES_READ_AND_WRITE;
   for (long s = 0; s < needed; s += COLUMNS) square(rows, wide, keys + s * wide, wide, scores + s, needed);
   TILES_READ_AND_WRITE;
-  for (long r = 0; r < number; r++, seen += a->causal) {
+  for (long r = 0; r < some; r++, seen += a->causal) {
     float *of = scores + r * needed;
     for (long s = seen; s < needed; s++) of[s] = -INFINITY;
     sums[r] = exponentials(of, needed, a->scale);
@@ -107,7 +107,7 @@ static void some_queries(const queries *a, const uint16_t *q, uint16_t *o, const
   TILES_READ_AND_WRITE;
   for (long i = 0; i < wide; i += COLUMNS) square(p, needed, values + i * up_to(S, 32), needed, out[0] + i, WIDEST);
   TILES_READ_AND_WRITE;
-  for (long r = 0; r < number; r++) {
+  for (long r = 0; r < some; r++) {
     for (long i = 0; i < K; i++) out[r][i] /= sums[r];
     store_all(o + r * a->H * K, out[r], K);
   }
