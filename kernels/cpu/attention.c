@@ -1,5 +1,4 @@
-// Attention of packed sequences in bf16 for inference, in fp32 where that is not multiplied; attention.py has the
-// definition.
+// Attention of packed sequences in bf16 for inference, in fp32 where that is not multiplied: see attention.py.
 // Scores of some queries and all their keys lie in the cache: no running maximum, nothing is scaled twice.
 
 #define WIDEST 128 // numbers of a head

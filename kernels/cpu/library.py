@@ -120,6 +120,11 @@ def opened(path: Path, name: str) -> Any:
     return found
 
 
+def flags_of(name: str) -> list[str]:
+    """What gcc calls the instructions of a class."""
+    return ["-m" + flag.replace("amx_", "amx-").replace("_", "") for flag in CLASSES[name]]
+
+
 def built(compiler: str, name: str, more: Sequence[str] = ()) -> Path:
     """The file of the code compiled for a class, made unless it is there, whole and this user's own.
 
@@ -128,8 +133,8 @@ def built(compiler: str, name: str, more: Sequence[str] = ()) -> Path:
     OpenMP's functions stay undefined: they are found in the process, where torch has loaded them. A second OpenMP
     would start a second team of threads, and both would wait for the same cores.
     """
-    options = [*OPTIONS, *("-m" + flag.replace("amx_", "amx-").replace("_", "") for flag in CLASSES[name]), *more]
     run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+    options = [*OPTIONS, *flags_of(name), *more]
     words = [compiler, run([compiler, "--version"]).stdout, *options]
     text = b"".join(path.read_bytes() for path in SOURCES) + " ".join(words).encode()
     folder = cache_folder()

@@ -111,7 +111,7 @@ INLINE void tile(const int R, const enum form form, const char *x, const char *w
 }
 
 // Inputs k to k + depth of output n as bytes in the order of `round_row`, with a scale for each span.
-INLINE void decode_bytes(const enum kind kind, const int shorts, const matrix *w, ints table, long n, long k,
+INLINE void decode_bytes(const enum kind kind, const int shorts, const matrix *w, ints values, long n, long k,
                          long depth, char *to, float *scales) {
   const float *of = w->scales;
   long e = n * w->K + k;
@@ -122,7 +122,7 @@ INLINE void decode_bytes(const enum kind kind, const int shorts, const matrix *w
     uint8_t rest[2 * SIZE] = {0};
     const uint8_t *at = address(kind, w, e + i);
     if (depth - i < 2 * SIZE) at = memcpy(rest, at, address(kind, w, e + depth) - at); // the row's end
-    two is = kind == ROUNDED ? rounded_codes(table, at) : (two){signed_bytes(at), signed_bytes(at + SIZE)};
+    two is = kind == ROUNDED ? rounded_codes(values, at) : (two){signed_bytes(at), signed_bytes(at + SIZE)};
     int8_t plain[2 * SIZE];
     store_spans(shorts ? (char *)plain : to, is.even, is.odd);
     if (shorts) put_bytes(1, plain, 2 * SIZE, to);
@@ -135,7 +135,7 @@ INLINE void outputs_of(const int R, const enum form form, const matrix *w, long 
                        long groups, long each, float *sums, long next, char *room) {
   const long apart = DEPTH * 4 / EACH_OF(form, R), bytes = address(w->kind, w, SPAN) - address(w->kind, w, 0);
   float *scales = (float *)(room + DECODED * apart);
-  ints table = w->kind == ROUNDED ? rounded_table(w) : BITS(setzero)();
+  ints values = w->kind == ROUNDED ? rounded_table(w) : BITS(setzero)();
   memset(sums, 0, up_to(some, TILE(R)) * next * 4);
   for (long k = 0; k < w->K; k += DEPTH, x += DEPTH / SPAN * SPAN_BYTES(form, R)) {
     long depth = w->K - k < DEPTH ? w->K - k : DEPTH, all = form == SPANS ? up_to(depth, 2 * SIZE) : depth;
@@ -144,7 +144,7 @@ INLINE void outputs_of(const int R, const enum form form, const matrix *w, long 
       long block = (e + some * w->K) >> w->shift;
       if (w->kind >= CODES) _mm_prefetch((const char *)w->scales + block * (w->nested ? 1 : 4), _MM_HINT_T0);
 #define BYTES_OF(kind) \
-  decode_bytes(kind, SHORTS(R), w, table, n + i, k, depth, room + i * apart, scales + i * (DEPTH / SPAN))
+  decode_bytes(kind, SHORTS(R), w, values, n + i, k, depth, room + i * apart, scales + i * (DEPTH / SPAN))
       if (form == SPANS) w->kind == ROUNDED ? BYTES_OF(ROUNDED) : BYTES_OF(BYTES);
       else if (form == WORDS) memcpy(room + i * apart, address(HALVES, w, e), 2 * depth);
       else decode(w, n + i, k, depth, EVENS_FIRST, room + i * apart);

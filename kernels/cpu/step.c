@@ -106,10 +106,10 @@ static void attention(const decoder *d, const layer *w, const cache *c, long l, 
     long m = task * part / H, h = task * part % H, g = h / each, held = lengths[m];
     const float *q = qkv + m * width + h * K, *k = qkv + m * width + (H + g) * K, *v = k + G * K;
     uint16_t query[K], key[K], value[K];
-    number queries[part][K];
+    number asked[part][K];
     for (long i = 0; i < part; i++) {
       turn(q + i * K, w->q_norm, cos + m * K, sin + m * K, query, K, d->eps);
-      prepare_numbers(query, queries[i], K);
+      prepare_numbers(query, asked[i], K);
     }
     turn(k, w->k_norm, cos + m * K, sin + m * K, key, K, d->eps);
     store_all(value, v, K);
@@ -118,7 +118,7 @@ static void attention(const decoder *d, const layer *w, const cache *c, long l, 
       memcpy(c->k + at + held * G * K, key, sizeof key);
       memcpy(c->v + at + held * G * K, value, sizeof value);
     }
-    attend(d, queries[0], c->k + at, c->v + at, key, value, held, part, o + (m * H + h) * K, scores);
+    attend(d, asked[0], c->k + at, c->v + at, key, value, held, part, o + (m * H + h) * K, scores);
   }
 }
 

@@ -109,10 +109,10 @@ static ints rounded_table(const matrix *w) {
 }
 
 typedef struct { ints even, odd; } two;
-INLINE two rounded_codes(ints table, const uint8_t *codes) { // 2 SIZE weights of a register of codes
+INLINE two rounded_codes(ints values, const uint8_t *codes) { // 2 SIZE weights of a register of codes
   ints of = load(codes), low = V(set1_epi8)(15);
   ints first = BITS(and)(V(srli_epi16)(of, 4), low), second = BITS(and)(of, low);
-  return (two){V(shuffle_epi8)(table, first), V(shuffle_epi8)(table, second)};
+  return (two){V(shuffle_epi8)(values, first), V(shuffle_epi8)(values, second)};
 }
 INLINE ints signed_bytes(const void *p) { // with OFFSET
   return OFFSET ? BITS(xor)(load(p), V(set1_epi8)((char)OFFSET)) : load(p);

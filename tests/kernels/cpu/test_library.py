@@ -26,6 +26,17 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "minillava"
 
 
+@pytest.mark.parametrize("name", cpu.CLASSES)
+def test_no_name_hides_another(name):
+    """For every class, also of other CPUs: a count called as a type is made `sizeof` that type something else."""
+    strict = ["-fsyntax-only", "-fopenmp", "-Wall", "-Wshadow", "-Werror"]
+    command = ["gcc", *strict, *cpu.flags_of(name), str(cpu.SOURCES[0])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "unrecognized command" in done.stderr:
+        pytest.skip("this gcc is older than the class")
+    assert done.returncode == 0, done.stderr
+
+
 def answers(path):
     """What a process that loads a library gets from it; it dies by a signal where the file is cut off."""
     load = f"import ctypes; print(ctypes.CDLL({str(path)!r}).few_rows())"
