@@ -61,7 +61,7 @@ def cpu_backward(dy_MN, packed, absmax, nested, dynamic, K: int, quant_type: str
     weight = cpu.Weight(shape, codes=(packed, absmax, nested, dynamic, code(quant_type, packed.device), blocksize))
     if dy_MN.dtype not in cpu.TYPES or not weight.fits():
         return plain_backward(dy_MN, packed, absmax, nested, dynamic, K, quant_type, blocksize)
-    dtype = dy_MN.dtype if library.multiplies_bf16() else torch.float32  # elsewhere bf16 is emulated, 40 times slower
+    dtype = dy_MN.dtype if library.multiplies_bf16() else torch.float32  # elsewhere bf16 is emulated (bench/LOG.md)
     return (dy_MN.to(dtype) @ cpu.values(weight, library.workspace("values", shape, dtype))).to(dy_MN.dtype)
 
 

@@ -98,8 +98,8 @@ def run(args: argparse.Namespace) -> None:
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next one, blocks of up to 32 MiB; what the environment says stays.
 
-    Given back to the system it comes again page by page: on a CPU a fifth of a step of nano's clip, a twelfth of
-    finetune's (bench/LOG.md).
+    Given back to the system it comes again page by page: on a CPU 14 % of a step of nano's clip, 7 % of finetune's
+    (bench/LOG.md).
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return

@@ -155,8 +155,8 @@ def asked(engine: Engine, given: Any, number: int, how: Request, sources: OwnSou
             if value != value // 1:
                 raise UserError(f"{key} is {value}; use a whole number")
             numbers[key] = int(value)
-    sampling = replace(how.sampling, seed=how.sampling.seed + number)
-    how = replace(how, max_new_tokens=numbers.pop(LENGTH), sampling=replace(sampling, **numbers), stop=tuple(stop))
+    length, sampling = numbers.pop(LENGTH), replace(how.sampling, seed=how.sampling.seed + number)
+    how = replace(how, max_new_tokens=length, sampling=replace(sampling, **numbers), stop=tuple(stop))
     images, videos = ([*_several(body, f"{kind}s"), *_several(body, kind)] for kind in ("image", "video"))
     return request_of(engine.config.chat, prompt, images, videos, sources, how)
 

@@ -70,16 +70,21 @@ def image_size(source: str | Path | bytes, name: str) -> tuple[int, int]:
     return _opened(source, name, upright)
 
 
+def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Of each chunk of a PNG its kind, its place, and its bytes with length, kind and checksum."""
+    at = 8
+    while file.seek(at) == at and len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        yield kind, at, length + 12
+        at += length + 12
+
+
 def _names_exif(file: BinaryIO) -> bool:
     """Whether a PNG has EXIF, in a chunk of its own or as text: PIL decodes the pixels to know."""
-    back, at, found = file.tell(), 8, False
-    while not found:
-        file.seek(at)
-        if len(head := file.read(29)) < 8:
-            break
-        length, kind = struct.unpack(">I4s", head[:8])
-        found = kind == b"eXIf" or (kind in (b"tEXt", b"zTXt") and head[8:] == b"Raw profile type exif")
-        at += 8 + length + 4
+    back, name, found = file.tell(), b"Raw profile type exif", False
+    for kind, at, _ in _chunks(file):
+        file.seek(at + 8)
+        found |= kind == b"eXIf" or (kind in (b"tEXt", b"zTXt") and file.read(len(name)) == name)
     file.seek(back)
     return found
 
@@ -108,14 +113,12 @@ def _opened(source: str | Path | bytes, name: str, use: Callable[[Image.Image], 
 def _without_text(file: BinaryIO) -> io.BytesIO:
     """A PNG without its comments and colour profile, which PIL refuses from a megabyte on."""
     file.seek(0)
-    kept = io.BytesIO()
-    kept.write(file.read(8))
-    while len(head := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        if kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            file.seek(length + 4, io.SEEK_CUR)
-        else:
-            kept.write(head + file.read(length + 4))
+    kept = io.BytesIO(file.read(8))
+    kept.seek(0, io.SEEK_END)
+    for kind, at, size in _chunks(file):
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            file.seek(at)
+            kept.write(file.read(size))
     kept.seek(0)
     return kept
 
