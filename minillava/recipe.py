@@ -274,6 +274,10 @@ def _check(recipe: Recipe, where: str) -> None:
             f"other 0, as --set stage.{stage.name}.{'epochs' if stage.steps else 'steps'}={0 if stage.steps else 100}",
         )
         require(
+            stage.schedule != "constant" or not stage.floor,
+            f"{at}: schedule constant never falls to a floor; leave floor out, or use cosine or linear",
+        )
+        require(
             not (stage.compile and stage.checkpointing == "selective"),
             f"{at}: compiled code does not show which products to keep; use checkpointing full or off with compile",
         )

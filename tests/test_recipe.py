@@ -99,6 +99,11 @@ def test_set_reaches_every_kind_of_value(recipe_file, change, wanted):
     assert wanted(read_recipe(recipe_file, [change]))
 
 
+def test_a_constant_rate_has_no_floor(recipe_file):
+    with pytest.raises(UserError, match=r"stage 'first': schedule constant .* leave floor out"):
+        read_recipe(recipe_file, ["stage.first.schedule=constant", "stage.first.floor=0.1"])
+
+
 def test_paths_are_relative_to_the_working_folder_or_to_the_recipe(recipe_file, tmp_path, monkeypatch):
     beside, work = tmp_path / "a.json", tmp_path / "work"
     work.mkdir()

@@ -37,8 +37,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     add("--picture", default="1024x768", metavar="WxH", help=picture)
     tokens = "of a sample or prompt, its picture included (default: max_tokens; the picture and 64)"
     add("--tokens", type=whole(), default=0, metavar="N", help=tokens)
-    add("--new", type=whole(1), default=512, metavar="N", help="tokens of an answer (default: 512)")
-    add("--rows", type=whole(1), default=1, metavar="N", help="answers at a time (default: 1)")
+    add("--new", type=whole(1), metavar="N", help="tokens of an answer (default: 512)")
+    add("--rows", type=whole(1), metavar="N", help="answers at a time (default: 1)")
     add("--quantize", default="", metavar="nf4", help="weights of a model that answers, as `ask` takes it")
     add("--cpu", action="store_true", help="for this CPU's code paths in place of a GPU's")
     add("--json", action="store_true", help="print a line of JSON for each plan")
@@ -57,6 +57,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.what}: --set and --stage are for recipes; leave them out")
     if is_recipe and args.quantize:
         raise UserError(f"{args.what}: --quantize is for models that answer; give --set model.quantize={args.quantize}")
+    if is_recipe and (args.new or args.rows):
+        raise UserError(f"{args.what}: --new and --rows are for models that answer; leave them out")
+    args.new, args.rows = args.new or 512, args.rows or 1
     if args.quantize:
         Scheme.parse(args.quantize)
     for line in (_recipe if is_recipe else _model)(args):

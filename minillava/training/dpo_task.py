@@ -48,8 +48,6 @@ class DPOTask(LLaVATask):
                     f"stage '{stage.name}': lora.{part}.dropout is {adapters.dropout:g}, but dpo compares answers "
                     "under the same weights; set it to 0"
                 )
-        if stage.split_turns or stage.eval_exact:
-            raise UserError(f"stage '{stage.name}': task dpo has no use for split_turns and eval_exact; leave them out")
         super().__init__(run, stage)
         self.started: dict[str, Tensor] = {}  # what is trained in full, as the stage began
         self.measures()

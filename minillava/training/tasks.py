@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from minillava.errors import UserError, nearest
 from minillava.files import shown
@@ -19,16 +20,31 @@ class Kind:
     options: dict[str, int] = field(default_factory=dict)  # that it reads of `shapes`, with their defaults
     shared: bool = True  # ranks share its steps and its model, and it may train adapters; else every rank does all work
     reads: bool = True  # data of the stage, where it has some
+    ignores: tuple[str, ...] = ()  # keys of a stage that would change nothing
 
 
 # Options: how many samples there are, questions about a scene (0: captions), scenes of each split in an evaluation.
 TASKS = {
     "llava": Kind("minillava.training.llava_task:LLaVATask"),
-    "dpo": Kind("minillava.training.dpo_task:DPOTask"),
-    "clip": Kind("minillava.synthetic.pretrain:ClipTask", ("vision", "text"), shared=False),
-    "text": Kind("minillava.synthetic.pretrain:TextTask", ("decoder",), {"turns": 8}, shared=False),
+    "dpo": Kind("minillava.training.dpo_task:DPOTask", ignores=("split_turns", "eval_exact")),
+    "clip": Kind(
+        "minillava.synthetic.pretrain:ClipTask",
+        ("vision", "text"),
+        shared=False,
+        ignores=("row_tokens", "eval_exact"),
+    ),
+    "text": Kind(
+        "minillava.synthetic.pretrain:TextTask",
+        ("decoder",),
+        {"turns": 8},
+        shared=False,
+        ignores=("row_tokens", "eval_exact"),
+    ),
     "shapes": Kind(
-        "minillava.synthetic.task:ShapesTask", options={"samples": 20000, "turns": 10, "scenes": 100}, reads=False
+        "minillava.synthetic.task:ShapesTask",
+        options={"samples": 20000, "turns": 10, "scenes": 100},
+        reads=False,
+        ignores=("split_turns", "eval_samples", "eval_exact"),
     ),
 }
 
@@ -60,6 +76,8 @@ def check_task(stage: StageConfig) -> None:
         raise UserError(f"{at}: task '{stage.task}' makes its own data; set task = \"llava\", or leave data out")
     if stage.dpo != DPOConfig() and stage.task != "dpo":
         raise UserError(f"{at}: task '{stage.task}' does not read dpo; set task = \"dpo\", or leave dpo out")
+    for key in filter(partial(getattr, stage), task.ignores):
+        raise UserError(f"{at}: task '{stage.task}' has no use for {key}; leave it out")
     for key, value in stage.shapes.items():
         if not task.options:
             raise UserError(f"{at}: task '{stage.task}' has no option shapes.{key}; leave it out")

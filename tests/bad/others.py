@@ -97,6 +97,7 @@ def others() -> Iterator[Case]:
         (("inspect", "nowhere"), "nowhere", {}),
         (("verify", "nano", "--against", "transformers", "--quantize", "nf4"), "--quantize", {}),
         (("plan", "nano", "--quantize", "nf5"), "nf5", {}),
+        (("plan", "nano", "--rows", "2"), "--rows", {}),
         (("plan", "m", "--set", "seed=1"), "--set", {"m": checkpoint()}),
         (("ask", "extra"), "extra", {}),
         (("train", "nano", "extra"), "extra", {}),
