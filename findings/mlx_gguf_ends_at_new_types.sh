@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # mlx 0.32.4: `mx.load` of a GGUF file ends at the first tensor of a type it does not know, and returns what stood before as the file.
 #
-# Types newer than BF16 are such: MXFP4 and NVFP4 (experts of gpt-oss, and of any model quantised as llama.cpp's MXFP4_MOE), the ternary
+# Types newer than BF16 are such: MXFP4 (experts of gpt-oss, and of any model quantised as llama.cpp's MXFP4_MOE), NVFP4, the ternary
 # TQ1_0 and TQ2_0, Q1_0. Of older types that it knows and cannot unpack (Q5_0, Q3_K, IQ4_XS) mx.load says so with an error, and its
 # text promises that formats it does not support are cast to float16. So one would guess an error here too, or numbers. But the function
 # that it calls for the next tensor answers 0 at the end of the file and also at a type number that is not in its table, and mx.load takes
