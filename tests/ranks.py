@@ -23,6 +23,7 @@ from minillava.training.optim import Muon
 from minillava.training.pipeline import run_recipe
 from minillava.training.trainer import Trainer
 
+sys.modules["matplotlib"] = None  # curves take longer than some of these runs
 train_step = Trainer.train_step
 compile_, backend = torch.compile, ""
 torch.compile = lambda function, **options: compile_(function, backend=backend, **options)

@@ -1043,7 +1043,7 @@ print((peak() - before) / sum(p.nbytes for p in model.parameters()))
 @pytest.mark.parametrize(("kind", "dtype"), [("safetensors", "bfloat16"), ("bin", "float32")])
 def test_loading_peaks_at_about_one_copy(folder, kind, dtype):
     config = json.loads((folder / "config.json").read_text())
-    text = config["text_config"] | dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, head_dim=64,
+    text = config["text_config"] | dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=64,
                                         num_attention_heads=16, num_key_value_heads=16)  # fmt: skip
     _edit(folder, text_config=text)
     from minillava.llava import LLaVAModel
@@ -1051,7 +1051,7 @@ def test_loading_peaks_at_about_one_copy(folder, kind, dtype):
     with torch.device("meta"):
         empty = LLaVAModel(read_config(folder)).state_dict()
     tensors = {rename(k, "hf", False): torch.ones(t.shape, dtype=torch.bfloat16) for k, t in empty.items()}
-    assert sum(t.nbytes for t in tensors.values()) > 400 << 20
+    assert sum(t.nbytes for t in tensors.values()) > 200 << 20
     if kind == "bin":
         torch.save(tensors, folder / "pytorch_model.bin")
     else:
