@@ -44,7 +44,7 @@ TASKS = {
         "minillava.synthetic.task:ShapesTask",
         options={"samples": 20000, "turns": 10, "scenes": 100},
         reads=False,
-        ignores=("split_turns", "eval_samples", "eval_exact"),
+        ignores=("split_turns", "eval_exact"),
     ),
 }
 

@@ -61,7 +61,7 @@ def test_adapters_for_a_task_that_trains_none(task):
         ("dpo", {"split_turns": True}, "task 'dpo' has no use for split_turns; leave it out"),
         ("clip", {"row_tokens": 4096}, "task 'clip' has no use for row_tokens; leave it out"),
         ("text", {"eval_exact": True}, "task 'text' has no use for eval_exact; leave it out"),
-        ("shapes", {"eval_samples": 9}, "task 'shapes' has no use for eval_samples; leave it out"),
+        ("shapes", {"eval_exact": True}, "task 'shapes' has no use for eval_exact; leave it out"),
     ],
 )
 def test_what_a_task_would_ignore_is_refused(task, ignored, words):
