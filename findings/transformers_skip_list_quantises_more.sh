@@ -6,7 +6,7 @@
 # takes the place of the one that is made where none is given, and that one holds lm_head. And a name counts if it begins or ends a
 # module's whole path (before transformers 5 it counted anywhere in it). Since 4.52 the tower's path is model.vision_tower..., while the
 # tensors of LLaVA's checkpoints, and older recipes, still call it vision_tower...; such a name fits nothing, nothing is said, and
-# config.json repeats the list as if it had been heeded. Qwen-VL's "visual" goes the same way. The model runs, with a little more noise.
+# config.json repeats the list as if it had been heeded. Qwen-VL's "visual" goes the same way. The model runs all the same.
 # Write ["lm_head", "model.vision_tower", "model.multi_modal_projector"], and count the Linear4bit layers of what was loaded.
 # Most other methods compare their lists by the same function.
 #

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 from minillava.errors import UserError, nearest
 from minillava.files import shown
@@ -76,8 +75,9 @@ def check_task(stage: StageConfig) -> None:
         raise UserError(f"{at}: task '{stage.task}' makes its own data; set task = \"llava\", or leave data out")
     if stage.dpo != DPOConfig() and stage.task != "dpo":
         raise UserError(f"{at}: task '{stage.task}' does not read dpo; set task = \"dpo\", or leave dpo out")
-    for key in filter(partial(getattr, stage), task.ignores):
-        raise UserError(f"{at}: task '{stage.task}' has no use for {key}; leave it out")
+    for key in task.ignores:
+        if getattr(stage, key):
+            raise UserError(f"{at}: task '{stage.task}' has no use for {key}; leave it out")
     for key, value in stage.shapes.items():
         if not task.options:
             raise UserError(f"{at}: task '{stage.task}' has no option shapes.{key}; leave it out")

@@ -129,9 +129,10 @@ def test_logits_of_minus_infinity_in_the_interpreter():
 
 
 @needs_compiler
-def test_compiles_in_one_graph():
+@pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
+def test_compiles_in_one_graph(backend):
     hidden, weight, targets = inputs(20, 16, 40, torch.float32)
-    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=backend)
     for a, b in zip(
         run(compiled, hidden, weight, targets, logits_bytes=1 << 20), run(reference, hidden, weight, targets)
     ):

@@ -57,7 +57,6 @@ MODES = {
     "lora": ["stage.a.lr={projector = 1e-3, decoder = 1e-2}", LORA],
     "qlora": ["stage.a.lr={projector = 1e-3, decoder = 1e-2}", LORA, "model.quantize=nf4"],
 }
-RESUMED = ("full", "lora")  # test_parallel.py resumes 4 bits
 
 
 def disc(seed):
@@ -109,12 +108,12 @@ def curve(out):
 
 @pytest.fixture(scope="module")
 def runs(world):
-    """All modes on two ranks and on one; on one, two of them are also stopped behind step 3, then resumed."""
+    """All modes on two ranks; on one, from beginning to end and stopped behind step 3, then resumed."""
     jobs = [{"sets": sets, "out": f"{world}/{mode}-2"} for mode, sets in MODES.items()]
     torchrun(world, 2, jobs)
     jobs = [{"sets": sets, "out": f"{world}/{mode}-1"} for mode, sets in MODES.items()]
-    for mode in RESUMED:
-        job = {"sets": MODES[mode], "out": f"{world}/{mode}-resumed"}
+    for mode, sets in MODES.items():
+        job = {"sets": sets, "out": f"{world}/{mode}-resumed"}
         jobs += [job | {"stop_at": 3}, job | {"resume": True}]
     torchrun(world, 1, jobs)
 
@@ -137,7 +136,7 @@ def test_two_ranks_learn_as_one(world, runs, mode):
     torch.testing.assert_close(two, one, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("mode", RESUMED)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_stopped_run_goes_on_to_the_bit(world, runs, mode):
     assert curve(world / f"{mode}-resumed") == curve(world / f"{mode}-1")
     whole, resumed = (load_file(world / f"{mode}-{name}/a/model/model.safetensors") for name in ("1", "resumed"))

@@ -355,7 +355,7 @@ def test_a_killed_rank_is_restarted_and_nothing_changes(world, losses):
 
 def test_a_rank_that_stands_still_is_found(world):
     """The others wait for `timeout`, and no longer; every rank has then written where it stood."""
-    jobs = [{"sets": [*MODES["projector"], "timeout=0.25"], "out": f"{world}/hanging", "hang_at": 3}]
+    jobs = [{"sets": [*MODES["projector"], "timeout=0.4"], "out": f"{world}/hanging", "hang_at": 3}]
     done = torchrun(world, 2, jobs)
     assert done.returncode != 0 and len(curve(world / "hanging")) == 2
     first, last = ((world / "hanging" / "a" / f"stacks-{rank}.txt").read_text() for rank in (0, 1))
